@@ -1,0 +1,34 @@
+# Every target sets itself up: a virtual environment in .venv with what constraints.txt pins.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-slow lint types clean
+
+demo: .venv/ready-demo
+	@$(BIN)/iddpm data digits data/digits
+	@$(BIN)/iddpm train data/digits/train --preset digits --run runs/digits
+	@$(BIN)/iddpm sample runs/digits --out runs/digits/digits.png
+	@echo "the picture: runs/digits/digits.png    the run: runs/digits"
+
+test: lint types
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-slow: .venv/ready-dev
+	$(BIN)/python -m pytest -q -m slow -s
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready-dev
+	$(BIN)/mypy
+
+.venv/ready-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info

@@ -1,0 +1,5 @@
+import sys
+
+from iddpm.cli import main
+
+sys.exit(main())

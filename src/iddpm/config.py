@@ -1,0 +1,293 @@
+"""Everything a run is made of, as frozen dataclasses: the flags, their help, their ranges and the JSON all come from here."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from iddpm.errors import UserError
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    fixed: bool = False,
+    flag: bool = True,
+) -> Any:
+    """A field with its help, inclusive range or choices. `fixed`: a resumed run cannot change it; `flag`: a user may set it."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed, flag=flag))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
+    image_channels: int = opt(3, "1 grey, 3 colour, 4 with transparency", low=1, high=4, fixed=True)
+    num_channels: int = opt(128, "channels of the first level", low=1, fixed=True)
+    num_res_blocks: int = opt(2, "residual blocks per level", low=1, fixed=True)
+    channel_mult: str = opt("", "width of each level, as 1,2,2,2; empty: the usual one for the image size", fixed=True)
+    attention_resolutions: str = opt("16,8", "sizes (of the shorter side) that get attention; empty: none", fixed=True)
+    num_heads: int = opt(4, "attention heads", low=1, fixed=True)
+    num_head_channels: int = opt(-1, "channels per head, instead of num_heads", low=-1, fixed=True)
+    num_heads_upsample: int = opt(-1, "attention heads on the way up; -1: as num_heads", low=-1, fixed=True)
+    use_scale_shift_norm: bool = opt(True, "time and class scale and shift the normalised features", fixed=True)
+    dropout: float = opt(0.0, "share of features dropped in training", low=0, high=0.999)
+    use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    class_cond: bool = opt(False, "condition on the classes of the data", fixed=True)
+    num_classes: int = opt(0, "classes the network knows", low=0, fixed=True, flag=False)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The process, and what is learned of it."""
+
+    diffusion_steps: int = opt(1000, "steps T of the chain", low=1, fixed=True)
+    noise_schedule: str = opt("linear", "variances of the chain", choices=("linear", "cosine"), fixed=True)
+    parametrization: str = opt(
+        "eps", "what the network predicts", choices=("eps", "x0", "v", "previous"), fixed=True
+    )
+    learn_sigma: bool = opt(False, "learn the variance, as a range (twice the output channels)", fixed=True)
+    sigma_small: bool = opt(False, "fixed variance: the posterior's rather than beta", fixed=True)
+    rescale_timesteps: bool = opt(True, "the network sees i * 1000/T rather than i", fixed=True)
+    objective: str = opt(
+        "auto",
+        "the loss; auto: hybrid with learn_sigma, else simple",
+        choices=("auto", "simple", "hybrid", "hybrid_unscaled", "vlb", "vlb_unscaled"),
+        fixed=True,
+    )
+    schedule_sampler: str = opt(
+        "uniform", "law of t", choices=("uniform", "stratified", "loss-second-moment"), fixed=True
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images."""
+
+    labels: str = opt("auto", "where classes come from", choices=("auto", "file", "folder", "prefix", "none"))
+    random_flip: bool = opt(False, "mirror half of the training images")
+    on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
+    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", low=0)
+    num_workers: int = opt(2, "threads that prepare batches ahead", low=1)
+    path: str = opt("", "the images", flag=False)
+    rule: str = opt("", "how the classes were found", flag=False)
+    classes: tuple[str, ...] = opt((), "names of the classes", flag=False)
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training."""
+
+    steps: int = opt(0, "end after this many optimizer steps", low=0)
+    images: int = opt(0, "or after this many images", low=0)
+    batch_size: int = opt(64, "images per step, in all", low=1)
+    microbatch: int = opt(-1, "images at a time, to save memory; -1: all. Changes no gradient", low=-1)
+    lr: float = opt(1e-4, "learning rate", low=0)
+    lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", low=0)
+    lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", low=-1)
+    weight_decay: float = opt(0.0, "AdamW's decay", low=0)
+    adam_beta2: float = opt(0.999, "AdamW's second-moment rate", low=0, high=0.999999)
+    grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", low=0)
+    ema_rate: str = opt("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from", fixed=True)
+    ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
+    precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", low=0)
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
+    seed: int = opt(0, "seed of everything random", low=0, fixed=True)
+    log_interval: int = opt(50, "steps between log lines", low=1)
+    save_interval: int = opt(1000, "steps between checkpoints", low=1)
+    sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
+    keep: int = opt(3, "newest checkpoints to keep; 0: all", low=0)
+    init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
+    init_reset: bool = opt(False, "with --init_from: layers that do not fit start anew", fixed=True)
+    tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How samples are drawn unless a command says otherwise."""
+
+    solver: str = opt("ancestral", "how to walk from noise to image", choices=("ancestral", "ddim"))
+    sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
+    eta: float = opt(0.0, "ddim's share of fresh noise", low=0, high=1)
+    clip_denoised: bool = opt(True, "hold the predicted image in [-1, 1] at each step")
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which weights, and on what they run."""
+
+    checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest that is whole", low=-1)
+    ema_rate: float = opt(-1.0, "the average of this rate; 0: the raw weights, -1: the first rate of the run", low=-1, high=1)
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
+    precision: str = opt("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
+    batch_size: int = opt(64, "images at a time; does not change them", low=1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What to draw."""
+
+    num_samples: int = opt(0, "images; 0: 64, or 10 of each class", low=0)
+    seeds: str = opt("", "seeds instead of a number of images, as 0-63 or 7,9,20-29")
+    labels: str = opt("", "classes by name or number, comma-separated; empty: all")
+    out: str = opt("", "a grid.png, a file.npz or a folder of PNGs; empty: a grid in the run's samples/")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What to measure."""
+
+    num_samples: int = opt(0, "images, drawn by the seed; 0: all", low=0)
+    seed: int = opt(0, "seed of the draw and of the noise", low=0)
+    out: str = opt("", "where the numbers go; empty: nll.json in the run")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run. Field names are unique across the groups, so a flat name finds its group."""
+
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    data: Data = Data()
+    train: Train = Train()
+    sample: Sample = Sample()
+    preset: str = ""
+
+    def updated(self, flat: Mapping[str, Any]) -> "Config":
+        """A copy with the named fields changed, whichever group they belong to."""
+        groups = {}
+        for name, group in self.groups():
+            own = {k: v for k, v in flat.items() if k in fields_of(group)}
+            groups[name] = dataclasses.replace(group, **own)
+        unknown = [k for k in flat if not any(k in fields_of(g) for _, g in self.groups()) and k != "preset"]
+        assert not unknown, unknown
+        return dataclasses.replace(self, **groups, preset=flat.get("preset", self.preset))
+
+    def groups(self) -> Iterator[tuple[str, Any]]:
+        return ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "preset")
+
+    def flat(self) -> dict[str, Any]:
+        """Every field of every group by its name."""
+        return {name: getattr(group, name) for _, group in self.groups() for name in fields_of(group)}
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str, source: str = "this config") -> "Config":
+        """The config that `to_json` wrote; UserError where a field is unknown, as in a file of a newer version."""
+        try:
+            raw = json.loads(text)
+            flat = {k: v for group in raw.values() if isinstance(group, dict) for k, v in group.items()}
+            flat["preset"] = raw["preset"]
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            raise UserError(f"{source} is not a config of iddpm ({e})") from None
+        known = Config().flat()
+        if unknown := [k for k in flat if k not in known and k != "preset"]:
+            raise UserError(f"{source} has the unknown field {unknown[0]!r}: it needs a newer iddpm")
+        return Config().updated({k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()})
+
+
+def fields_of(group: Any) -> dict[str, Any]:
+    """name -> (type, default, metadata) of a dataclass or an instance of one."""
+    hints = get_type_hints(group if isinstance(group, type) else type(group))
+    return {f.name: (hints[f.name], f.default, f.metadata) for f in dataclasses.fields(group)}
+
+
+def check_fields(group: Any) -> None:
+    """Raise UserError for the first value out of its range or choices, saying what is allowed."""
+    for name, (kind, _, meta) in fields_of(group).items():
+        value, low, high = getattr(group, name), meta.get("low"), meta.get("high")
+        if kind in (int, float):
+            out = not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
+            if out:
+                limits = f"from {low:g} to {high:g}" if high is not None else f"{low:g} or more"
+                raise UserError(f"--{name} {value} is out of range: {limits}")
+        if (choices := meta.get("choices")) and value not in choices:
+            raise UserError(f"--{name} {value!r} is not one of: {', '.join(choices)}")
+
+
+def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
+    """The comma-separated numbers of a flag."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--{name} {text!r}: give numbers separated by commas") from None
+
+
+def image_size(model: Model) -> tuple[int, int]:
+    """(height, width) in pixels, each from 8 to 1024."""
+    parts = model.image_size.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() and 8 <= int(p) <= 1024 for p in parts):
+        raise UserError(f"--image_size {model.image_size!r}: give pixels from 8 to 1024, as 64 or (height x width) 64x96")
+    return int(parts[0]), int(parts[-1])
+
+
+def check(config: Config) -> Config:
+    """The config itself, or UserError for the first thing in it that cannot work or would be silently ignored."""
+    for _, group in config.groups():
+        check_fields(group)
+    model, diffusion, train, sample = config.model, config.diffusion, config.train, config.sample
+    image_size(model)
+    numbers(model.channel_mult, "channel_mult", float)
+    numbers(model.attention_resolutions, "attention_resolutions")
+    if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
+        raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
+    if diffusion.learn_sigma and diffusion.sigma_small:
+        raise UserError("--sigma_small has no effect with --learn_sigma: leave one out")
+    if diffusion.learn_sigma and diffusion.objective == "simple":
+        raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
+    if not diffusion.learn_sigma and diffusion.objective.startswith("hybrid"):
+        raise UserError(f"--objective {diffusion.objective} needs --learn_sigma True")
+    if sample.eta and sample.solver != "ddim":
+        raise UserError(f"--eta has no effect with --solver {sample.solver}: it belongs to ddim")
+    if train.microbatch == 0:
+        raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
+    check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)
+    return config
+
+
+def check_sampling_steps(steps: int, spec: str) -> None:
+    """Raise UserError where a sampling spec's counts cannot be taken from so many steps (the strides of ddimN come later)."""
+    text = spec.removeprefix("ddim")
+    if spec == "all" or (text and all(part.strip().isdigit() and int(part) > 0 for part in text.split(","))):
+        total = 0 if spec == "all" else sum(int(part) for part in text.split(","))
+        if total > steps:
+            raise UserError(f"--sampling_steps {spec}: the chain has only {steps} steps (--diffusion_steps)")
+        return
+    raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
+
+
+def ema_rates(train: Train) -> tuple[float, ...]:
+    """The rates of the averages, in the order given."""
+    return numbers(train.ema_rate, "ema_rate", float)
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds of 0-63 or 7,9,20-29, in the order given."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and (not last.isdigit() or int(last) < int(first))):
+            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29")
+        seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text!r} names a seed twice")
+    return seeds
+
+
+def total_steps(train: Train) -> int:
+    """Optimizer steps of the whole run; UserError where neither --steps nor --images says."""
+    if train.steps and train.images:
+        raise UserError("--steps and --images both say when to stop: give one")
+    if not train.steps and not train.images:
+        raise UserError("say when to stop: --steps N or --images N (or take a --preset)")
+    return train.steps or math.ceil(train.images / train.batch_size)

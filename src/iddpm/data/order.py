@@ -1,0 +1,40 @@
+"""The order of training: a function of the seed and the position, with no state to save."""
+
+from functools import lru_cache
+
+import numpy as np
+
+ORDER_KEY = int.from_bytes(b"order", "big")  # keeps these draws apart from every other use of the same seed
+
+
+class Order:
+    """Endless reading of `n` images, each epoch a fresh permutation; a run resumes by knowing its position.
+
+    Position p lies in epoch e = p // n, whose permutation is drawn by Philox with key (seed, ORDER_KEY) and
+    e in the highest counter word. `seed` is in 0 .. 2^64 - 1.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        assert n >= 1, f"an order needs at least one image, not {n}"
+        assert 0 <= seed < 2**64, f"the seed {seed} does not fit in 64 bits"
+        self.n = n
+        self.seed = seed
+
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """The image indices (count,) int64 in 0 .. n-1 of positions `position` .. `position + count - 1`."""
+        assert min(position, count) >= 0, f"position {position} and count {count} must not be negative"
+        parts = []
+        while count > 0:
+            epoch, start = divmod(position, self.n)
+            part = permutation(self.n, self.seed, epoch)[start : start + count]
+            parts.append(part)
+            position += len(part)
+            count -= len(part)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+@lru_cache(maxsize=4)  # a batch seldom touches more than two epochs; safe to share among threads
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n images in an epoch, (n,) int64: a permutation of 0 .. n-1."""
+    key, counter = np.array([seed, ORDER_KEY], np.uint64), np.array([0, 0, 0, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(n).astype(np.int64)

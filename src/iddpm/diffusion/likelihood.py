@@ -1,0 +1,76 @@
+"""The variational bound on -log2 p(x_0), in bits per dimension, term by term (Nichol & Dhariwal 2021, eq. 4-7)."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm.diffusion.denoiser import Cond, Denoiser, Prediction
+from iddpm.diffusion.schedule import Chain, Step
+
+Noise = Callable[[int], Tensor]  # k -> the k-th standard normal draw, shaped like the batch
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """The mean over all but the first dimension, (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
+    inverse = torch.exp(-log_var2)
+    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1) * inverse + (mean1 - mean2) ** 2 * inverse)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of a Gaussian's mass in each pixel's bin of 2/255, in nats; the outer bins are open (Ho et al. 2020, eq. 13).
+
+    x holds 8-bit images mapped to [-1, 1]. Parity: the published code's tanh approximation of the normal distribution function.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse = torch.exp(-log_scale)
+    upper, lower = cdf(inverse * (x - mean + 1 / 255)), cdf(inverse * (x - mean - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+def vlb_term(p: Prediction, x0: Tensor, xt: Tensor, step: Step) -> Tensor:
+    """The bound's term of each image (B,), in bits/dim: the decoder's at step 0, a KL at every other."""
+    kl = gaussian_kl(step.coef_x0 * x0 + step.coef_xt * xt, step.log_min, p.mean, p.log_var)
+    decoder = -discretized_log_likelihood(x0, p.mean, 0.5 * p.log_var)
+    return torch.where(step.first.flatten() > 0, mean_flat(decoder), mean_flat(kl)) / math.log(2)
+
+
+def prior_term(chain: Chain, x0: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, 1)) of each image (B,), in bits/dim."""
+    last = chain.at(torch.full((len(x0),), chain.steps - 1, device=x0.device), x0)
+    zero = torch.zeros_like(last.alpha)
+    return mean_flat(gaussian_kl(last.alpha * x0, 2 * last.sigma.log(), zero, zero)) / math.log(2)
+
+
+class Term(NamedTuple):
+    """One step's share of the bound, and the squared errors there, for each image: all (B,)."""
+
+    i: int
+    vb: Tensor  # bits/dim
+    x0_mse: Tensor
+    eps_mse: Tensor
+
+
+def bound_terms(denoiser: Denoiser, x0: Tensor, noise: Noise, cond: Cond = {}) -> Iterator[Term]:
+    """All terms but the prior's, from the noisiest step down to 0; x0 (B, C, H, W) in [-1, 1].
+
+    Their sum over the steps plus `prior_term` is the bound. Step i uses the draw noise(steps - 1 - i).
+    """
+    for k, i in enumerate(reversed(range(denoiser.chain.steps))):
+        at = torch.full((len(x0),), i, device=x0.device)
+        step, eps = denoiser.chain.at(at, x0), noise(k)
+        xt = step.alpha * x0 + step.sigma * eps
+        p = denoiser(xt, at, cond)
+        eps_hat = (xt - step.alpha * p.x0) / step.sigma
+        yield Term(i, vlb_term(p, x0, xt, step), mean_flat((p.x0 - x0) ** 2), mean_flat((eps_hat - eps) ** 2))

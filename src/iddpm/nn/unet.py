@@ -1,0 +1,330 @@
+"""The U-Net of Nichol & Dhariwal 2021, with the later options of Dhariwal & Nichol 2021, and the latter's classifier.
+
+Parameter names, shapes and their order are the published ones; tests/nn holds every published checkpoint against them.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iddpm.nn.layers import (
+    AttentionBlock,
+    AttentionPool,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    Stage,
+    Upsample,
+    conv3x3,
+    timestep_embedding,
+    zeroed,
+)
+
+# ---- sizes
+
+
+CHANNEL_MULT: dict[int, tuple[float, ...]] = {  # 32, 64, 256: Nichol & Dhariwal 2021; 128, 512: Dhariwal & Nichol 2021
+    8: (1, 2),
+    16: (1, 2, 2),
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def power_of_two_below(side: int) -> int:
+    return 1 << (side.bit_length() - 1)
+
+
+def channel_mult_for(side: int) -> tuple[float, ...]:
+    """The usual width of each level, in units of num_channels, for images whose shorter side is `side` pixels.
+
+    Tabulated for powers of two. Another side takes the entry of the power of two below it, cut where halving it leaves
+    a fraction. Past 512, each doubling puts a further level, as wide as the first, in front.
+    """
+    known = min(max(power_of_two_below(side), min(CHANNEL_MULT)), max(CHANNEL_MULT))
+    mult = CHANNEL_MULT[known]
+    mult = mult[:1] * (power_of_two_below(side) // known - 1).bit_length() + mult
+    halvings = (side & -side).bit_length() - 1  # how often 2 divides side
+    return mult[: halvings + 1]
+
+
+def attention_rates(resolutions: Sequence[int], side: int, levels: int) -> tuple[int, ...]:
+    """The down-sampling rates of the levels whose shorter side has one of `resolutions` pixels; `side` is the image's.
+
+    For a side that is no power of two, 16 also means the level that has 16 at the power of two below (24 of 48). What is
+    larger than the image or smaller than the deepest level is left out, so 16,8 suits any size; ValueError for the rest.
+    """
+    rates = [2**level for level in range(levels)]
+    names = {s // rate: rate for s in (power_of_two_below(side), side) for rate in rates if s % rate == 0}
+    for r in resolutions:
+        if r not in names and side / rates[-1] <= r <= side:
+            occurring = ", ".join(f"{side / rate:g}" for rate in rates)
+            raise ValueError(f"attention at {r} pixels: no level has that size; with side {side} there are {occurring}")
+    return tuple(sorted({names[r] for r in resolutions if r in names}))
+
+
+# ---- networks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Makes the layers of a network, which differ only in their channels."""
+
+    emb_channels: int
+    dropout: float
+    use_scale_shift_norm: bool
+    num_head_channels: int  # -1: a number of heads is given instead
+    new_attention_order: bool
+    resblock_updown: bool
+    conv_resample: bool
+
+    def block(self, ch: int, out: int, resize: nn.Module | None = None) -> ResBlock:
+        return ResBlock(ch, out, self.emb_channels, self.dropout, self.use_scale_shift_norm, resize)
+
+    def heads(self, ch: int, num_heads: int) -> int:
+        if self.num_head_channels == -1:
+            return num_heads
+        if ch % self.num_head_channels:
+            raise ValueError(f"{ch} channels do not divide into heads of {self.num_head_channels} channels")
+        return ch // self.num_head_channels
+
+    def attend(self, ch: int, num_heads: int) -> AttentionBlock:
+        return AttentionBlock(ch, self.heads(ch, num_heads), heads_first=not self.new_attention_order)
+
+    def down(self, ch: int) -> nn.Module:
+        return self.block(ch, ch, Downsample(ch, False)) if self.resblock_updown else Downsample(ch, self.conv_resample)
+
+    def up(self, ch: int) -> nn.Module:
+        return self.block(ch, ch, Upsample(ch, False)) if self.resblock_updown else Upsample(ch, self.conv_resample)
+
+
+class Encoder(nn.Module):
+    """What the U-Net and the classifier share: the embedding of time and class, and the way down to the middle."""
+
+    images = 1  # how many are given, stacked on the channels
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_channels: int,
+        num_res_blocks: int,
+        attention: Collection[int],
+        channel_mult: Sequence[float],
+        num_classes: int | None,
+        num_heads: int,
+        use_checkpoint: bool,
+        parts: Parts,
+    ):
+        super().__init__()
+        self.in_channels, self.num_channels, self.num_classes = in_channels, num_channels, num_classes
+        self.multiple = 2 ** (len(channel_mult) - 1)  # that height and width must be of
+        emb = parts.emb_channels
+        self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb)
+
+        stage = partial(Stage, recompute=use_checkpoint)
+        ch = int(channel_mult[0] * num_channels)
+        stages, self.widths = [stage(conv3x3(self.images * in_channels, ch))], [ch]  # widths: each stage's output channels
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [parts.block(ch, ch := int(mult * num_channels))]
+                if 2**level in attention:
+                    layers.append(parts.attend(ch, num_heads))
+                stages.append(stage(*layers))
+                self.widths.append(ch)
+            if 2**level < self.multiple:
+                stages.append(stage(parts.down(ch)))
+                self.widths.append(ch)
+        self.input_blocks = nn.ModuleList(stages)
+        self.middle_block = stage(parts.block(ch, ch), parts.attend(ch, num_heads), parts.block(ch, ch))
+
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The embedding (B, 4 num_channels) of times t (B,) and classes y (B,)."""
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(
+                "this network knows no classes: leave out y" if y is not None else "this network has classes: give y"
+            )
+        if t.ndim != 1 or (y is not None and y.shape != t.shape):
+            raise ValueError(
+                f"t and y must hold one number per image, (B,), not {[tuple(a.shape) for a in (t, y) if a is not None]}"
+            )
+        emb: Tensor = self.time_embed(timestep_embedding(t, self.num_channels).to(self.dtype))  # b 4n
+        return emb if y is None else emb + self.label_emb(y)
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """What each input stage makes of x (B, C, H, W) and, last, what the middle makes of that."""
+        channels = self.images * self.in_channels
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
+            raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
+        h, outputs = x.to(self.dtype), []
+        for stage in (*self.input_blocks, self.middle_block):
+            h = stage(h, emb)  # b c h w
+            outputs.append(h)
+        return outputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.time_embed[0].weight.dtype
+
+
+class UNet(Encoder):
+    """The U-Net (Nichol & Dhariwal 2021, section 3 and appendix A; Ho et al. 2020, appendix B).
+
+    `attention` holds down-sampling rates: with 4 in it, the level of a quarter of the image's size has attention. The levels
+    are num_channels times `channel_mult` wide. `num_head_channels` other than -1 replaces `num_heads`.
+    ValueError where the channels do not divide among the heads.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention: Collection[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = False,
+        new_attention_order: bool = False,
+        conv_resample: bool = True,
+    ):
+        norm, order = use_scale_shift_norm, new_attention_order
+        parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
+        super().__init__(
+            in_channels, num_channels, num_res_blocks, attention, channel_mult, num_classes, num_heads, use_checkpoint, parts
+        )
+        self.out_channels = out_channels
+
+        stages, skips, ch = [], self.widths.copy(), self.widths[-1]
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers: list[nn.Module] = [parts.block(ch + skips.pop(), ch := int(mult * num_channels))]
+                if 2**level in attention:
+                    layers.append(parts.attend(ch, num_heads if num_heads_upsample == -1 else num_heads_upsample))
+                if level and i == num_res_blocks:
+                    layers.append(parts.up(ch))
+                stages.append(Stage(*layers, recompute=use_checkpoint))
+        self.output_blocks = nn.ModuleList(stages)
+        self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), as trained on, of classes y (B,).
+
+        ValueError where H or W cannot be halved at every level, or y is missing or out of place.
+        """
+        emb = self.embed(t, y)  # b 4n
+        *skips, h = self.encode(x, emb)
+        for stage in self.output_blocks:
+            h = stage(h, emb, skips.pop())  # b c h w
+        return self.out(h).to(x.dtype)
+
+
+class SuperResUNet(UNet):
+    """The U-Net that also sees a smaller image: (Nichol & Dhariwal 2021, section 3; Saharia et al. 2021)."""
+
+    images = 2
+
+    def forward(self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """As UNet; `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x."""
+        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
+        return super().forward(torch.cat([x, enlarged], dim=1), t, y)  # b 2c h w
+
+
+# ---- the classifier, and how it sums an image up
+
+
+class Sizes(NamedTuple):
+    """What a head is made for."""
+
+    channels: int  # of the middle
+    all_channels: int  # of the middle and every stage before it
+    side: int  # of the middle, in pixels
+    heads: int
+    out_channels: int
+
+
+def adaptive(s: Sizes) -> nn.Sequential:
+    """The mean of the middle's pixels."""
+    conv = zeroed(nn.Conv2d(s.channels, s.out_channels, 1))
+    return nn.Sequential(GroupNorm(s.channels), nn.SiLU(), nn.AdaptiveAvgPool2d(1), conv, nn.Flatten())
+
+
+def attention(s: Sizes) -> nn.Sequential:
+    """Attention to the middle's pixels, whose positions are learned: for one image size."""
+    pool = AttentionPool(s.side, s.channels, s.heads, s.out_channels)
+    return nn.Sequential(GroupNorm(s.channels), nn.SiLU(), pool)
+
+
+def spatial(s: Sizes) -> nn.Sequential:
+    """A small network on the means of every stage."""
+    return nn.Sequential(nn.Linear(s.all_channels, 2048), nn.ReLU(), nn.Linear(2048, s.out_channels))
+
+
+def spatial_v2(s: Sizes) -> nn.Sequential:
+    """As spatial, normalised."""
+    last = nn.Linear(2048, s.out_channels)
+    return nn.Sequential(nn.Linear(s.all_channels, 2048), GroupNorm(2048), nn.SiLU(), last)
+
+
+POOLS: dict[str, Callable[[Sizes], nn.Sequential]] = {f.__name__: f for f in (adaptive, attention, spatial, spatial_v2)}
+
+
+class Classifier(Encoder):
+    """The classifier of noisy images that guides sampling (Dhariwal & Nichol 2021, section 4 and appendix H).
+
+    Half a U-Net, summed up by one of POOLS. Its defaults, and channel_mult_for, are those of the published ones.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        num_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention: Collection[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = 64,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        new_attention_order: bool = False,
+        conv_resample: bool = True,
+        pool: str = "attention",
+    ):
+        if pool not in POOLS:
+            raise ValueError(f"pool {pool!r}: choose from {', '.join(POOLS)}")
+        norm, order = use_scale_shift_norm, new_attention_order
+        parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
+        super().__init__(
+            in_channels, num_channels, num_res_blocks, attention, channel_mult, None, num_heads, use_checkpoint, parts
+        )
+        ch = self.widths[-1]
+        sizes = Sizes(ch, sum(self.widths) + ch, image_size // self.multiple, parts.heads(ch, num_heads), out_channels)
+        self.out = POOLS[pool](sizes)
+        self.sees_all = pool.startswith("spatial")
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, out_channels) for x (B, in_channels, H, W) at times t (B,); ValueError where the size does not fit."""
+        outputs = self.encode(x, self.embed(t))
+        h = torch.cat([h.mean((2, 3)) for h in outputs], dim=1) if self.sees_all else outputs[-1]
+        return self.out(h).to(x.dtype)

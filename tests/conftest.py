@@ -1,0 +1,73 @@
+"""Small real runs for the tests: three classes of 8x8 grey pictures, and a network that trains in seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iddpm.config import Config
+from iddpm.data import Images
+
+torch.set_num_threads(1)
+
+TINY = dict(
+    image_size="8", image_channels=1, num_channels=16, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4",
+    num_heads=2, diffusion_steps=20, noise_schedule="cosine", learn_sigma=True, batch_size=6, lr=1e-3, sampling_steps="5",
+    ema_rate="0.9,0.99", steps=4, save_interval=100, sample_interval=0, log_interval=1, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """22 pictures in three folders: bars across, bars down, discs."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for kind in ("across", "disc", "down"):
+        (root / kind).mkdir()
+    y, x = np.mgrid[:8, :8]
+    for k in range(22):
+        kind = ("across", "disc", "down")[k % 3]
+        shape = {"across": (y // 2) % 2, "down": (x // 2) % 2, "disc": (x - 3.5) ** 2 + (y - 3.5) ** 2 < 9}[kind]
+        noisy = (shape * 200 + rng.integers(0, 50, (8, 8))).astype(np.uint8)
+        Image.fromarray(noisy).save(root / kind / f"{k:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def config(pictures) -> Config:
+    """The tiny run's config, class-conditional."""
+    flat = dict(TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), path=str(pictures))
+    return Config().updated(flat)
+
+
+@pytest.fixture(scope="session")
+def data(pictures) -> Images:
+    return Images.open(pictures, image_size=(8, 8), channels=1)
+
+
+@pytest.fixture(scope="session")
+def run(config, data, tmp_path_factory) -> Path:
+    """A finished tiny run. Read it; do not change it."""
+    from iddpm.cli import _write_config
+    from iddpm.train import train
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    _write_config(folder, config)
+    train(config, data, folder)
+    return folder
+
+
+def flags(**settings: object) -> list[str]:
+    """Settings as command-line flags."""
+    return [token for k, v in settings.items() for token in (f"--{k}", str(v))]
+
+
+def start(*args: object, **settings) -> subprocess.Popen:
+    """`iddpm ARGS` as a real process."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    command = [sys.executable, "-m", "iddpm", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **settings)

@@ -1,0 +1,180 @@
+"""Schedules, respacing and the chain's tables: against golden tables, Bayes' rule and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from golden_rules import load
+from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine, Linear, respace
+
+SIZES = (50, 1000, 4000)
+GIVEN = {  # the golden quantity of a chain
+    "betas": lambda c: c.betas,
+    "alphas_cumprod": lambda c: c.table.alpha**2,
+    "posterior_variance": lambda c: c.betas * (c.table.sigma_prev / c.table.sigma) ** 2,
+    "posterior_log_variance_clipped": lambda c: c.table.log_min,
+    "posterior_mean_coef1": lambda c: c.table.coef_x0,
+    "posterior_mean_coef2": lambda c: c.table.coef_xt,
+}
+
+
+@pytest.mark.parametrize("steps", SIZES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tables_are_the_published_ones(name: str, steps: int) -> None:
+    chain, golden = Chain(SCHEDULES[name](steps)), load("schedules.npz")
+    for quantity, ours in GIVEN.items():
+        published = golden[f"{name}_{steps}_{quantity}"]
+        np.testing.assert_allclose(ours(chain).numpy(), published, rtol=1e-12, err_msg=quantity)
+
+
+def test_every_golden_table_is_covered() -> None:
+    assert set(load("schedules.npz")) == {f"{n}_{t}_{q}" for n in SCHEDULES for t in SIZES for q in GIVEN}
+
+
+@pytest.mark.parametrize("steps", range(1, 26))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_betas_lie_between_0_and_1_for_any_number_of_steps(name: str, steps: int) -> None:
+    schedule = SCHEDULES[name](steps)
+    betas = schedule.betas()
+    assert betas.dtype == torch.float64 and betas.shape == (steps,) == (schedule.steps,)
+    assert ((betas > 0) & (betas < 1)).all()
+
+
+@pytest.mark.parametrize("steps", range(1, 26))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_chain_of_any_length_has_finite_tables(name: str, steps: int) -> None:
+    assert all(column.isfinite().all() for column in Chain(SCHEDULES[name](steps)).table)
+
+
+def test_linear_betas_rise_evenly_between_ho_et_als_ends() -> None:
+    betas = Linear(1000).betas()
+    assert betas[0] == pytest.approx(1e-4) and betas[-1] == pytest.approx(0.02)
+    assert torch.allclose(betas.diff(), betas.diff()[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [40, 1000])
+def test_cosine_alpha_bar_is_a_squared_cosine_until_beta_is_capped(steps: int) -> None:
+    def curve(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    bar = Chain(Cosine(steps)).table.alpha ** 2
+    for i in (0, steps // 3, steps - 2):
+        assert bar[i].item() == pytest.approx(curve((i + 1) / steps) / curve(0), rel=1e-9)
+    assert bar[-1].item() == pytest.approx(bar[-2].item() * 0.001, rel=1e-9)
+
+
+@pytest.mark.parametrize("entry", load("respacing.json"), ids=lambda e: f"{e['num_timesteps']}:{e['spec']}")
+def test_respacing_keeps_the_published_steps(entry: dict) -> None:
+    if "error" in entry:
+        with pytest.raises(ValueError, match=r"cannot take|no whole stride"):
+            respace(entry["num_timesteps"], entry["spec"])
+    else:
+        assert respace(entry["num_timesteps"], entry["spec"]) == entry["steps"]
+
+
+@pytest.mark.parametrize("spec", ["0", "-3", "1.5", "ddim", "ddim0", "ten", "10,,5", "ddim10,5", ","])
+def test_a_spec_that_is_not_a_count_is_refused_by_name(spec: str) -> None:
+    with pytest.raises(ValueError, match=spec):
+        respace(100, spec)
+
+
+def test_a_stride_that_does_not_exist_is_refused_with_what_is_near() -> None:
+    with pytest.raises(ValueError, match="34"):  # every third of 100
+        respace(100, "ddim33")
+
+
+def test_no_spec_keeps_every_step_and_a_list_is_read_as_sections() -> None:
+    assert respace(7) == list(range(7)) == respace(7, "7")
+    assert respace(300, [10, 15, 20]) == respace(300, "10,15,20")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.data())
+def test_respacing_keeps_the_asked_count_within_each_section(steps: int, data: st.DataObject) -> None:
+    sections = data.draw(st.integers(1, min(4, steps)))
+    sizes = [steps // sections + (k < steps % sections) for k in range(sections)]
+    counts = [data.draw(st.integers(1, size)) for size in sizes]
+    kept = respace(steps, ",".join(map(str, counts)))
+    edges = np.cumsum([0, *sizes])
+    assert kept == sorted(set(kept))
+    assert np.histogram(kept, edges)[0].tolist() == counts
+    assert set(edges[:-1]) <= set(kept)  # a section's first step is kept, and its last where there are two
+    assert all(end - 1 in kept for end, count in zip(edges[1:], counts) if count > 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_ddim_respacing_is_an_even_stride_from_0_or_an_error(steps: int, count: int) -> None:
+    possible = {len(range(0, steps, stride)) for stride in range(1, steps + 1)}
+    if count not in possible:
+        with pytest.raises(ValueError, match="no whole stride"):
+            respace(steps, f"ddim{count}")
+    else:
+        kept = respace(steps, f"ddim{count}")
+        assert len(kept) == count and kept[0] == 0 and len(set(np.diff(kept))) <= 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_keeping_every_step_changes_nothing(name: str) -> None:
+    whole, kept = Chain(SCHEDULES[name](100)), Chain(SCHEDULES[name](100), respace(100, "100"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.table, kept.table))
+
+
+@pytest.mark.parametrize("spec", ["", "10", "ddim8", "3,7"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_respaced_chain_passes_through_the_same_noise_levels(name: str, spec: str) -> None:
+    whole, chain = Chain(SCHEDULES[name](40)), Chain(SCHEDULES[name](40), respace(40, spec))
+    bar = (1 - chain.betas).cumprod(0)
+    torch.testing.assert_close(bar, whole.table.alpha[chain.kept] ** 2, rtol=1e-9, atol=0)
+    assert torch.equal(chain.table.time, whole.table.time[chain.kept])
+
+
+@pytest.mark.parametrize("spec", ["", "10", "1"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_alpha_and_sigma_fill_the_unit_circle_and_the_neighbours_line_up(name: str, spec: str) -> None:
+    t = Chain(SCHEDULES[name](40), respace(40, spec)).table
+    for alpha, sigma in ((t.alpha, t.sigma), (t.alpha_prev, t.sigma_prev), (t.alpha_next, t.sigma_next)):
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-12, atol=0)
+    assert torch.equal(t.alpha_prev[1:], t.alpha[:-1]) and torch.equal(t.alpha_next[:-1], t.alpha[1:])
+    assert t.alpha_prev[0] == 1 and t.alpha_next[-1] == 0
+    assert t.first[0] == 1 and (t.first[1:] == 0).all()
+
+
+@pytest.mark.parametrize("spec", ["", "10"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_posterior_is_bayes_rule(name: str, spec: str) -> None:
+    """Condition the joint Gaussian of (x_{t-1}, x_t) given x_0 on x_t."""
+    chain = Chain(SCHEDULES[name](40), respace(40, spec))
+    t, keep = chain.table, (1 - chain.betas).sqrt()
+    cov = keep * t.sigma_prev**2
+    gain = cov / (keep**2 * t.sigma_prev**2 + chain.betas)
+    torch.testing.assert_close(t.coef_xt, gain, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(t.coef_x0, t.alpha_prev - gain * t.alpha, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(t.log_min.exp()[1:], (t.sigma_prev**2 - gain * cov)[1:], rtol=1e-9, atol=1e-12)
+    assert t.log_min[0] == t.log_min[1]  # 0 itself has no logarithm
+    torch.testing.assert_close(t.log_max.exp(), chain.betas)
+
+
+@pytest.mark.parametrize("kept", [[0], [17], [39]])
+def test_a_chain_of_one_step_works(kept: list[int]) -> None:
+    chain = Chain(Cosine(40), kept)
+    assert chain.steps == 1 and all(column.isfinite().all() for column in chain.table)
+    assert chain.table.coef_x0.item() == pytest.approx(1) and chain.table.coef_xt.item() == 0
+
+
+@pytest.mark.parametrize(("rescale", "last"), [(True, 975.0), (False, 39.0)])
+def test_the_network_sees_the_schedules_step_number_out_of_1000_or_plain(rescale: bool, last: float) -> None:
+    for spec in ("", "10"):
+        assert Chain(Cosine(40), respace(40, spec), rescale_time=rescale).table.time[-1] == last
+
+
+def test_a_look_up_is_float32_and_broadcasts_over_a_batch() -> None:
+    chain, i = Chain(Cosine(40)), torch.tensor([0, 39, 5])
+    images = chain.at(i, torch.empty(3, 3, 8, 8))
+    assert all(entry.shape == (3, 1, 1, 1) and entry.dtype == torch.float32 for entry in images)
+    assert torch.equal(images.sigma.flatten(), chain.table.sigma[i].float())
+    assert chain.at(i, i).time.shape == (3,)

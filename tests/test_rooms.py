@@ -1,0 +1,58 @@
+"""Imports point one way: the mathematics and the networks know nothing above them, and nothing imports the command line."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "iddpm"
+BELOW = {  # room: the only parts of the package it may import
+    "diffusion": {"diffusion"},
+    "nn": {"nn"},
+    "data": {"data", "errors", "rng"},
+    "config": {"errors"},
+    "presets": set(),
+    "rng": set(),
+    "ema": set(),
+    "errors": set(),
+    "log": {"errors"},
+    "build": {"config", "diffusion", "nn", "errors"},
+    "checkpoint": {"config", "errors"},
+    "sample": {"build", "checkpoint", "config", "diffusion", "errors", "rng"},
+    "evaluate": {"build", "config", "data", "diffusion", "log", "rng"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """The parts of iddpm that a file imports, by first name."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts == ["iddpm"]:
+                found |= {alias.name for alias in node.names}
+            elif parts[0] == "iddpm":
+                found.add(parts[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("iddpm.")}
+    return found
+
+
+def test_each_room_imports_only_what_lies_below_it():
+    for room, allowed in BELOW.items():
+        files = sorted((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]
+        assert all(file.exists() for file in files), room
+        for file in files:
+            assert imports(file) <= allowed, file.relative_to(SOURCE)
+
+
+def test_nothing_imports_the_command_line():
+    files = [f for f in SOURCE.rglob("*.py") if f.name not in ("__main__.py", "cli.py")]
+    assert not [f for f in files if "cli" in imports(f)]
+
+
+def test_the_mathematics_and_networks_import_torch_alone():
+    allowed = {"torch", "iddpm", "math", "collections", "dataclasses", "functools", "typing", "zlib", "itertools"}
+    for file in [*(SOURCE / "diffusion").glob("*.py"), *(SOURCE / "nn").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert {str(n).split(".")[0] for n in names} <= allowed, file
