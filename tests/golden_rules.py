@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
+
 M = TypeVar("M", bound=nn.Module)
 FOLDER = Path(__file__).parent / "goldens"
 SEED: int = json.loads((FOLDER / "rules.json").read_text())["seed"]
@@ -58,3 +60,74 @@ class Stub:
         c = torch.arange(self.out_channels, device=x.device)
         phase = 0.1 * c.to(x.dtype).view(1, -1, 1, 1) + t.to(x.dtype).view(-1, 1, 1, 1) / 250
         return 0.7 * torch.sin(1.7 * x[:, c % 3] + phase)
+
+
+IMAGE_FLAGS = dict(
+    image_size=64,
+    num_channels=128,
+    num_res_blocks=2,
+    attention_resolutions="16,8",
+    dropout=0.0,
+    num_heads=4,
+    num_heads_upsample=-1,
+    num_head_channels=-1,
+    use_scale_shift_norm=True,
+    resblock_updown=False,
+    use_new_attention_order=False,
+    use_checkpoint=False,
+    class_cond=False,
+    learn_sigma=False,
+)
+CLASSIFIER_FLAGS = dict(
+    image_size=64,
+    classifier_width=128,
+    classifier_depth=2,
+    classifier_attention_resolutions="32,16,8",
+    classifier_use_scale_shift_norm=True,
+    classifier_resblock_updown=True,
+    classifier_pool="attention",
+)
+
+
+def published_network(kind: str, flags: dict[str, Any]) -> UNet | Classifier:
+    """The network that the published commands build for `flags`: kind "...unet", "image", "...super_res" or "...classifier"."""
+    if kind.endswith("classifier"):
+        f = CLASSIFIER_FLAGS | flags
+        side, mult = f["image_size"], channel_mult_for(f["image_size"])
+        return Classifier(
+            side,
+            3,
+            f["classifier_width"],
+            1000,
+            f["classifier_depth"],
+            _rates(f["classifier_attention_resolutions"], side, len(mult)),
+            channel_mult=mult,
+            use_scale_shift_norm=f["classifier_use_scale_shift_norm"],
+            resblock_updown=f["classifier_resblock_updown"],
+            pool=f["classifier_pool"],
+        )
+    super_res = kind.endswith("super_res")
+    f = IMAGE_FLAGS | ({"large_size": 256} if super_res else {}) | flags
+    side = f["large_size"] if super_res else f["image_size"]
+    mult = channel_mult_for(min(side, 256) if super_res else side)  # the published upsampler to 512 pixels is built as for 256
+    return (SuperResUNet if super_res else UNet)(
+        3,
+        f["num_channels"],
+        6 if f["learn_sigma"] else 3,
+        f["num_res_blocks"],
+        _rates(f["attention_resolutions"], side, len(mult)),
+        f["dropout"],
+        mult,
+        1000 if f["class_cond"] else None,
+        f["use_checkpoint"],
+        f["num_heads"],
+        f["num_heads_upsample"],
+        f["num_head_channels"],
+        f["use_scale_shift_norm"],
+        f["resblock_updown"],
+        f["use_new_attention_order"],
+    )
+
+
+def _rates(resolutions: str, side: int, levels: int) -> tuple[int, ...]:
+    return attention_rates([int(r) for r in str(resolutions).split(",")], side, levels)

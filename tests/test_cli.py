@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, flags
 from PIL import Image
 
+from conftest import TINY, flags
 from iddpm.cli import VERBS, Parser, main
 from iddpm.config import Config, fields_of
 from iddpm.presets import PRESETS

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import start
 from PIL import Image
 
+from conftest import start
 from iddpm import checkpoint, sample
 from iddpm.cli import main
 from iddpm.errors import UserError
@@ -125,6 +125,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(run, tmp_path, capsys)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("flags", [["--sampling_steps", "ddim5", "--solver", "ddim", "--eta", "0.5"], ["--sampling_steps", "1"], []])
+@pytest.mark.parametrize(
+    "flags", [["--sampling_steps", "ddim5", "--solver", "ddim", "--eta", "0.5"], ["--sampling_steps", "1"], []]
+)
 def test_sampling_needs_no_flag_and_takes_many(run, flags, tmp_path):
     assert main(["sample", str(run), "--num_samples", "2", "--out", str(tmp_path / "x.png"), "--device", "cpu", *flags]) == 0

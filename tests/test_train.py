@@ -6,8 +6,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, start
 
+from conftest import TINY, flags, start
 from iddpm import build, checkpoint
 from iddpm.data import Order
 from iddpm.ema import EMA
@@ -217,7 +217,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(pictures, tmp_path):
     assert first.communicate(timeout=60) and first.returncode == 0
     kept = checkpoint.newest(tmp_path / "r")[0]
     limit = (100_000, 100_000)  # bytes a file may have: less than the weights need
-    full = start(*command[:-2], *flags(device="cpu", steps=4), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    full = start(
+        *command[:-2], *flags(device="cpu", steps=4), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
     _, err = full.communicate(timeout=60)
     assert full.returncode == 2
     assert len(err.strip().splitlines()) == 1

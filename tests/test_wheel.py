@@ -21,7 +21,9 @@ def test_a_wheel_installed_in_a_fresh_environment_answers_help(tmp_path):
     site = next((tmp_path / "fresh" / "lib").glob("python*")) / "site-packages"
     (site / "seen.pth").write_text(sysconfig.get_paths()["purelib"])
     python = tmp_path / "fresh" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel], check=True, capture_output=True
+    )
     out = subprocess.run([tmp_path / "fresh" / "bin" / "iddpm", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "usage: iddpm" in out.stdout

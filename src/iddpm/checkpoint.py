@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, verified when read, and nothing executable in them.
 
-    checkpoints/step_00001000/
-        weights.safetensors  weights-ema-0.9999.safetensors     float32; config and provenance in the file's metadata
-        state/optimizer.safetensors  state/state.json           what else a resumed run needs
-        manifest.json                                           size and sha256 of each file, written last
+checkpoints/step_00001000/
+    weights.safetensors  weights-ema-0.9999.safetensors     float32; config and provenance in the file's metadata
+    state/optimizer.safetensors  state/state.json           what else a resumed run needs
+    manifest.json                                           size and sha256 of each file, written last
 """
 
 import hashlib

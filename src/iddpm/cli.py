@@ -70,7 +70,9 @@ class Parser(argparse.ArgumentParser):
         if extra:
             flags = [s for action in self._actions for s in action.option_strings]
             near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1)
-            raise UserError(f"unknown argument {extra[0]}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"))
+            raise UserError(
+                f"unknown argument {extra[0]}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
+            )
         return vars(known)
 
 
@@ -93,7 +95,9 @@ def _train_parser(parser: Parser) -> None:
     parser.add_argument("--preset", default="", help="a recipe to start from", metavar="NAME")
     parser.add_argument("--run", default="", help="the run's folder [runs/PRESET or runs/DATA]", metavar="DIR")
     parser.booleans.add("dry_run")
-    parser.add_argument("--dry_run", type=_boolean, default=False, metavar="BOOL", help="say what would be done, time a step, and stop")
+    parser.add_argument(
+        "--dry_run", type=_boolean, default=False, metavar="BOOL", help="say what would be done, time a step, and stop"
+    )
     for _, group in Config().groups():
         parser.add_fields(type(group))
     rows = (f"  {name:14} {text}" for name, (text, _) in PRESETS.items())
@@ -125,7 +129,8 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         config = config.updated(dict(classes=images.classes, rule=images.rule, num_classes=len(images.classes)))
     build.network(config)
     if dry_run:
-        return train.dry_run(config, images)
+        train.dry_run(config, images)
+        return
     _write_config(folder, config)
     for note in notes:
         print(note)
@@ -249,7 +254,8 @@ def _sample(run: str, **given: Any) -> None:
         for batch in sample.images(config, net, rest, device, which.batch_size, bar.update):
             writer.write(batch)
     writer.close()
-    print(f"{len(seeds)} images of step {step} ({config.sample.solver}, {steps} steps, {f'average {rate}' if rate else 'raw weights'}): {out}")
+    whose = f"average {rate}" if rate else "raw weights"
+    print(f"{len(seeds)} images of step {step} ({config.sample.solver}, {steps} steps, {whose}): {out}")
 
 
 def _nll(run: str, data: str, **given: Any) -> None:
@@ -334,8 +340,11 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, or 2 after one line on what to mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin cost 3x on a shared machine
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print("iddpm: train, sample and measure diffusion models of images\n\nusage: iddpm VERB ... (iddpm VERB --help says more)\n")
+        print(
+            "iddpm: train, sample and measure diffusion models of images\n\nusage: iddpm VERB ... (iddpm VERB --help says more)\n"
+        )
         print("\n".join(f"  {name:8} {verb.help}" for name, verb in VERBS.items()))
         return 0
     if argv[0] in ("-V", "--version"):
@@ -344,7 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             near = difflib.get_close_matches(argv[0], VERBS, n=1)
-            raise UserError(f"unknown verb {argv[0]!r}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"))
+            raise UserError(
+                f"unknown verb {argv[0]!r}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+            )
         verb = VERBS[argv[0]]
         parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help)
         verb.parser(parser)
@@ -358,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as e:
         if "out of memory" not in str(e):
             raise
-        return _say("out of memory: train with a smaller --microbatch or --use_checkpoint True, sample with a smaller --batch_size")
+        return _say(
+            "out of memory: train with a smaller --microbatch or --use_checkpoint True, sample with a smaller --batch_size"
+        )
     return 0
 
 

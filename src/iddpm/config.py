@@ -50,9 +50,7 @@ class Diffusion:
 
     diffusion_steps: int = opt(1000, "steps T of the chain", low=1, fixed=True)
     noise_schedule: str = opt("linear", "variances of the chain", choices=("linear", "cosine"), fixed=True)
-    parametrization: str = opt(
-        "eps", "what the network predicts", choices=("eps", "x0", "v", "previous"), fixed=True
-    )
+    parametrization: str = opt("eps", "what the network predicts", choices=("eps", "x0", "v", "previous"), fixed=True)
     learn_sigma: bool = opt(False, "learn the variance, as a range (twice the output channels)", fixed=True)
     sigma_small: bool = opt(False, "fixed variance: the posterior's rather than beta", fixed=True)
     rescale_timesteps: bool = opt(True, "the network sees i * 1000/T rather than i", fixed=True)
@@ -62,9 +60,7 @@ class Diffusion:
         choices=("auto", "simple", "hybrid", "hybrid_unscaled", "vlb", "vlb_unscaled"),
         fixed=True,
     )
-    schedule_sampler: str = opt(
-        "uniform", "law of t", choices=("uniform", "stratified", "loss-second-moment"), fixed=True
-    )
+    schedule_sampler: str = opt("uniform", "law of t", choices=("uniform", "stratified", "loss-second-moment"), fixed=True)
 
 
 @dataclass(frozen=True)

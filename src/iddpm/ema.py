@@ -9,7 +9,7 @@ from torch import Tensor
 class EMA:
     """avg <- d avg + (1 - d) weights, with d = rate, or min(rate, (1 + n) / (10 + n)) at update n with `warmup`.
 
-    The warm-up, as in TensorFlow's ExponentialMovingAverage, makes the average of a short run usable: it forgets the untrained start.
+    The warm-up, as in TensorFlow's ExponentialMovingAverage, makes the average of a short run usable: it forgets the start.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], rates: Sequence[float], warmup: bool = True):

@@ -32,8 +32,8 @@ def bits_per_dim(
 ) -> dict[str, Any]:
     """The variational bound on -log2 p of images, in bits/dim: total, prior and the term of each step, means over images.
 
-    `num_samples` images (0: all) are a draw of the seed, each once. The noise of an image depends on the seed, its place in the draw
-    and the step. Terms are listed from step 0 (the decoder's) upwards. On a respaced chain the bound is that chain's own.
+    `num_samples` images (0: all) are a draw of the seed, each once. The noise of an image depends on the seed, its place in the
+    draw and the step. Terms are listed from step 0 (the decoder's) upwards. On a respaced chain the bound is that chain's own.
     """
     denoiser = build.denoiser(config.diffusion, net, config.sample.sampling_steps, config.sample.clip_denoised)
     chain, n = denoiser.chain, min(num_samples or len(data), len(data))

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from iddpm import build, rng
 from iddpm.checkpoint import Weights
 from iddpm.config import Config, image_size
 from iddpm.diffusion.denoiser import Network
+from iddpm.diffusion.solvers import State, run
 from iddpm.errors import UserError
 
 
@@ -77,9 +78,14 @@ def images(
         def noise(k: int, seeds: Sequence[int] = seeds) -> Tensor:
             return rng.normal(0, rng.SAMPLE, k, seeds, shape).to(device)
 
-        for state in solver(denoiser, noise(0), noise, {"y": labels} if config.model.class_cond else {}):
-            tick()
-        yield to_uint8(state.x)
+        path = solver(denoiser, noise(0), noise, {"y": labels} if config.model.class_cond else {})
+        yield to_uint8(run(_ticking(path, tick)))
+
+
+def _ticking(path: Iterable[State], tick: Callable[[], Any]) -> Iterator[State]:
+    for state in path:
+        tick()
+        yield state
 
 
 # ---- where they go: each writer knows how many images of the job it already holds
@@ -98,9 +104,9 @@ class Folder:
 
     def __init__(self, out: Path, config: Config, job: Job, identity: dict[str, Any]):
         self.out, record = out, out / "job.json"
-        if out.exists() and (not record.exists() or json.loads(record.read_text()) != identity):
-            if not out.is_dir() or any(out.iterdir()):
-                raise UserError(f"{out} already holds something else: give another --out")
+        ours = record.exists() and json.loads(record.read_text()) == identity
+        if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} already holds something else: give another --out")
         out.mkdir(parents=True, exist_ok=True)
         _replace(record, json.dumps(identity).encode())
         names = [f"{config.data.classes[y]}_" if y >= 0 else "" for y in job.labels]

@@ -166,9 +166,7 @@ def _dropout_seed(seed: int, step: int) -> int:
     return int(rng.stream(seed, rng.DROPOUT, step, 0).integers(2**63))
 
 
-def train(
-    config: Config, data: Images, run: Path, notes: Sequence[str] = (), say: Callable[[str], None] = print
-) -> Path:
+def train(config: Config, data: Images, run: Path, notes: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     Raises UserError where the run cannot go on (50 bad steps in a row), Stopped after Ctrl-C or SIGTERM, once all is saved.
@@ -208,8 +206,8 @@ def train(
             done = state.step == end
             if state.skipped_in_a_row >= MAX_SKIPS:
                 raise UserError(
-                    f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, or "
-                    f"leave fp16; the last checkpoint is whole"
+                    f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
+                    f"or leave fp16; the last checkpoint is whole"
                 )
             if state.step % t.log_interval == 0 or done or stopping():
                 now = time.monotonic()
@@ -324,7 +322,7 @@ def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> l
 
 
 def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) -> None:
-    """Say what the run would be: its config, shapes, and the time and memory of a step (the median of 3, after one to warm up)."""
+    """Say what the run would be: its config, shapes, and the time and memory of a step (median of 3, after one to warm up)."""
     device, end = build.device(config.train.device), total_steps(config.train)
     state, order, meter = TrainState(config, device), Order(len(data), config.train.seed), Meter()
     denoiser = build.denoiser(config.diffusion, build.in_precision(state.net, device, config.train.precision))
@@ -337,8 +335,10 @@ def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) ->
     typical = statistics.median(seconds[1:])
     weights = sum(p.numel() for p in state.params.values())
     say(config.to_json())
-    say(f"images {tuple(batch.x0.shape)}, labels {None if batch.labels is None else tuple(batch.labels.shape)}, chain of {denoiser.chain.steps}")
-    say(f"{weights:,} weights; with gradients, AdamW and {len(state.ema.averages)} averages {weights * 4 * (4 + len(state.ema.averages)) / 2**20:,.0f} MiB")
+    labels = "no labels" if batch.labels is None else f"labels {tuple(batch.labels.shape)}"
+    say(f"images {tuple(batch.x0.shape)}, {labels}, chain of {denoiser.chain.steps}")
+    held = weights * 4 * (4 + len(state.ema.averages)) / 2**20
+    say(f"{weights:,} weights; with gradients, AdamW and {len(state.ema.averages)} averages {held:,.0f} MiB")
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
     else:

@@ -150,3 +150,8 @@ def test_the_steps_of_a_batch_do_not_depend_on_how_it_is_split(name: str) -> Non
     whole, parts = law(u), [law(part) for part in u.split([3, 6, 7])]
     assert torch.equal(whole.i, torch.cat([part.i for part in parts]))
     assert torch.equal(whole.weight, torch.cat([part.weight for part in parts]))
+
+
+def test_until_it_is_warm_the_loss_aware_law_is_uniform_to_the_bit() -> None:
+    u = torch.cat([torch.arange(8, dtype=torch.float64) / 8, uniforms(100)])  # with the edges
+    assert all(torch.equal(*pair) for pair in zip(LossSecondMoment(8)(u), Uniform(8)(u)))

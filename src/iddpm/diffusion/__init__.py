@@ -1,1 +1,1 @@
-"""The mathematics of diffusion, on tensors alone. Read it in this order: schedule, parametrization, denoiser, objective, solvers."""
+"""The mathematics of diffusion, on tensors alone; read schedule, parametrization, denoiser, objective, solvers, in this order."""

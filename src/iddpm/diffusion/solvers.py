@@ -1,5 +1,6 @@
 """Solvers walk a chain from noise to images. Each is a generator of (step, x, x0): watch it, or `run` it to its end."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -74,9 +75,8 @@ def ddim_inversion(denoiser: Denoiser, x: Tensor, cond: Cond = {}) -> Iterator[S
 
 def run(path: Iterable[State]) -> Tensor:
     """The x that a path ends at."""
-    for state in path:
-        pass
-    return state.x
+    (last,) = deque(path, maxlen=1)
+    return last.x
 
 
 def _down(denoiser: Denoiser, x: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -66,7 +66,7 @@ class LossSecondMoment(Uniform):
         """The law (T,) float64, which sums to 1."""
         if not self.warm():
             return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
-        moment = (self._losses**2).mean(1).sqrt()
+        moment = (self._losses**2).mean(1).sqrt().clamp(min=1e-300)  # all losses 0 is the uniform law
         return (1 - self.uniform) * moment / moment.sum() + self.uniform / self.steps
 
     def __call__(self, u: Tensor) -> Draw:

@@ -44,7 +44,8 @@ class GroupNorm(nn.GroupNorm):
         if scale is None or shift is None:
             return super().forward(x).to(x.dtype)
         # as one image of B C channels, the modulation is the norm's own affine map and costs no pass over x
-        weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift  # b c
+        gain = 1 + scale.to(self.weight.dtype)  # in bfloat16 the sum would lose a small scale
+        weight, bias = self.weight * gain, self.bias * gain + shift  # b c
         rows = x.reshape(1, -1, *x.shape[2:])  # 1 bc h w
         h = F.group_norm(rows, len(x) * self.num_groups, weight.flatten(), bias.flatten(), self.eps)
         return h.reshape(x.shape).to(x.dtype)  # autocast on a GPU normalises in float32
@@ -171,24 +172,25 @@ class AttentionPool(nn.Module):
         return self.c_proj(h).squeeze(1)  # b out
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Layers in a row, of which the residual blocks see the embedding.
 
     With `recompute`, activations inside are dropped and computed again, dropout included, in the backward pass.
     """
 
     def __init__(self, *layers: nn.Module, recompute: bool = False):
-        super().__init__(*layers)
+        super().__init__(layers)
         self.recompute = recompute and isinstance(layers[0], ResBlock)  # a lone convolution would only be run twice
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), with the channels of `skip` stacked under it where given, through the layers."""
         if self.recompute and torch.is_grad_enabled():
             h: Tensor = checkpoint(self.run, x, emb, skip, use_reentrant=False, preserve_rng_state=True)
             return h
         return self.run(x, emb, skip)
 
     def run(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
-        h = x if skip is None else torch.cat([x, skip], dim=1)  # b c (+ c') h w
+        h = x if skip is None else torch.cat([x, skip], dim=1)  # b c h w
         for layer in self:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
         return h

@@ -49,11 +49,10 @@ def channel_mult_for(side: int) -> tuple[float, ...]:
     Tabulated for powers of two. Another side takes the entry of the power of two below it, cut where halving it leaves
     a fraction. Past 512, each doubling puts a further level, as wide as the first, in front.
     """
-    known = min(max(power_of_two_below(side), min(CHANNEL_MULT)), max(CHANNEL_MULT))
-    mult = CHANNEL_MULT[known]
-    mult = mult[:1] * (power_of_two_below(side) // known - 1).bit_length() + mult
-    halvings = (side & -side).bit_length() - 1  # how often 2 divides side
-    return mult[: halvings + 1]
+    size = power_of_two_below(side)
+    mult = CHANNEL_MULT[min(max(size, min(CHANNEL_MULT)), max(CHANNEL_MULT))]
+    mult = mult[:1] * (size.bit_length() - max(CHANNEL_MULT).bit_length()) + mult  # a negative count adds nothing
+    return mult[: (side & -side).bit_length()]  # 2 divides side one time fewer than that
 
 
 def attention_rates(resolutions: Sequence[int], side: int, levels: int) -> tuple[int, ...]:
@@ -147,35 +146,32 @@ class Encoder(nn.Module):
         self.input_blocks = nn.ModuleList(stages)
         self.middle_block = stage(parts.block(ch, ch), parts.attend(ch, num_heads), parts.block(ch, ch))
 
-    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None, batch: int) -> Tensor:
         """The embedding (B, 4 num_channels) of times t (B,) and classes y (B,)."""
         if (y is None) != (self.num_classes is None):
-            raise ValueError(
-                "this network knows no classes: leave out y" if y is not None else "this network has classes: give y"
-            )
-        if t.ndim != 1 or (y is not None and y.shape != t.shape):
-            raise ValueError(
-                f"t and y must hold one number per image, (B,), not {[tuple(a.shape) for a in (t, y) if a is not None]}"
-            )
+            raise ValueError("this network has classes: give y" if y is None else "this network has no classes: leave out y")
+        for name, numbers in (("t", t), ("y", y)):
+            if numbers is not None and numbers.shape != (batch,):
+                raise ValueError(f"{name} must hold one number per image, ({batch},), not {tuple(numbers.shape)}")
         emb: Tensor = self.time_embed(timestep_embedding(t, self.num_channels).to(self.dtype))  # b 4n
         return emb if y is None else emb + self.label_emb(y)
 
-    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """What each input stage makes of x (B, C, H, W) and, last, what the middle makes of that."""
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The embedding, and what each input stage makes of x (B, C, H, W), with, last, what the middle makes of that."""
         channels = self.images * self.in_channels
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
             raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
-        h, outputs = x.to(self.dtype), []
+        emb = self.embed(t, y, len(x))  # b 4n
+        outputs = [x.to(self.dtype)]
         for stage in (*self.input_blocks, self.middle_block):
-            h = stage(h, emb)  # b c h w
-            outputs.append(h)
-        return outputs
+            outputs.append(stage(outputs[-1], emb))  # b c h w
+        return emb, outputs[1:]
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
-        return self.time_embed[0].weight.dtype
+        return next(self.time_embed.parameters()).dtype
 
 
 class UNet(Encoder):
@@ -229,15 +225,17 @@ class UNet(Encoder):
 
         ValueError where H or W cannot be halved at every level, or y is missing or out of place.
         """
-        emb = self.embed(t, y)  # b 4n
-        *skips, h = self.encode(x, emb)
+        emb, (*skips, h) = self.encode(x, t, y)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
         return self.out(h).to(x.dtype)
 
 
 class SuperResUNet(UNet):
-    """The U-Net that also sees a smaller image: (Nichol & Dhariwal 2021, section 3; Saharia et al. 2021)."""
+    """The U-Net that also sees a smaller image (Nichol & Dhariwal 2021; Saharia et al. 2021).
+
+    The published one for 512 pixels is as wide as for 256: channel_mult_for(256).
+    """
 
     images = 2
 
@@ -325,6 +323,6 @@ class Classifier(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits (B, out_channels) for x (B, in_channels, H, W) at times t (B,); ValueError where the size does not fit."""
-        outputs = self.encode(x, self.embed(t))
+        _, outputs = self.encode(x, t)
         h = torch.cat([h.mean((2, 3)) for h in outputs], dim=1) if self.sees_all else outputs[-1]
         return self.out(h).to(x.dtype)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Handwritten digits, 8x8 grey, class-conditional: what `make demo` runs. See docs/log.md for what it got.
+set -euo pipefail
+iddpm data digits data/digits
+iddpm train data/digits/train --preset digits --run runs/digits
+iddpm sample runs/digits
+iddpm nll runs/digits data/digits/test
