@@ -56,6 +56,7 @@ def refused(capsys, *argv) -> str:
         (["train", "EMPTY", "--steps", "1"], "png"),
         (["train", "TEXT", "--steps", "1"], "notes.png"),
         (["train", "DATA", "--run", "FILLED", "--steps", "1"], "not empty"),
+        (["train", "DATA", "--run", "/proc/read_only", *SMALL], "/proc/read_only"),
         (["sample", "MISSING"], "no such run"),
         (["sample", "EMPTY"], "no complete checkpoint"),
         (["sample", "RUN", "--labels", "horse"], "across, disc, down"),

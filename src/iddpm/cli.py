@@ -147,6 +147,8 @@ def _default_run(data: str, preset: str) -> str:
 
 def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[Config, list[str]]:
     """The config of a run: stored, else from its source or preset; then the flags. Also says what a resumed run changes."""
+    if bool(given.get("steps")) != bool(given.get("images")):  # one of them replaces the other, wherever that came from
+        given = {"steps": 0, "images": 0, **given}
     if preset and preset not in PRESETS:
         raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
     record = run / "config.json"
@@ -326,14 +328,15 @@ def _data(name: str, out: str, source: str) -> None:
 class Verb(NamedTuple):
     run: Callable[..., None]
     parser: Callable[[Parser], None]
+    usage: str
     help: str
 
 
 VERBS = {
-    "train": Verb(_train, _train_parser, "train a model on a folder of images; the same command resumes"),
-    "sample": Verb(_sample, _sample_parser, "draw images from a run"),
-    "nll": Verb(_nll, _nll_parser, "bits per dimension of a data set, and every term of the bound"),
-    "data": Verb(_data, _data_parser, "fetch and lay out a data set"),
+    "train": Verb(_train, _train_parser, "DATA", "train a model on a folder of images; the same command resumes"),
+    "sample": Verb(_sample, _sample_parser, "RUN", "draw images from a run"),
+    "nll": Verb(_nll, _nll_parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound"),
+    "data": Verb(_data, _data_parser, "NAME OUT", "fetch and lay out a data set"),
 }
 
 
@@ -357,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"unknown verb {argv[0]!r}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
             )
         verb = VERBS[argv[0]]
-        parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help)
+        parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help, usage=f"iddpm {argv[0]} {verb.usage} [--flag value ...]")
         verb.parser(parser)
         verb.run(**parser.read(argv[1:]))
     except UserError as e:

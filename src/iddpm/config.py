@@ -96,7 +96,7 @@ class Train:
     precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
     fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", low=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    seed: int = opt(0, "seed of everything random", low=0, fixed=True)
+    seed: int = opt(0, "seed of everything random", low=0, high=2**63 - 1, fixed=True)
     log_interval: int = opt(50, "steps between log lines", low=1)
     save_interval: int = opt(1000, "steps between checkpoints", low=1)
     sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
@@ -142,7 +142,7 @@ class Measure:
     """What to measure."""
 
     num_samples: int = opt(0, "images, drawn by the seed; 0: all", low=0)
-    seed: int = opt(0, "seed of the draw and of the noise", low=0)
+    seed: int = opt(0, "seed of the draw and of the noise", low=0, high=2**63 - 1)
     out: str = opt("", "where the numbers go; empty: nll.json in the run")
 
 

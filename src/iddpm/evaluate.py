@@ -56,12 +56,12 @@ def bits_per_dim(
                 denoiser(noise(0), at, cond).x0.sum().item()
             once = time.monotonic() - began
             say(f"{n} images, {chain.steps} steps each: about {duration(once * chain.steps * n / len(x0))}")
-        prior = prior_term(chain, x0).double().cpu()
+        prior = prior_term(chain, x0).cpu().double()
         total = prior.clone()
         for term in bound_terms(denoiser, x0, noise, cond):
-            total += term.vb.double().cpu()
+            total += term.vb.cpu().double()
             for table, value in ((vb, term.vb), (x0_mse, term.x0_mse), (eps_mse, term.eps_mse)):
-                table[term.i] += value.double().sum().item() / n
+                table[term.i] += value.cpu().double().sum().item() / n
             tick(len(x0))
         totals.append(total)
         priors.append(prior)

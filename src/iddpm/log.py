@@ -23,10 +23,10 @@ class Meter:
     def add(self, values: Mapping[str, Tensor], quartile: Tensor | None = None) -> None:
         """Take in values (B,), and, of images, in which quartile of t each lies (B,), 0 to 3."""
         for name, value in values.items():
-            value = value.detach().double()
+            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
             rows = 1 if quartile is None else 4
             if name not in self._sums:
-                self._sums[name] = torch.zeros(rows, 2, dtype=torch.float64, device=value.device)
+                self._sums[name] = torch.zeros(rows, 2, dtype=value.dtype, device=value.device)
             at = torch.zeros(len(value), dtype=torch.int64, device=value.device) if quartile is None else quartile
             self._sums[name].index_add_(0, at, torch.stack([torch.ones_like(value), value], dim=1))
 

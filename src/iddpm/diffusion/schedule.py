@@ -102,16 +102,16 @@ class Step(NamedTuple):
 
 
 class Table:
-    """Float64 columns over the steps of a chain, looked up in float32 for a batch of steps; cached per device."""
+    """Columns over the steps of a chain, made in float64, looked up in float32 for a batch of steps; cached per device."""
 
     def __init__(self, columns: Sequence[Tensor]):
-        self._rows = {torch.device("cpu"): torch.stack([c.expand(columns[0].shape) for c in columns], dim=1)}
+        self._rows = {torch.device("cpu"): torch.stack(list(columns), dim=1).float()}
 
     def __call__(self, i: Tensor, ndim: int) -> tuple[Tensor, ...]:
         """Column values at steps i (B,), each (B, 1, ...) float32 with `ndim` dimensions."""
         if i.device not in self._rows:
             self._rows[i.device] = self._rows[torch.device("cpu")].to(i.device)
-        return self._rows[i.device][i].float().reshape(len(i), -1, *(1,) * (ndim - 1)).unbind(1)
+        return self._rows[i.device][i].reshape(len(i), -1, *(1,) * (ndim - 1)).unbind(1)
 
 
 class Chain:
