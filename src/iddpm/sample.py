@@ -183,7 +183,7 @@ def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Wri
 def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
     """Images (N, H, W, C) uint8 in separated cells; with classes, one or more rows of each, its name in front."""
     n, height, width, _ = images.shape
-    zoom = max(1, 48 // max(height, width))  # small images are enlarged, pixel by pixel
+    zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
     labelled = len(labels) > 0 and min(labels) >= 0
     if labelled:
         kinds = sorted(set(labels))
