@@ -52,11 +52,11 @@ def data(pictures) -> Images:
 @pytest.fixture(scope="session")
 def run(config, data, tmp_path_factory) -> Path:
     """A finished tiny run. Read it; do not change it."""
-    from iddpm.cli import _write_config
     from iddpm.train import train
+    from iddpm.verbs.train import write_config
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    _write_config(folder, config)
+    write_config(folder, config)
     train(config, data, folder)
     return folder
 

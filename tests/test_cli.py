@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from conftest import TINY, flags
-from iddpm.cli import VERBS, Parser, main
+from iddpm.cli import VERBS, main
 from iddpm.config import Config, fields_of
+from iddpm.flags import Parser
 from iddpm.presets import PRESETS
 
 SMALL = flags(**TINY)

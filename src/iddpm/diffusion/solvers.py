@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iddpm.diffusion.denoiser import Cond, Denoiser, Prediction
+from iddpm.diffusion.guidance import Gradient, shift_mean, shift_score
 from iddpm.diffusion.likelihood import Noise
 from iddpm.diffusion.schedule import Step
 
@@ -44,20 +45,32 @@ def ddim_inverse_step(p: Prediction, xt: Tensor, s: Step) -> Tensor:
 # ---- whole paths
 
 
-def ancestral(denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}) -> Iterator[State]:
-    """Draw from the chain itself, x (B, C, H, W) standard normal. Step i uses the draw noise(steps - i); noise(0) made x."""
+def ancestral(denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}, gradient: Gradient | None = None) -> Iterator[State]:
+    """Draw from the chain itself, x (B, C, H, W) standard normal. Step i uses the draw noise(steps - i); noise(0) made x.
+
+    A `gradient` guides each step by moving its mean.
+    """
     for k, (i, at) in enumerate(_down(denoiser, x)):
         p = denoiser(x, at, cond)
+        if gradient is not None:
+            p = shift_mean(p, gradient(x, at))
         x = ancestral_step(p, x, denoiser.chain.at(at, x), noise(k + 1) if i else torch.zeros_like(x))
         yield State(i, x, p.x0)
 
 
-def ddim(denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}, *, eta: float = 0.0) -> Iterator[State]:
-    """DDIM from x (B, C, H, W) standard normal; eta in [0, 1]. Noise is drawn as in `ancestral`, and only where eta > 0."""
+def ddim(
+    denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}, gradient: Gradient | None = None, *, eta: float = 0.0
+) -> Iterator[State]:
+    """DDIM from x (B, C, H, W) standard normal; eta in [0, 1]. Noise is drawn as in `ancestral`, and only where eta > 0.
+
+    A `gradient` guides each step by moving its score.
+    """
     for k, (i, at) in enumerate(_down(denoiser, x)):
-        p = denoiser(x, at, cond)
+        p, s = denoiser(x, at, cond), denoiser.chain.at(at, x)
+        if gradient is not None:
+            p = shift_score(p, x, s, gradient(x, at))
         eps = noise(k + 1) if eta and i else torch.zeros_like(x)
-        x = ddim_step(p, x, denoiser.chain.at(at, x), eps, eta)
+        x = ddim_step(p, x, s, eps, eta)
         yield State(i, x, p.x0)
 
 

@@ -1,0 +1,28 @@
+"""What the verbs that use trained weights share."""
+
+from pathlib import Path
+from typing import Any
+
+from iddpm.config import Config, Sample, Which, check, fields_of
+from iddpm.flags import make
+
+
+def open_weights(run: str, given: dict[str, Any]) -> tuple[Any, Config, Any, Any, Which]:
+    """The weights, the config with the flags given, the network and device a verb works with."""
+    which = make(Which, given)
+    from iddpm import build, checkpoint, sample
+
+    step = which.checkpoint_step if which.checkpoint_step >= 0 else None
+    device = build.device(which.device)
+    weights = checkpoint.read_weights(Path(run), step, which.ema_rate if which.ema_rate >= 0 else None)
+    config = weights.config.updated({k: v for k, v in given.items() if k in fields_of(Sample)})
+    if given.get("solver") == "ancestral" and "eta" not in given:
+        config = config.updated({"eta": 0.0})
+    check(config)
+    build.chain(config.diffusion, config.sample.sampling_steps)
+    return weights, config, sample.restore(weights, device, which.precision), device, which
+
+
+def beside(weights: Path) -> Path:
+    """The run's folder of a weights file, or the folder of a lone one."""
+    return weights.parents[2] if weights.parent.parent.name == "checkpoints" else weights.parent

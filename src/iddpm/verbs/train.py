@@ -1,0 +1,109 @@
+"""`iddpm train`: find out what the run is, new or resumed, and train it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from iddpm.config import Config, check, fields_of
+from iddpm.errors import UserError
+from iddpm.flags import Parser, Verb, boolean
+from iddpm.presets import PRESETS
+
+
+def _parser(parser: Parser) -> None:
+    parser.add_argument("data", nargs="?", default="", help="a folder of images; a resumed run remembers it")
+    parser.add_argument("--preset", default="", help="a recipe to start from", metavar="NAME")
+    parser.add_argument("--run", default="", help="the run's folder [runs/PRESET or runs/DATA]", metavar="DIR")
+    parser.booleans.add("dry_run")
+    parser.add_argument(
+        "--dry_run", type=boolean, default=False, metavar="BOOL", help="say what would be done, time a step, and stop"
+    )
+    for _, group in Config().groups():
+        parser.add_fields(type(group))
+    rows = (f"  {name:14} {text}" for name, (text, _) in PRESETS.items())
+    parser.epilog = "presets (flags given beside one win):\n" + "\n".join(rows)
+
+
+def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:
+    folder = Path(run or _default_run(data, preset))
+    config, notes = _resolve(folder, data, preset, given)
+    from iddpm import build, train
+    from iddpm.config import image_size, total_steps
+    from iddpm.data import Images
+
+    total_steps(config.train)
+    build.device(config.train.device)
+    images = Images.open(
+        config.data.path,
+        image_size=image_size(config.model),
+        channels=config.model.image_channels,
+        on_broken=config.data.on_broken,
+        cache_bytes=int(config.data.cache_gb * 2**30),
+        labels=config.data.labels,
+        classes=config.data.classes or None,
+    )
+    print(images.describe())
+    if config.model.class_cond and images.labels is None:
+        raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
+    if config.model.class_cond:
+        config = config.updated(dict(classes=images.classes, rule=images.rule, num_classes=len(images.classes)))
+    build.network(config)
+    if dry_run:
+        train.dry_run(config, images)
+        return
+    write_config(folder, config)
+    for note in notes:
+        print(note)
+    last = train.train(config, images, folder, notes=notes)
+    print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
+    print(f"next: iddpm sample {folder}")
+
+
+def _default_run(data: str, preset: str) -> str:
+    if not data:
+        raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
+    return "runs/" + (preset or "-".join(Path(data).resolve().parts[-2:]).strip("/") or "run")
+
+
+def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The config of a run: stored, else from its source or preset; then the flags. Also says what a resumed run changes."""
+    if bool(given.get("steps")) != bool(given.get("images")):  # one of them replaces the other, wherever that came from
+        given = {"steps": 0, "images": 0, **given}
+    if preset and preset not in PRESETS:
+        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
+    record = run / "config.json"
+    if not record.exists() or not any((run / "checkpoints").glob("step_*")):
+        if run.exists() and not record.exists() and any(run.iterdir()):
+            raise UserError(f"{run} is not empty and no run of iddpm: give another --run")
+        config = Config()
+        if source := given.get("init_from"):
+            from iddpm.checkpoint import read_weights
+
+            other = read_weights(Path(source)).config
+            inherited = {k: getattr(g, k) for g in (other.model, other.diffusion, other.sample) for k in fields_of(g)}
+            config = config.updated(inherited)
+        config = config.updated({**(PRESETS[preset][1] if preset else {}), **given, "preset": preset})
+        if not data:
+            raise UserError(f"which images? {run} holds no run yet: iddpm train DATA --run {run}")
+        return check(config.updated({"path": data})), []
+    stored = Config.from_json(record.read_text(), str(record))
+    if preset and preset != stored.preset:
+        raise UserError(f"--preset {preset}: {run} was begun with {stored.preset or 'none'}; take another --run")
+    now, metas = stored.flat(), {k: m for _, g in stored.groups() for k, (_, _, m) in fields_of(g).items()}
+    changed = {k: v for k, v in given.items() if v != now[k]}
+    if fixed := [k for k in changed if metas[k]["fixed"]]:
+        k = fixed[0]
+        raise UserError(f"--{k} {changed[k]}: {run} was trained with {now[k]}, which cannot change; take another --run")
+    if data and data != stored.data.path:
+        changed["path"] = data
+    return check(stored.updated(changed)), [f"changed on resume: {k} {now[k]} -> {v}" for k, v in changed.items()]
+
+
+def write_config(run: Path, config: Config) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    aside = run / ".config.json"
+    aside.write_text(config.to_json())
+    os.replace(aside, run / "config.json")
+
+
+VERB = Verb(_train, _parser, "DATA", "train a model on a folder of images; the same command resumes")
