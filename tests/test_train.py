@@ -9,11 +9,13 @@ import torch
 
 from conftest import TINY, flags, start
 from iddpm import build, checkpoint
+from iddpm.batches import make_batch
 from iddpm.data import Order
 from iddpm.ema import EMA
 from iddpm.errors import UserError
 from iddpm.log import Logger, Meter, read_rows
-from iddpm.train import LossScale, TrainState, dry_run, initialise, learning_rate, make_batch, train, train_step
+from iddpm.state import LossScale, TrainState, initialise
+from iddpm.train import dry_run, learning_rate, train, train_step
 
 CPU = torch.device("cpu")
 
@@ -27,7 +29,7 @@ def one_step(config, data, poison=1.0):
     batch = make_batch(config, data, Order(len(data), 0), 0, 0)
     batch = batch._replace(x0=batch.x0 * poison)
     before = {k: p.detach().clone() for k, p in state.params.items()}
-    train_step(state, config, denoiser, batch, Meter())
+    train_step(state, config, state.net, denoiser, batch, Meter())
     return state, before
 
 

@@ -1,5 +1,3 @@
-import sys
+from iddpm.cli import entry
 
-from iddpm.cli import main
-
-sys.exit(main())
+entry()

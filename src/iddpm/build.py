@@ -3,47 +3,79 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iddpm.config import Config, Diffusion, Sample, image_size, numbers
 from iddpm.diffusion.denoiser import Denoiser, Network, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.objective import OBJECTIVES, Terms
+from iddpm.diffusion.objective import OBJECTIVES, Terms, cross_entropy
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Chain, respace
 from iddpm.diffusion.solvers import SOLVERS, State
 from iddpm.diffusion.timesteps import LAWS, Uniform
 from iddpm.errors import UserError
-from iddpm.nn import UNet, attention_rates, channel_mult_for
+from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
 
 
-def network(config: Config) -> UNet:
+def network(config: Config) -> UNet | Classifier:
     """The untrained network of a config; UserError where the sizes do not fit together."""
     m = config.model
     side = min(image_size(m))
     mult = numbers(m.channel_mult, "channel_mult", float) if m.channel_mult else channel_mult_for(side)
     try:
-        net = UNet(
+        common: dict[str, Any] = dict(
             in_channels=m.image_channels,
             num_channels=m.num_channels,
-            out_channels=m.image_channels * (2 if config.diffusion.learn_sigma else 1),
             num_res_blocks=m.num_res_blocks,
             attention=attention_rates(numbers(m.attention_resolutions, "attention_resolutions"), side, len(mult)),
             dropout=m.dropout,
             channel_mult=mult,
-            num_classes=m.num_classes if m.class_cond else None,
             use_checkpoint=m.use_checkpoint,
             num_heads=m.num_heads,
-            num_heads_upsample=m.num_heads_upsample,
             num_head_channels=m.num_head_channels,
             use_scale_shift_norm=m.use_scale_shift_norm,
+            resblock_updown=m.resblock_updown,
+            new_attention_order=m.new_attention_order,
         )
+        net = NETWORKS[m.network](config, common)
     except ValueError as e:
         raise UserError(str(e)) from None
     if bad := [s for s in image_size(m) if s % 2 ** (len(mult) - 1)]:
         raise UserError(f"--image_size {m.image_size}: {len(mult)} levels need multiples of {2 ** (len(mult) - 1)}, not {bad[0]}")
     return net
+
+
+def _unet(config: Config, common: dict[str, Any]) -> UNet:
+    return UNet(**common, **_outputs(config))
+
+
+def _super_res(config: Config, common: dict[str, Any]) -> UNet:
+    return SuperResUNet(**common, **_outputs(config), sees_noise_level=config.model.low_res_noise > 0)
+
+
+def _outputs(config: Config) -> dict[str, Any]:
+    m = config.model
+    return dict(
+        out_channels=m.image_channels * (2 if config.diffusion.learn_sigma else 1),
+        num_classes=m.num_classes if m.class_cond else None,
+        num_heads_upsample=m.num_heads_upsample,
+    )
+
+
+def _classifier(config: Config, common: dict[str, Any]) -> Classifier:
+    m = config.model
+    if len(set(image_size(m))) > 1 and m.classifier_pool == "attention":
+        raise ValueError(f"--image_size {m.image_size}: a classifier of this shape needs --classifier_pool adaptive")
+    return Classifier(**common, image_size=min(image_size(m)), out_channels=m.num_classes, pool=m.classifier_pool)
+
+
+NETWORKS: dict[str, Callable[[Config, dict[str, Any]], UNet | Classifier]] = {
+    "unet": _unet,
+    "super_res": _super_res,
+    "classifier": _classifier,
+}
 
 
 def chain(d: Diffusion, sampling_steps: str = "all") -> Chain:
@@ -62,8 +94,11 @@ def denoiser(d: Diffusion, net: Network, sampling_steps: str = "all", clip: bool
     return Denoiser(net, chain(d, sampling_steps), PARAMETRIZATIONS[d.parametrization], variance, clip)
 
 
-def objective(d: Diffusion) -> Callable[..., Terms]:
+def objective(config: Config) -> Callable[..., Terms]:
     """The loss of a config."""
+    d = config.diffusion
+    if config.model.network == "classifier":
+        return cross_entropy
     return OBJECTIVES[("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective]
 
 

@@ -69,6 +69,22 @@ def save(run: Path, config: Config, saved: Saved, keep: int = 0) -> Path:
     return final
 
 
+class Folder:
+    """The checkpoints of a run's folder, of which the newest `keep` stay (0: all)."""
+
+    def __init__(self, run: Path, keep: int = 0):
+        self.run, self.keep = run, keep
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The newest state that verifies, and one line for each newer one that was passed over."""
+        folder, passed_over = newest(self.run)
+        return (load(folder) if folder else None), passed_over
+
+    def save(self, config: Config, saved: Saved) -> Path:
+        """Keep a state."""
+        return save(self.run, config, saved, self.keep)
+
+
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that was passed over."""
     skipped: list[str] = []

@@ -9,6 +9,8 @@ from typing import Any, get_type_hints
 
 from iddpm.errors import UserError
 
+ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
+
 
 def opt(
     default: Any,
@@ -28,7 +30,22 @@ def opt(
 class Model:
     """The network."""
 
+    network: str = opt(
+        "unet",
+        "what to train: a model of images, one that enlarges them, or a classifier of noisy ones",
+        choices=("unet", "super_res", "classifier"),
+        fixed=True,
+    )
     image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
+    small_size: str = opt("", "super_res: the size it enlarges from, pixels or HEIGHTxWIDTH", fixed=True)
+    low_res_noise: float = opt(
+        0.0,
+        "super_res: noise up to this deviation on the small image in training, and its level told to the network "
+        "(conditioning augmentation)",
+        low=0,
+        high=1,
+        fixed=True,
+    )
     image_channels: int = opt(3, "1 grey, 3 colour, 4 with transparency", low=1, high=4, fixed=True)
     num_channels: int = opt(128, "channels of the first level", low=1, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", low=1, fixed=True)
@@ -37,6 +54,11 @@ class Model:
     num_heads: int = opt(4, "attention heads", low=1, fixed=True)
     num_head_channels: int = opt(-1, "channels per head, instead of num_heads", low=-1, fixed=True)
     num_heads_upsample: int = opt(-1, "attention heads on the way up; -1: as num_heads", low=-1, fixed=True)
+    resblock_updown: bool = opt(False, "change sizes inside residual blocks", fixed=True)
+    new_attention_order: bool = opt(False, "attention's channels are q, k, v, then heads (some published weights)", fixed=True)
+    classifier_pool: str = opt(
+        "attention", "classifier: how it sums an image up", choices=("adaptive", "attention", "spatial", "spatial_v2"), fixed=True
+    )
     use_scale_shift_norm: bool = opt(True, "time and class scale and shift the normalised features", fixed=True)
     dropout: float = opt(0.0, "share of features dropped in training", low=0, high=0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
@@ -134,6 +156,12 @@ class Draw:
     num_samples: int = opt(0, "images; 0: 64, or 10 of each class", low=0)
     seeds: str = opt("", "seeds instead of a number of images, as 0-63 or 7,9,20-29")
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
+    classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
+    classifier_scale: float = opt(1.0, "how strongly it pulls", low=0)
+    then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
+    low_res: str = opt("", "super_res: the small images to enlarge, a folder or an npz")
+    high_res: str = opt("", "super_res: or full-size images, to be shrunk, enlarged again and compared")
+    low_res_noise: float = opt(0.0, "super_res: noise put on the small images, for a model trained with it", low=0, high=1)
     out: str = opt("", "a grid.png, a file.npz or a folder of PNGs; empty: a grid in the run's samples/")
 
 
@@ -221,9 +249,23 @@ def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
 
 def image_size(model: Model) -> tuple[int, int]:
     """(height, width) in pixels, each from 8 to 1024."""
-    parts = model.image_size.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() and 8 <= int(p) <= 1024 for p in parts):
-        raise UserError(f"--image_size {model.image_size!r}: give pixels from 8 to 1024, as 64 or (height x width) 64x96")
+    return _size(model.image_size, "image_size", 8)
+
+
+def small_size(model: Model) -> tuple[int, int]:
+    """(height, width) of what a super_res model enlarges, each a whole fraction of the image's."""
+    if not model.small_size:
+        raise UserError("--network super_res enlarges images: from which --small_size?")
+    small, large = _size(model.small_size, "small_size", 1), image_size(model)
+    if any(big % little or big == little for big, little in zip(large, small)):
+        raise UserError(f"--small_size {model.small_size}: {model.image_size} must be a whole multiple of it, twice or more")
+    return small
+
+
+def _size(text: str, name: str, low: int) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() and low <= int(p) <= 1024 for p in parts):
+        raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
     return int(parts[0]), int(parts[-1])
 
 
@@ -233,6 +275,7 @@ def check(config: Config) -> Config:
         check_fields(group)
     model, diffusion, train, sample = config.model, config.diffusion, config.train, config.sample
     image_size(model)
+    _check_network(model, diffusion)
     numbers(model.channel_mult, "channel_mult", float)
     numbers(model.attention_resolutions, "attention_resolutions")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
@@ -249,6 +292,23 @@ def check(config: Config) -> Config:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)
     return config
+
+
+def _check_network(model: Model, diffusion: Diffusion) -> None:
+    if model.network == "super_res":
+        small_size(model)
+    elif model.small_size or model.low_res_noise:
+        name = "small_size" if model.small_size else "low_res_noise"
+        raise UserError(f"--{name} has no effect with --network {model.network}: it belongs to super_res")
+    if model.network != "classifier":
+        if model.classifier_pool != Model().classifier_pool:
+            raise UserError(f"--classifier_pool has no effect with --network {model.network}: it belongs to classifier")
+        return
+    if not model.class_cond:
+        raise UserError("--network classifier learns the classes of the data: add --class_cond True")
+    if diffusion.learn_sigma or diffusion.objective != "auto":
+        name = "learn_sigma" if diffusion.learn_sigma else "objective"
+        raise UserError(f"--{name} has no effect with --network classifier, whose loss is the cross-entropy")
 
 
 def check_sampling_steps(steps: int, spec: str) -> None:

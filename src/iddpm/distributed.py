@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,18 +13,22 @@ from torch import Tensor, nn
 TIMEOUT = timedelta(minutes=30)
 
 
+def place(device: torch.device) -> torch.device:
+    """This process's device: under torchrun, cuda means cuda:LOCAL_RANK."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
 @contextmanager
 def session(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; yields this one's device (cuda becomes cuda:LOCAL_RANK).
-
-    gloo on a CPU, NCCL beside gloo on CUDA.
-    """
+    """Join the processes that torchrun started, if it did; yields this one's device. gloo on a CPU, NCCL beside it on CUDA."""
+    device = place(device)
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a restarted worker would read the old addresses
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
@@ -55,6 +59,18 @@ def parallel(net: nn.Module) -> nn.Module:
     device = next(net.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unsynchronised(net: nn.Module) -> AbstractContextManager:
+    """While it lasts, gradients of a `parallel` network stay this process's own: for all microbatches but the last."""
+    return net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def any_(value: bool) -> bool:
+    """Whether it is true on any process."""
+    flag = torch.tensor(float(value))
+    sum_(flag)
+    return bool(flag)
 
 
 def sum_(*tensors: Tensor) -> None:

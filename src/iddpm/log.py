@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ class Meter:
             at = torch.zeros(len(value), dtype=torch.int64, device=value.device) if quartile is None else quartile
             self._sums[name].index_add_(0, at, torch.stack([torch.ones_like(value), value], dim=1))
 
-    def read(self) -> dict[str, float]:
-        """name and name_q0 .. name_q3, where there were any; then start again."""
+    def read(self, add_up: Callable[[Tensor], None] = lambda table: None) -> dict[str, float]:
+        """name and name_q0 .. name_q3, where there were any; then start again. `add_up` sums a table over the processes."""
         out = {}
         for name, table in self._sums.items():
+            add_up(table)
             rows = table.tolist()  # the one synchronisation
             count, total = (sum(column) for column in zip(*rows))
             out[name] = total / count

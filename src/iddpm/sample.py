@@ -10,43 +10,62 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.checkpoint import Weights
-from iddpm.config import Config, image_size
+from iddpm.config import Config, image_size, small_size
 from iddpm.diffusion.denoiser import Network
+from iddpm.diffusion.guidance import classifier_gradient
 from iddpm.diffusion.solvers import State, run
 from iddpm.errors import UserError
+from iddpm.pictures import comparison, grid, picture
+from iddpm.super_res import bicubic, psnr, shrink, ssim
 
 
 class Job(NamedTuple):
-    """Which images to draw: one for each seed, of the class beside it (none: -1)."""
+    """Which images to draw: one for each seed, of the class beside it (none: -1), enlarged from the small image beside it."""
 
     seeds: Sequence[int]
     labels: Sequence[int]
+    low_res: np.ndarray | None = None  # (N, h, w, C) uint8
+
+    def part(self, a: int, b: int | None = None) -> "Job":
+        """Images a .. b - 1 of the job."""
+        return Job(self.seeds[a:b], self.labels[a:b], None if self.low_res is None else self.low_res[a:b])
 
 
 def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
     """The job of some seeds; seed s takes the (s modulo n)-th of the n labels asked for, by default of all classes.
 
-    `labels` are names or numbers, comma-separated; UserError where the model does not know one, or knows no classes.
+    `labels` are names or numbers, comma-separated; UserError where the model was not trained on one, or knows no classes.
     """
     if not config.model.class_cond:
         if labels:
             raise UserError("--labels: this model was trained without classes")
         return Job(seeds, [-1] * len(seeds))
-    names, wanted = config.data.classes, []
+    names, known, wanted = config.data.classes, trained_classes(config), []
     for text in (part.strip() for part in labels.split(",") if part.strip()):
         if text in names:
             wanted.append(names.index(text))
-        elif text.isdigit() and int(text) < config.model.num_classes:
+        elif text.isdigit() and int(text) < known:
             wanted.append(int(text))
         else:
-            raise UserError(f"--labels {text}: the model knows {', '.join(names)} (or 0 to {config.model.num_classes - 1})")
-    wanted = wanted or list(range(config.model.num_classes))
+            shown = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} (or 0 to {known - 1})"
+            raise UserError(f"--labels {text}: the model knows {shown if names else f'0 to {known - 1}'}")
+    wanted = wanted or list(range(known))
     return Job(seeds, [wanted[s % len(wanted)] for s in seeds])
+
+
+def trained_classes(config: Config) -> int:
+    """How many classes a model was trained on: as many as are named, of those that it has room for."""
+    return len(config.data.classes) or config.model.num_classes
+
+
+def class_name(config: Config, y: int) -> str:
+    """The name of class y, or its number where it has none."""
+    return config.data.classes[y] if y < len(config.data.classes) else str(y)
 
 
 def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> Network:
@@ -64,22 +83,57 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+class Guide(NamedTuple):
+    """A classifier of noisy images that pulls samples towards their class, and how strongly."""
+
+    config: Config
+    net: Network
+    scale: float
+
+
 @torch.inference_mode()
 def images(
-    config: Config, net: Network, job: Job, device: torch.device, batch_size: int = 64, tick: Callable[[], Any] = lambda: None
+    config: Config,
+    net: Network,
+    job: Job,
+    device: torch.device,
+    batch_size: int = 64,
+    tick: Callable[[], Any] = lambda: None,
+    guide: Guide | None = None,
+    low_res_noise: float = 0.0,
 ) -> Iterator[np.ndarray]:
-    """The images of a job in order, batch by batch, (n, H, W, C) uint8; `tick` is called after each solver step."""
+    """The images of a job in order, batch by batch, (n, H, W, C) uint8; `tick` is called after each solver step.
+
+    `low_res_noise` is the deviation of noise put on the small images, for a model trained with it.
+    """
+    m = config.model
     denoiser = build.denoiser(config.diffusion, net, config.sample.sampling_steps, config.sample.clip_denoised)
-    shape, solver = (config.model.image_channels, *image_size(config.model)), build.solver(config.sample)
+    shape, solver = (m.image_channels, *image_size(m)), build.solver(config.sample)
+    purpose = rng.UPSAMPLE if m.network == "super_res" else rng.SAMPLE  # an upsampler does not see its base's noise again
+    chain = build.chain(guide.config.diffusion, config.sample.sampling_steps) if guide else None
     for a in range(0, len(job.seeds), batch_size):
-        seeds = job.seeds[a : a + batch_size]
-        labels = torch.tensor(job.labels[a : a + batch_size], device=device)
+        part = job.part(a, a + batch_size)
+        labels = torch.tensor(part.labels, device=device)
 
-        def noise(k: int, seeds: Sequence[int] = seeds) -> Tensor:
-            return rng.normal(0, rng.SAMPLE, k, seeds, shape).to(device)
+        def noise(k: int, seeds: Sequence[int] = part.seeds) -> Tensor:
+            return rng.normal(0, purpose, k, seeds, shape).to(device)
 
-        path = solver(denoiser, noise(0), noise, {"y": labels} if config.model.class_cond else {})
-        yield to_uint8(run(_ticking(path, tick)))
+        cond = {"y": labels} if m.class_cond else {}
+        if m.network == "super_res":
+            cond |= _low_res(config, part, low_res_noise, device)
+        gradient = classifier_gradient(guide.net, chain, labels, guide.scale) if guide and chain else None
+        yield to_uint8(run(_ticking(solver(denoiser, noise(0), noise, cond, gradient), tick)))
+
+
+def _low_res(config: Config, job: Job, level: float, device: torch.device) -> dict[str, Tensor]:
+    assert job.low_res is not None
+    small = torch.from_numpy(job.low_res).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if level:
+        small = small + level * rng.normal(0, rng.LOW_RES, 0, job.seeds, small.shape[1:])
+    cond = {"low_res": small.to(device)}
+    if config.model.low_res_noise:
+        cond["low_res_level"] = torch.full((len(small),), level, device=device)
+    return cond
 
 
 def _ticking(path: Iterable[State], tick: Callable[[], Any]) -> Iterator[State]:
@@ -96,6 +150,10 @@ class Writer(Protocol):
 
     def write(self, batch: np.ndarray) -> None: ...
 
+    def held(self) -> np.ndarray:
+        """All images so far, (N, H, W, C) uint8; not after `close`."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -109,7 +167,7 @@ class Folder:
             raise UserError(f"{out} already holds something else: give another --out")
         out.mkdir(parents=True, exist_ok=True)
         _replace(record, json.dumps(identity).encode())
-        names = [f"{config.data.classes[y]}_" if y >= 0 else "" for y in job.labels]
+        names = [f"{class_name(config, y)}_" if y >= 0 else "" for y in job.labels]
         self.files = [out / f"{name}{seed:06d}.png" for name, seed in zip(names, job.seeds)]
         self.done = next((k for k, file in enumerate(self.files) if not file.exists()), len(self.files))
 
@@ -117,9 +175,12 @@ class Folder:
         for image in batch:
             file = self.files[self.done]
             aside = file.with_name(f".{file.name}")
-            _picture(image).save(aside, format="PNG")
+            picture(image).save(aside, format="PNG")
             os.replace(aside, file)
             self.done += 1
+
+    def held(self) -> np.ndarray:
+        return np.stack([np.atleast_3d(np.asarray(Image.open(file))) for file in self.files[: self.done]])
 
     def close(self) -> None:
         pass
@@ -148,6 +209,9 @@ class Array:
         self.done += len(batch)
         _replace(self.partial / "job.json", json.dumps({"job": self.identity, "done": self.done}).encode())
 
+    def held(self) -> np.ndarray:
+        return np.array(self.array[: self.done])
+
     def close(self) -> None:
         """Turn what was gathered into the file asked for, in one step."""
         aside = self.out.with_name("." + self.out.name)
@@ -155,7 +219,7 @@ class Array:
             labels = np.array(self.job.labels, dtype=np.int64)
             with zipfile.ZipFile(aside, "w") as file:
                 file.write(self.partial / "arr_0.npy", "arr_0.npy")
-                if self.config.model.class_cond:
+                if len(labels) and labels.min() >= 0:
                     with file.open("arr_1.npy", "w") as member:
                         np.lib.format.write_array(member, labels)
         else:
@@ -177,51 +241,50 @@ def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Wri
     return (Array if out.suffix else Folder)(out, config, job, identity)
 
 
-# ---- pictures
-
-
-def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
-    """Images (N, H, W, C) uint8 in separated cells; with classes, one or more rows of each, its name in front."""
-    n, height, width, _ = images.shape
-    zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
-    labelled = len(labels) > 0 and min(labels) >= 0
-    if labelled:
-        kinds = sorted(set(labels))
-        columns = min(16, max(labels.count(k) if isinstance(labels, list) else list(labels).count(k) for k in kinds))
-        rows = []
-        for kind in kinds:
-            own = [k for k, y in enumerate(labels) if y == kind]
-            rows += [(kind, own[a : a + columns]) for a in range(0, len(own), columns)]
-    else:
-        columns = max(1, round(n**0.5))
-        rows = [(-1, list(range(a, min(a + columns, n)))) for a in range(0, n, columns)]
-    gap, w, h = 2 * max(1, zoom // 2), width * zoom, height * zoom
-    names = {kind: classes[kind] if 0 <= kind < len(classes) else str(kind) for kind, _ in rows}
-    margin = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(t)) for t in names.values()) if labelled else 0
-    sheet = Image.new("RGB", (margin + columns * (w + gap) + gap, len(rows) * (h + gap) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (kind, members) in enumerate(rows):
-        top = gap + r * (h + gap)
-        if labelled:
-            pen.text((4, top + h // 2), names[kind], fill="black", anchor="lm")
-        for c, k in enumerate(members):
-            cell = _picture(images[k]).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(cell, (margin + gap + c * (w + gap), top))
-    return sheet
-
-
 def grid_file(config: Config, net: Network, device: torch.device, path: Path, count: int = 64) -> None:
     """A grid of fixed seeds: of each class as many as fit in `count`, or `count` images."""
-    per_class = max(1, count // max(1, config.model.num_classes)) * config.model.num_classes
+    known = trained_classes(config)
+    per_class = max(1, count // max(1, known)) * known
     task = job(config, range(min(per_class, 256) if config.model.class_cond else count))
     drawn = np.concatenate(list(images(config, net, task, device)))
+    save_picture(grid(drawn, task.labels, config.data.classes), path)
+
+
+def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:
+    """The small images (N, h, w, C) uint8 that a super-resolution model makes of originals (N, C, H, W) uint8."""
+    return to_uint8(shrink(torch.from_numpy(originals).float() / 127.5 - 1, small_size(config.model)))
+
+
+def enlarged(config: Config, small: np.ndarray) -> np.ndarray:
+    """The bicubic enlargement (N, H, W, C) uint8 of small images (N, h, w, C) uint8: the baseline."""
+    return to_uint8(bicubic(torch.from_numpy(small).permute(0, 3, 1, 2).float() / 127.5 - 1, image_size(config.model)))
+
+
+def comparison_file(config: Config, path: Path, drawn: np.ndarray, small: np.ndarray, originals: np.ndarray | None) -> None:
+    """A picture, a row for each image: the small one, its bicubic enlargement, the model's, the original where there is one."""
+    columns = {"small": small, "bicubic": enlarged(config, small), "model": drawn}
+    if originals is not None:
+        columns["original"] = originals.transpose(0, 2, 3, 1)
+    save_picture(comparison(columns), path)
+
+
+def fidelity(config: Config, drawn: np.ndarray, small: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
+    """Mean PSNR (dB) and SSIM to the originals (N, C, H, W) uint8, of the model's images and of the bicubic ones."""
+    truth = torch.from_numpy(originals).float() / 127.5 - 1
+    out: dict[str, Any] = {"images": len(drawn)}
+    for name, made in (("model", drawn), ("bicubic", enlarged(config, small))):
+        x = torch.from_numpy(made).permute(0, 3, 1, 2).float() / 127.5 - 1
+        out[f"psnr_{name}"] = psnr(x, truth).clamp(max=100).mean().item()  # an exact copy would be infinite
+        if min(x.shape[2:]) >= 11:
+            out[f"ssim_{name}"] = ssim(x, truth).mean().item()
+    return out
+
+
+def save_picture(sheet: Image.Image, path: Path) -> None:
+    """Write a PNG in one step."""
     aside = path.with_name("." + path.name)
-    grid(drawn, task.labels, config.data.classes).save(aside, format="PNG")
+    sheet.save(aside, format="PNG")
     os.replace(aside, path)
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,101 +6,46 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
-from iddpm import build, checkpoint, rng, sample
-from iddpm.config import Config, ema_rates, total_steps
+from iddpm import build, checkpoint, distributed, rng, sample
+from iddpm.batches import Batch, ahead, make_batch
+from iddpm.config import ENDLESS, Config, total_steps
 from iddpm.data import Images, Order
 from iddpm.diffusion.denoiser import Denoiser
-from iddpm.ema import EMA
 from iddpm.errors import UserError
 from iddpm.log import Logger, Meter, duration
+from iddpm.state import TrainState, copy_weights, initialise
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
 
 
-class Batch(NamedTuple):
-    """What one optimizer step trains on, in global order."""
+class Store(Protocol):
+    """Where the checkpoints of a run are."""
 
-    x0: Tensor  # (B, C, H, W) in [-1, 1]
-    eps: Tensor  # (B, C, H, W)
-    labels: Tensor | None  # (B,) int64
+    def newest(self) -> tuple[checkpoint.Saved | None, list[str]]:
+        """The newest state that can be read, and a line for each newer one that was passed over."""
+        ...
 
-
-class LossScale:
-    """The factor that keeps fp16 gradients from vanishing: 2^lg, a little more after each good step, half after a bad one."""
-
-    def __init__(self, enabled: bool, growth: float):
-        self.enabled, self.growth = enabled, growth
-        self.lg = 20.0 if enabled else 0.0
-
-    @property
-    def factor(self) -> float:
-        return 2.0**self.lg
-
-    def update(self, good: bool) -> None:
-        """Take note of a step; never below 1."""
-        if self.enabled:
-            self.lg = self.lg + self.growth if good else max(self.lg - 1, 0.0)
+    def save(self, config: Config, saved: checkpoint.Saved) -> Path:
+        """Keep a state; complete or absent, whatever happens."""
+        ...
 
 
-class TrainState:
-    """All that a run remembers; exactly this is checkpointed."""
+class Log(Protocol):
+    """Where the numbers of a run go."""
 
-    def __init__(self, config: Config, device: torch.device):
-        t = config.train
-        torch.manual_seed(t.seed)  # the initial weights
-        self.net = build.network(config).to(device)
-        self.law = build.law(config.diffusion)
-        self.params = dict(self.net.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
-        self.ema = EMA(self.params, ema_rates(t), t.ema_warmup)
-        self.scale = LossScale(t.precision == "fp16", t.fp16_scale_growth)
-        self.step = 0  # optimizer steps tried
-        self.images = 0  # images seen: the position in the data order
-        self.skipped = 0  # steps skipped for a gradient that was not finite, in all
-        self.skipped_in_a_row = 0
+    def row(self, **values: Any) -> None: ...
 
-    def to_saved(self) -> checkpoint.Saved:
-        """What a checkpoint keeps."""
-        names = list(self.params)
-        optimizer: dict[str, Tensor] = {}
-        for k, slots in self.optimizer.state_dict()["state"].items():
-            optimizer |= {f"{names[k]}.{slot}": value for slot, value in slots.items()}
-        law = self.law.state_dict()
-        optimizer |= {f"law.{name}": value for name, value in law.items()}
-        counts = {n: getattr(self, n) for n in ("step", "images", "skipped", "skipped_in_a_row")}
-        state = counts | dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(law))
-        return checkpoint.Saved(self.step, dict(self.params), self.ema.averages, optimizer, state)
+    def event(self, step: int, text: str) -> None: ...
 
-    def restore(self, saved: checkpoint.Saved, config: Config) -> None:
-        """Become what was saved. Rates and decays come from the config, not from the checkpoint."""
-        self.net.load_state_dict(saved.weights)
-        slots: dict[int, dict[str, Tensor]] = {}
-        numbers = {name: k for k, name in enumerate(self.params)}
-        law = {name: saved.optimizer[f"law.{name}"] for name in saved.state["law"]}
-        for key, value in saved.optimizer.items():
-            name, slot = key.rsplit(".", 1)
-            if name in numbers:
-                slots.setdefault(numbers[name], {})[slot] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        if law:
-            self.law.load_state_dict(law)
-        for rate, average in self.ema.averages.items():
-            for name, tensor in average.items():
-                tensor.copy_(saved.averages[rate][name])
-        for name in ("step", "images", "skipped", "skipped_in_a_row"):
-            setattr(self, name, saved.state[name])
-        self.ema.updates = saved.state["ema_updates"]
-        if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
-            self.scale.lg = saved.state["lg_loss_scale"]
+    def close(self) -> None: ...
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -111,34 +56,28 @@ def learning_rate(config: Config, step: int) -> float:
     return t.lr * warm * (max(0.0, 1 - step / end) if end else 1.0)
 
 
-def make_batch(config: Config, data: Images, order: Order, step: int, position: int) -> Batch:
-    """The batch of a step, from the data order's position; a pure function of the seed and these two."""
-    t, n = config.train, config.train.batch_size
-    indices = order.indices(position, n)
-    x0 = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
-    if config.data.random_flip:
-        flip = rng.uniform(t.seed, rng.FLIP, step, n) < 0.5
-        x0[flip] = x0[flip].flip(-1)
-    eps = rng.normal(t.seed, rng.NOISE, step, range(n), x0.shape[1:])
-    labels = torch.from_numpy(data.labels[indices]) if config.model.class_cond and data.labels is not None else None
-    return Batch(x0, eps, labels)
+def train_step(state: TrainState, config: Config, net: nn.Module, denoiser: Denoiser, batch: Batch, meter: Meter) -> None:
+    """One optimizer step on this process's part of a batch, in microbatches that leave the gradient as it is.
 
-
-def train_step(state: TrainState, config: Config, denoiser: Denoiser, batch: Batch, meter: Meter) -> None:
-    """One optimizer step on a batch, in microbatches that leave the gradient as it is."""
-    t, device, n = config.train, next(iter(state.params.values())).device, len(batch.x0)
-    objective, micro = build.objective(config.diffusion), t.microbatch if t.microbatch > 0 else n
-    steps, weight = state.law(rng.uniform(t.seed, rng.TIME, state.step, n))
+    `net` is the network inside the denoiser: where there are several processes, it averages their gradients.
+    """
+    t, device = config.train, next(iter(state.params.values())).device
+    n, mine = t.batch_size, distributed.share(t.batch_size)
+    objective, micro = build.objective(config), t.microbatch if t.microbatch > 0 else n
+    everywhere = state.law(rng.uniform(t.seed, rng.TIME, state.step, n))
+    steps, weight = (v[mine.start : mine.stop] for v in everywhere)
     state.net.train()
     torch.manual_seed(_dropout_seed(t.seed, state.step))
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
-    for a in range(0, n, micro):
+    for a in range(0, len(mine), micro):
         part = slice(a, a + micro)
         i, w = steps[part].to(device), weight[part].to(device)
-        cond = {} if batch.labels is None else {"y": batch.labels[part].to(device)}
-        terms = objective(denoiser, batch.x0[part].to(device), batch.eps[part].to(device), i, cond)
-        (state.scale.factor * (terms["loss"] * w).sum() / n).backward()
+        cond = {name: value[part].to(device) for name, value in batch.cond.items()}
+        with distributed.unsynchronised(net) if a + micro < len(mine) else nullcontext():
+            terms = objective(denoiser, batch.x0[part].to(device), batch.eps[part].to(device), i, cond)
+            share = distributed.world() / n  # the processes' gradients are averaged
+            (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
         meter.add({name: term * w for name, term in terms.items()}, i * 4 // denoiser.chain.steps)
         losses.append(terms["loss"].detach())
 
@@ -153,7 +92,7 @@ def train_step(state: TrainState, config: Config, denoiser: Denoiser, batch: Bat
             group["lr"], group["weight_decay"] = learning_rate(config, state.step), t.weight_decay
         state.optimizer.step()
         state.ema.update()
-        state.law.update(steps, torch.cat(losses))
+        state.law.update(everywhere.i, distributed.gather(torch.cat(losses)))
         meter.add({"grad_norm": norm[None]})
     state.scale.update(good)
     state.skipped += not good
@@ -163,69 +102,96 @@ def train_step(state: TrainState, config: Config, denoiser: Denoiser, batch: Bat
 
 
 def _dropout_seed(seed: int, step: int) -> int:
-    return int(rng.stream(seed, rng.DROPOUT, step, 0).integers(2**63))
+    return int(rng.stream(seed, rng.DROPOUT, step, distributed.rank()).integers(2**63))
 
 
-def train(config: Config, data: Images, run: Path, notes: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
+def train(
+    config: Config,
+    data: Images,
+    run: Path,
+    notes: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    store: Store | None = None,
+    log: Callable[[int], Log] | None = None,
+    save_start: bool = False,
+) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
-    Raises UserError where the run cannot go on (50 bad steps in a row), Stopped after Ctrl-C or SIGTERM, once all is saved.
+    `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
+    also saves step 0. Raises UserError where the run cannot go on (50 bad steps in a row), Stopped after Ctrl-C or SIGTERM,
+    once all is saved.
     """
     t = config.train
-    device, end = build.device(t.device), total_steps(t)
+    device, end = distributed.place(build.device(t.device)), total_steps(t)
+    if t.batch_size < distributed.world():
+        raise UserError(f"--batch_size {t.batch_size}: at least one image for each of the {distributed.world()} processes")
+    leads = distributed.rank() == 0
+    say = say if leads else _silence
+    store = store or checkpoint.Folder(run, t.keep)
     state = TrainState(config, device)
-    folder, passed_over = checkpoint.newest(run)
+    saved, passed_over = store.newest()
     for line in passed_over:
         say(line)
-    if folder:
-        state.restore(checkpoint.load(folder), config)
-        say(f"resuming {run} at step {state.step} of {end}")
+    if saved:
+        state.restore(saved, config)
+        say(f"resuming {run} at step {state.step}" + (f" of {end}" if end < ENDLESS else ""))
     elif t.init_from:
         anew = initialise(state, checkpoint.read_weights(Path(t.init_from)), t.init_reset)
         say(f"starting from the weights of {t.init_from}" + (f"; anew: {', '.join(anew)}" if anew else ""))
-    (run / "samples").mkdir(parents=True, exist_ok=True)
-    logger = Logger(run, state.step, t.tensorboard)
-    for line in (*notes, *passed_over):
-        logger.event(state.step, line)
-    net = build.in_precision(state.net, device, t.precision)
-    denoiser = build.denoiser(config.diffusion, net)
-    order, meter = Order(len(data), t.seed), Meter()
+    if leads:
+        run.mkdir(parents=True, exist_ok=True)
+    logger = (log or (lambda step: Logger(run, step, t.tensorboard)))(state.step) if leads else None
+    if logger:
+        for line in (*notes, *passed_over):
+            logger.event(state.step, line)
+    net = distributed.parallel(state.net)
+    denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, t.precision))
+    order, meter, draws = Order(len(data), t.seed), Meter(), config.model.network != "classifier"
 
-    def save() -> Path:
-        path = checkpoint.save(run, config, state.to_saved(), t.keep)
+    def save() -> Path | None:
+        path = store.save(config, state.to_saved()) if leads else None
+        distributed.barrier()
         say(f"saved {path}")
         return path
 
     began = last = time.monotonic()
     first = logged = state.step
+    path: Path | None = None
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
+    if save_start and not first:
+        path = save()
     with _stop_signal() as stopping:
-        for batch in _ahead(config, data, order, state, end):
-            train_step(state, config, denoiser, batch, meter)
-            done = state.step == end
+        for batch in ahead(config, data, order, state.step, state.images, end):
+            train_step(state, config, net, denoiser, batch, meter)
+            done, stop = state.step == end, distributed.any_(stopping())
             if state.skipped_in_a_row >= MAX_SKIPS:
                 raise UserError(
                     f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
                     f"or leave fp16; the last checkpoint is whole"
                 )
-            if state.step % t.log_interval == 0 or done or stopping():
+            if state.step % t.log_interval == 0 or done or stop:
                 now = time.monotonic()
                 rate = (state.step - logged) * t.batch_size / (now - last)
                 left = (end - state.step) * (now - began) / (state.step - first)
                 last, logged = now, state.step
-                _log(logger, state, config, meter.read(), rate)
-                say(_line(logger.latest, state.step, end, left))
-            if done or stopping() or state.step % t.save_interval == 0:
-                folder = save()
-            if stopping():
-                logger.close()
-                raise Stopped(f"stopped at step {state.step} of {end}; all is saved: the same command goes on from here")
-            if done or (t.sample_interval and state.step % t.sample_interval == 0):
-                say(f"samples: {_sample_grid(config, state, net, device, run)}")
-    logger.close()
-    assert folder is not None
-    return folder
+                row = _row(state, config, meter.read(distributed.sum_), rate)
+                if logger:
+                    logger.row(**row)
+                say(_line(row, state.step, end, left))
+            if done or stop or state.step % t.save_interval == 0:
+                path = save()
+            if stop:
+                raise Stopped(f"stopped at step {state.step}; all is saved: the same command goes on from here")
+            if draws and leads and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
+                say(f"samples: {_sample_sheet(config, state, device, data, run)}")
+    if logger:
+        logger.close()
+    return path
+
+
+def _silence(line: str) -> None:
+    """What the processes other than the first say."""
 
 
 class Stopped(UserError):
@@ -250,75 +216,46 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _ahead(config: Config, data: Images, order: Order, state: TrainState, end: int) -> Iterator[Batch]:
-    """The batches from the state's position to the end, prepared a few steps ahead in threads."""
-    with ThreadPoolExecutor(config.data.num_workers, "batches") as pool:
-        start, seen, n = state.step, state.images, config.train.batch_size
-
-        def submit(step: int) -> Any:
-            return pool.submit(make_batch, config, data, order, step, seen + (step - start) * n)
-
-        queue = [submit(step) for step in range(start, min(start + config.data.num_workers + 1, end))]
-        try:
-            for step in range(start, end):
-                batch = queue.pop(0).result()
-                if (coming := step + config.data.num_workers + 1) < end:
-                    queue.append(submit(coming))
-                yield batch
-        finally:
-            for waiting in queue:
-                waiting.cancel()
-
-
-def _log(logger: Logger, state: TrainState, config: Config, means: Mapping[str, float], images_per_second: float) -> None:
-    row = {"step": state.step, "images": state.images, "time": time.time(), **means}
+def _row(state: TrainState, config: Config, means: Mapping[str, float], images_per_second: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": state.step, "images": state.images, "time": time.time(), **means}
     row |= {"lr": learning_rate(config, state.step - 1), "images_per_second": images_per_second, "skipped": state.skipped}
     if state.scale.enabled:
         row["lg_loss_scale"] = state.scale.lg
-    logger.row(**row)
+    return row
 
 
 def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
     values = "  ".join(f"{k} {row.get(k, math.nan):.4g}" for k in ("loss", "grad_norm", "lr"))
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
-    return f"step {step}/{end}  {values}{skipped}  {row['images_per_second']:.0f} images/s  {duration(left)} left"
+    speed = f"{row['images_per_second']:.0f} images/s"
+    if end == ENDLESS:
+        return f"step {step}  {values}{skipped}  {speed}"
+    return f"step {step}/{end}  {values}{skipped}  {speed}  {duration(left)} left"
 
 
-def _sample_grid(config: Config, state: TrainState, net: Any, device: torch.device, run: Path) -> Path:
-    """A grid of averaged-weights samples from fixed seeds, samples/step_N.png; leaves the run's randomness alone."""
+def _sample_sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path) -> Path:
+    """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png; leaves the run's randomness alone.
+
+    A super-resolution model shows what it makes of the first images of the data.
+    """
     live = {name: p.detach().clone() for name, p in state.params.items()}
     average = next(iter(state.ema.averages.values()), live)
     path = run / "samples" / f"step_{state.step:08d}.png"
-    state.net.eval()
+    path.parent.mkdir(exist_ok=True)
+    net = build.in_precision(state.net.eval(), device, config.train.precision)
     try:
-        _copy(average, state.params)
-        sample.grid_file(config, net, device, path)
+        copy_weights(average, state.params)
+        if config.model.network == "super_res":
+            first = np.arange(min(8, len(data)))
+            originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
+            small = sample.shrunk(config, originals)
+            drawn = np.concatenate(list(sample.images(config, net, sample.Job(first.tolist(), labels, small), device)))
+            sample.comparison_file(config, path, drawn, small, originals)
+        else:
+            sample.grid_file(config, net, device, path)
     finally:
-        _copy(live, state.params)
+        copy_weights(live, state.params)
     return path
-
-
-@torch.no_grad()
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, tensor in source.items():
-        target[name].copy_(tensor)
-
-
-def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> list[str]:
-    """Start from other weights (--init_from); returns what was re-initialised instead.
-
-    UserError naming the layers that do not fit, unless `reset` lets them start anew.
-    """
-    own = state.net.state_dict()
-    fits = {k: v for k, v in weights.tensors.items() if k in own and own[k].shape == v.shape}
-    misfits = sorted(k for k in own if k not in fits)
-    if misfits and not reset:
-        names = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
-        raise UserError(f"{weights.path} does not fit in {names}: --init_reset True starts these layers anew")
-    state.net.load_state_dict(fits, strict=False)
-    for average in state.ema.averages.values():
-        _copy(state.params, average)
-    return misfits
 
 
 def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) -> None:
@@ -330,13 +267,13 @@ def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) ->
     for step in range(4):
         began = time.monotonic()
         batch = make_batch(config, data, order, step, state.images)
-        train_step(state, config, denoiser, batch, meter)
+        train_step(state, config, state.net, denoiser, batch, meter)
         seconds.append(time.monotonic() - began)
     typical = statistics.median(seconds[1:])
     weights = sum(p.numel() for p in state.params.values())
     say(config.to_json())
-    labels = "no labels" if batch.labels is None else f"labels {tuple(batch.labels.shape)}"
-    say(f"images {tuple(batch.x0.shape)}, {labels}, chain of {denoiser.chain.steps}")
+    seen = "".join(f", {name} {tuple(value.shape)}" for name, value in batch.cond.items())
+    say(f"images {tuple(batch.x0.shape)}{seen}, chain of {denoiser.chain.steps}")
     held = weights * 4 * (4 + len(state.ema.averages)) / 2**20
     say(f"{weights:,} weights; with gradients, AdamW and {len(state.ema.averages)} averages {held:,.0f} MiB")
     if device.type == "cuda":

@@ -1,8 +1,9 @@
 """Images from folders: decoding, labels, the order of training, and the data sets that can be fetched."""
 
+from iddpm.data.arrays import read_npz
 from iddpm.data.fetch import DATASETS, cifar10, digits
 from iddpm.data.folder import Images
 from iddpm.data.images import EXTENSIONS, decode, prepare
 from iddpm.data.order import Order
 
-__all__ = ["DATASETS", "EXTENSIONS", "Images", "Order", "cifar10", "decode", "digits", "prepare"]
+__all__ = ["DATASETS", "EXTENSIONS", "Images", "Order", "cifar10", "decode", "digits", "prepare", "read_npz"]

@@ -82,6 +82,13 @@ class Images:
             out[row] = self._replace(wanted[row], pixels) if isinstance(pixels, UserError) else pixels
         return out
 
+    def require_size(self, size: tuple[int, int]) -> None:
+        """UserError for the first file that is not `size` (H, W) pixels as it lies there."""
+        for file in self.files:
+            found = decode(file, self.channels).size[::-1]
+            if found != size:
+                raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed")
+
     def describe(self) -> str:
         """One or two lines to print: how many images, what labels, and what is broken."""
         height, width = self.image_size

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm.diffusion.denoiser import Cond, Denoiser
@@ -35,6 +36,18 @@ def vlb_unscaled(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: C
     step = denoiser.chain.at(i, x0)
     xt = step.alpha * x0 + step.sigma * eps
     return {"loss": vlb_term(denoiser(xt, i, cond), x0, xt, step)}
+
+
+def cross_entropy(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond) -> Terms:
+    """-log p(y | x_t), in nats, of a classifier in the place of the network, which classes cond["y"] (B,) teach.
+
+    Beside it acc@1 and acc@5, the share whose class is the first, or among the first five (Dhariwal & Nichol 2021, appendix H).
+    """
+    step, y = denoiser.chain.at(i, x0), cond["y"]
+    logits = denoiser.net(step.alpha * x0 + step.sigma * eps, denoiser.chain.at(i, i).time).float()  # b k
+    rank = (logits > logits.gather(1, y[:, None])).sum(1)
+    loss = F.cross_entropy(logits, y, reduction="none")
+    return {"loss": loss, "acc@1": (rank < 1).float(), "acc@5": (rank < 5).float()}
 
 
 def _squared_error(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond, vb_scale: float) -> Terms:

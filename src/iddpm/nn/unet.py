@@ -6,7 +6,7 @@ Parameter names, shapes and their order are the published ones; tests/nn holds e
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,13 +156,17 @@ class Encoder(nn.Module):
         emb: Tensor = self.time_embed(timestep_embedding(t, self.num_channels).to(self.dtype))  # b 4n
         return emb if y is None else emb + self.label_emb(y)
 
-    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The embedding, and what each input stage makes of x (B, C, H, W), with, last, what the middle makes of that."""
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The embedding, and what each input stage makes of x (B, C, H, W), with, last, what the middle makes of that.
+
+        `extra` (B, 4 num_channels) is added to the embedding.
+        """
         channels = self.images * self.in_channels
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
             raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
         emb = self.embed(t, y, len(x))  # b 4n
+        emb = emb if extra is None else emb + extra
         outputs = [x.to(self.dtype)]
         for stage in (*self.input_blocks, self.middle_block):
             outputs.append(stage(outputs[-1], emb))  # b c h w
@@ -220,12 +224,12 @@ class UNet(Encoder):
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), as trained on, of classes y (B,).
 
         ValueError where H or W cannot be halved at every level, or y is missing or out of place.
         """
-        emb, (*skips, h) = self.encode(x, t, y)
+        emb, (*skips, h) = self.encode(x, t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
         return self.out(h).to(x.dtype)
@@ -239,10 +243,27 @@ class SuperResUNet(UNet):
 
     images = 2
 
-    def forward(self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """As UNet; `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x."""
+    def __init__(self, *args: Any, sees_noise_level: bool = False, **settings: Any):
+        super().__init__(*args, **settings)
+        if sees_noise_level:  # the published ones do not
+            emb = 4 * self.num_channels
+            self.level_embed = nn.Sequential(nn.Linear(self.num_channels, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
+        self.sees_noise_level = sees_noise_level
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None
+    ) -> Tensor:
+        """As UNet; `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x.
+
+        `low_res_level` (B,) in [0, 1] is the deviation of the noise that was put on it, for a network that sees it.
+        """
+        if (low_res_level is None) == self.sees_noise_level:
+            raise ValueError("low_res_level is for networks made with sees_noise_level, and these need it")
         enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
-        return super().forward(torch.cat([x, enlarged], dim=1), t, y)  # b 2c h w
+        extra = None
+        if low_res_level is not None:
+            extra = self.level_embed(timestep_embedding(1000 * low_res_level, self.num_channels).to(self.dtype))  # b 4n
+        return super().forward(torch.cat([x, enlarged], dim=1), t, y, extra)  # b 2c h w
 
 
 # ---- the classifier, and how it sums an image up

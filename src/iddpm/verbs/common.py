@@ -1,13 +1,29 @@
 """What the verbs that use trained weights share."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iddpm.config import Config, Sample, Which, check, fields_of
 from iddpm.flags import make
 
+if TYPE_CHECKING:
+    import torch
 
-def open_weights(run: str, given: dict[str, Any]) -> tuple[Any, Config, Any, Any, Which]:
+    from iddpm.checkpoint import Weights
+    from iddpm.diffusion.denoiser import Network
+
+
+class Opened(NamedTuple):
+    """Trained weights, ready to use."""
+
+    weights: "Weights"
+    config: Config  # the run's, with the flags given
+    net: "Network"
+    device: "torch.device"
+    which: Which
+
+
+def open_weights(run: str, given: dict[str, Any]) -> Opened:
     """The weights, the config with the flags given, the network and device a verb works with."""
     which = make(Which, given)
     from iddpm import build, checkpoint, sample
@@ -20,7 +36,7 @@ def open_weights(run: str, given: dict[str, Any]) -> tuple[Any, Config, Any, Any
         config = config.updated({"eta": 0.0})
     check(config)
     build.chain(config.diffusion, config.sample.sampling_steps)
-    return weights, config, sample.restore(weights, device, which.precision), device, which
+    return Opened(weights, config, sample.restore(weights, device, which.precision), device, which)
 
 
 def beside(weights: Path) -> Path:

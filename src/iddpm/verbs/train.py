@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iddpm.config import Config, check, fields_of
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, boolean
 from iddpm.presets import PRESETS
+
+if TYPE_CHECKING:
+    from iddpm.data import Images
 
 
 def _parser(parser: Parser) -> None:
@@ -27,36 +30,58 @@ def _parser(parser: Parser) -> None:
 def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:
     folder = Path(run or _default_run(data, preset))
     config, notes = _resolve(folder, data, preset, given)
-    from iddpm import build, train
-    from iddpm.config import image_size, total_steps
-    from iddpm.data import Images
+    from iddpm import build, distributed, train
+    from iddpm.config import total_steps
 
     total_steps(config.train)
-    build.device(config.train.device)
+    with distributed.session(build.device(config.train.device)):
+        images, config = open_data(config)
+        build.network(config)
+        if dry_run:
+            train.dry_run(config, images)
+            return
+        leads = distributed.rank() == 0
+        if leads:
+            print("\n".join((images.describe(), *notes)))
+            write_config(folder, config)
+        last = train.train(config, images, folder, notes=notes)
+    if leads and last:
+        print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
+    if leads:
+        print(f"next: {_next(config, folder)}")
+
+
+def open_data(config: Config) -> "tuple[Images, Config]":
+    """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
+    from iddpm.config import image_size
+    from iddpm.data import Images
+
+    m = config.model
     images = Images.open(
         config.data.path,
-        image_size=image_size(config.model),
-        channels=config.model.image_channels,
+        image_size=image_size(m),
+        channels=m.image_channels,
         on_broken=config.data.on_broken,
         cache_bytes=int(config.data.cache_gb * 2**30),
         labels=config.data.labels,
         classes=config.data.classes or None,
     )
-    print(images.describe())
-    if config.model.class_cond and images.labels is None:
+    if not m.class_cond:
+        return images, config
+    if images.labels is None:
         raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
-    if config.model.class_cond:
-        config = config.updated(dict(classes=images.classes, rule=images.rule, num_classes=len(images.classes)))
-    build.network(config)
-    if dry_run:
-        train.dry_run(config, images)
-        return
-    write_config(folder, config)
-    for note in notes:
-        print(note)
-    last = train.train(config, images, folder, notes=notes)
-    print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
-    print(f"next: iddpm sample {folder}")
+    room = m.num_classes or len(images.classes)
+    if len(images.classes) > room:
+        raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
+    return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
+
+
+def _next(config: Config, run: Path) -> str:
+    return {
+        "unet": f"iddpm sample {run}",
+        "super_res": f"iddpm sample {run} --high_res {config.data.path}, or iddpm sample BASE --then {run}",
+        "classifier": f"iddpm sample RUN --classifier {run}",
+    }[config.model.network]
 
 
 def _default_run(data: str, preset: str) -> str:

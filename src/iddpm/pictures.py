@@ -1,0 +1,59 @@
+"""Sheets of images, for people to look at."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
+    """Images (N, H, W, C) uint8 in separated cells; with classes, one or more rows of each, its name in front."""
+    n, height, width, _ = images.shape
+    zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
+    labelled = len(labels) > 0 and min(labels) >= 0
+    if labelled:
+        kinds = sorted(set(labels))
+        columns = min(16, max(labels.count(k) if isinstance(labels, list) else list(labels).count(k) for k in kinds))
+        rows = []
+        for kind in kinds:
+            own = [k for k, y in enumerate(labels) if y == kind]
+            rows += [(kind, own[a : a + columns]) for a in range(0, len(own), columns)]
+    else:
+        columns = max(1, round(n**0.5))
+        rows = [(-1, list(range(a, min(a + columns, n)))) for a in range(0, n, columns)]
+    gap, w, h = 2 * max(1, zoom // 2), width * zoom, height * zoom
+    names = {kind: classes[kind] if 0 <= kind < len(classes) else str(kind) for kind, _ in rows}
+    margin = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(t)) for t in names.values()) if labelled else 0
+    sheet = Image.new("RGB", (margin + columns * (w + gap) + gap, len(rows) * (h + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (kind, members) in enumerate(rows):
+        top = gap + r * (h + gap)
+        if labelled:
+            pen.text((4, top + h // 2), names[kind], fill="black", anchor="lm")
+        for c, k in enumerate(members):
+            cell = picture(images[k]).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
+            sheet.paste(cell, (margin + gap + c * (w + gap), top))
+    return sheet
+
+
+def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
+    """A row for each image and a named column for each version of it, (N, H, W, C) uint8 of any size, enlarged to the largest."""
+    side = max(max(versions.shape[1:3]) for versions in columns.values())
+    cell = max(96, side)
+    gap, top, rows = 4, 16, len(next(iter(columns.values())))
+    sheet = Image.new("RGB", (len(columns) * (cell + gap) + gap, top + rows * (cell + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for c, (name, versions) in enumerate(columns.items()):
+        left = gap + c * (cell + gap)
+        pen.text((left + cell // 2, top // 2 + 1), name, fill="black", anchor="mm")
+        for r, image in enumerate(versions):
+            fit = cell / max(image.shape[:2])
+            size = round(image.shape[1] * fit), round(image.shape[0] * fit)
+            enlarged = picture(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + gap + r * (cell + gap)))
+    return sheet
+
+
+def picture(image: np.ndarray) -> Image.Image:
+    """One image (H, W, C) uint8 as Pillow's."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
