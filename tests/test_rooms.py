@@ -20,8 +20,8 @@ BELOW = {  # room: the only parts of the package it may import
     "checkpoint": {"config", "errors"},
     "pictures": set(),
     "super_res": set(),
-    "sample": {"build", "checkpoint", "config", "diffusion", "errors", "pictures", "rng", "super_res"},
-    "evaluate": {"build", "config", "data", "diffusion", "log", "rng"},
+    "sample": {"build", "checkpoint", "config", "diffusion", "distributed", "errors", "pictures", "rng", "super_res"},
+    "evaluate": {"build", "config", "data", "diffusion", "distributed", "errors", "log", "rng", "super_res"},
 }
 
 

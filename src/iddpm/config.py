@@ -171,7 +171,9 @@ class Measure:
 
     num_samples: int = opt(0, "images, drawn by the seed; 0: all", low=0)
     seed: int = opt(0, "seed of the draw and of the noise", low=0, high=2**63 - 1)
-    out: str = opt("", "where the numbers go; empty: nll.json in the run")
+    out: str = opt("", "where the numbers go; empty: nll.json in the run. Tables and a picture go beside it")
+    per_image: str = opt("", "also the bits/dim of each image, as a .csv or .npz")
+    against: str = opt("", "another run: the difference to it, on the same images and noise")
 
 
 @dataclass(frozen=True)

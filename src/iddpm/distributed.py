@@ -58,7 +58,7 @@ def parallel(net: nn.Module) -> nn.Module:
         return net
     device = next(net.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def unsynchronised(net: nn.Module) -> AbstractContextManager:

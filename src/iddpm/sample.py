@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iddpm import build, rng
+from iddpm import build, distributed, rng
 from iddpm.checkpoint import Weights
 from iddpm.config import Config, image_size, small_size
 from iddpm.diffusion.denoiser import Network
@@ -78,9 +78,14 @@ def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> 
     return build.in_precision(net.to(device).eval().requires_grad_(False), device, precision)
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
+def as_bytes(x: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] as (B, H, W, C) uint8, rounded to the nearest level."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """As `as_bytes`, in numpy."""
+    return as_bytes(x).cpu().numpy()
 
 
 class Guide(NamedTuple):
@@ -104,25 +109,32 @@ def images(
 ) -> Iterator[np.ndarray]:
     """The images of a job in order, batch by batch, (n, H, W, C) uint8; `tick` is called after each solver step.
 
-    `low_res_noise` is the deviation of noise put on the small images, for a model trained with it.
+    Several processes draw `batch_size` images each at a time, and all get all of them. `low_res_noise` is the deviation of
+    noise put on the small images, for a model trained with it.
     """
     m = config.model
     denoiser = build.denoiser(config.diffusion, net, config.sample.sampling_steps, config.sample.clip_denoised)
     shape, solver = (m.image_channels, *image_size(m)), build.solver(config.sample)
     purpose = rng.UPSAMPLE if m.network == "super_res" else rng.SAMPLE  # an upsampler does not see its base's noise again
     chain = build.chain(guide.config.diffusion, config.sample.sampling_steps) if guide else None
-    for a in range(0, len(job.seeds), batch_size):
-        part = job.part(a, a + batch_size)
+
+    def draw(part: Job) -> Tensor:
         labels = torch.tensor(part.labels, device=device)
 
-        def noise(k: int, seeds: Sequence[int] = part.seeds) -> Tensor:
-            return rng.normal(0, purpose, k, seeds, shape).to(device)
+        def noise(k: int) -> Tensor:
+            return rng.normal(0, purpose, k, part.seeds, shape).to(device)
 
         cond = {"y": labels} if m.class_cond else {}
         if m.network == "super_res":
             cond |= _low_res(config, part, low_res_noise, device)
         gradient = classifier_gradient(guide.net, chain, labels, guide.scale) if guide and chain else None
-        yield to_uint8(run(_ticking(solver(denoiser, noise(0), noise, cond, gradient), tick)))
+        return as_bytes(run(_ticking(solver(denoiser, noise(0), noise, cond, gradient), tick)))
+
+    for a in range(0, len(job.seeds), batch_size * distributed.world()):
+        part = job.part(a, a + batch_size * distributed.world())
+        mine = distributed.share(len(part.seeds))
+        none = torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8, device=device)
+        yield distributed.gather(draw(part.part(mine.start, mine.stop)) if mine else none).cpu().numpy()
 
 
 def _low_res(config: Config, job: Job, level: float, device: torch.device) -> dict[str, Tensor]:
@@ -180,7 +192,11 @@ class Folder:
             self.done += 1
 
     def held(self) -> np.ndarray:
-        return np.stack([np.atleast_3d(np.asarray(Image.open(file))) for file in self.files[: self.done]])
+        images = []
+        for file in self.files[: self.done]:
+            with Image.open(file) as image:
+                images.append(np.atleast_3d(np.asarray(image)))
+        return np.stack(images)
 
     def close(self) -> None:
         pass
@@ -281,7 +297,9 @@ def fidelity(config: Config, drawn: np.ndarray, small: np.ndarray, originals: np
 
 
 def save_picture(sheet: Image.Image, path: Path) -> None:
-    """Write a PNG in one step."""
+    """Write a PNG in one step; of several processes, the first does."""
+    if distributed.rank():
+        return
     aside = path.with_name("." + path.name)
     sheet.save(aside, format="PNG")
     os.replace(aside, path)

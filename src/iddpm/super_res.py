@@ -33,7 +33,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     if min(x.shape[2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {tuple(x.shape[2:])}")
     pairs, channels = x.shape[:2]
-    x, y = (z.double().flatten(0, 1)[:, None] for z in (x, y))  # bc 1 h w
+    x, y = (z.double().flatten(0, 1)[:, None] + 1 for z in (x, y))  # bc 1 h w, from 0: luminance counts from black
     taps = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float64, device=x.device) - 5) / 1.5) ** 2)
     taps /= taps.sum()
 

@@ -183,7 +183,7 @@ def train(
                 path = save()
             if stop:
                 raise Stopped(f"stopped at step {state.step}; all is saved: the same command goes on from here")
-            if draws and leads and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
+            if draws and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
                 say(f"samples: {_sample_sheet(config, state, device, data, run)}")
     if logger:
         logger.close()
@@ -241,7 +241,7 @@ def _sample_sheet(config: Config, state: TrainState, device: torch.device, data:
     live = {name: p.detach().clone() for name, p in state.params.items()}
     average = next(iter(state.ema.averages.values()), live)
     path = run / "samples" / f"step_{state.step:08d}.png"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     net = build.in_precision(state.net.eval(), device, config.train.precision)
     try:
         copy_weights(average, state.params)

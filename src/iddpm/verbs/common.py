@@ -26,10 +26,10 @@ class Opened(NamedTuple):
 def open_weights(run: str, given: dict[str, Any]) -> Opened:
     """The weights, the config with the flags given, the network and device a verb works with."""
     which = make(Which, given)
-    from iddpm import build, checkpoint, sample
+    from iddpm import build, checkpoint, distributed, sample
 
     step = which.checkpoint_step if which.checkpoint_step >= 0 else None
-    device = build.device(which.device)
+    device = distributed.place(build.device(which.device))
     weights = checkpoint.read_weights(Path(run), step, which.ema_rate if which.ema_rate >= 0 else None)
     config = weights.config.updated({k: v for k, v in given.items() if k in fields_of(Sample)})
     if given.get("solver") == "ancestral" and "eta" not in given:

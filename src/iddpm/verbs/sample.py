@@ -32,6 +32,13 @@ class Inputs(NamedTuple):
 
 
 def _sample(run: str, **given: Any) -> None:
+    from iddpm import build, distributed
+
+    with distributed.session(build.device(make(Which, given).device)):
+        _sample_in(run, given)
+
+
+def _sample_in(run: str, given: dict[str, Any]) -> None:
     draw = make(Draw, given)
     first = open_weights(run, given)
     chain = [first, *(open_weights(name, {k: given[k] for k in given if k in fields_of(Which)}) for name in _names(draw.then))]
@@ -41,7 +48,7 @@ def _sample(run: str, **given: Any) -> None:
     task = _job(draw, first.config, guide.config if guide else first.config, inputs)
     from tqdm import tqdm
 
-    from iddpm import build, sample
+    from iddpm import build, distributed, sample
 
     last, step, rate = chain[-1], first.weights.about["step"], first.weights.about.get("ema_rate", 0)
     identity = dict(
@@ -49,15 +56,20 @@ def _sample(run: str, **given: Any) -> None:
         labels=list(task.labels), **_shaping(draw), **{k: getattr(first.config.sample, k) for k in fields_of(Sample)},
     )  # fmt: skip
     out = Path(draw.out) if draw.out else beside(first.weights.path) / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
-    writer = sample.writer(out, last.config, task, identity)
-    if writer.done:
-        print(f"{writer.done} of {len(task.seeds)} images are there already")
-    rest = task.part(writer.done)
+    writer = sample.writer(out, last.config, task, identity) if distributed.rank() == 0 else None
+    done = distributed.same(writer.done if writer else 0)
+    if done and writer:
+        print(f"{done} of {len(task.seeds)} images are there already")
+    rest = task.part(done)
     steps = [build.chain(o.config.diffusion, o.config.sample.sampling_steps).steps for o in chain]
-    batches = -(-len(rest.seeds) // first.which.batch_size)
-    with tqdm(total=sum(steps) * batches, unit="step", desc=f"{len(rest.seeds)} images", disable=None) as bar:
+    batches = -(-len(rest.seeds) // (first.which.batch_size * distributed.world()))
+    hide = None if writer else True  # None: a bar on a terminal only
+    with tqdm(total=sum(steps) * batches, unit="step", desc=f"{len(rest.seeds)} images", disable=hide) as bar:
         for batch in _draw(chain, rest, guide, draw, bar.update):
-            writer.write(batch)
+            if writer:
+                writer.write(batch)
+    if not writer:
+        return
     drawn = writer.held() if inputs else None
     writer.close()
     whose = f"average {rate}" if rate else "raw weights"
@@ -174,11 +186,10 @@ def _draw(chain: list[Opened], job: "Job", guide: "Guide | None", draw: Draw, ti
     """The job's images, batch by batch, through every model of the chain."""
     from iddpm import sample
 
-    first, size = chain[0], chain[0].which.batch_size
+    first, size, at = chain[0], chain[0].which.batch_size, 0
     noise = draw.low_res_noise if first.config.model.low_res_noise else 0.0
-    batches = sample.images(first.config, first.net, job, first.device, size, tick, guide, noise)
-    for k, drawn in enumerate(batches):
-        part = job.part(k * size, (k + 1) * size)
+    for drawn in sample.images(first.config, first.net, job, first.device, size, tick, guide, noise):
+        part, at = job.part(at, at + len(drawn)), at + len(drawn)
         for up in chain[1:]:
             noise = draw.low_res_noise if up.config.model.low_res_noise else 0.0
             task = part._replace(low_res=drawn)
