@@ -1,15 +1,17 @@
 """The batches of a run: pure functions of the seed, the step and the position in the data order, prepared ahead in threads."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm import distributed, rng
-from iddpm.config import Config, small_size
+from iddpm.config import Config, image_size, small_size
 from iddpm.data import Images, Order
 from iddpm.super_res import shrink
 
@@ -31,11 +33,32 @@ def make_batch(config: Config, data: Images, order: Order, step: int, position: 
     mine = distributed.share(n)
     indices = order.indices(position + mine.start, len(mine))
     x0 = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
+    if config.data.random_crop:
+        x0 = torch.stack([_cut(x, config, step, k) for x, k in zip(x0, mine)])
     if config.data.random_flip:
         flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
         x0[flip] = x0[flip].flip(-1)
     eps = rng.normal(t.seed, rng.NOISE, step, mine, x0.shape[1:])
     return Batch(x0, eps, conditions(config, data, indices, x0, step, mine))
+
+
+CROP = 0.8  # the smallest share of an image's side that a random crop shows
+
+
+def source_size(config: Config) -> tuple[int, int]:
+    """The (height, width) that images are read at: larger than the network's where they are cut out at random."""
+    height, width = image_size(config.model)
+    return (math.ceil(height / CROP), math.ceil(width / CROP)) if config.data.random_crop else (height, width)
+
+
+def _cut(x: Tensor, config: Config, step: int, place: int) -> Tensor:
+    """A window of an image (C, H, W), of 80 to 100 % of its sides, scaled to the network's size."""
+    size = image_size(config.model)
+    share, down, right = rng.stream(config.train.seed, rng.CROP, step, place).random(3)
+    height, width = (round(side * (CROP + (1 - CROP) * share)) for side in x.shape[1:])
+    top, left = round(down * (x.shape[1] - height)), round(right * (x.shape[2] - width))
+    window = x[None, :, top : top + height, left : left + width]
+    return F.interpolate(window, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def conditions(config: Config, data: Images, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iddpm.config import Config, Diffusion, Sample, image_size, numbers
 from iddpm.diffusion.denoiser import Denoiser, Network, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.objective import OBJECTIVES, Terms, cross_entropy
+from iddpm.diffusion.objective import OBJECTIVES, Terms, clean_cross_entropy, cross_entropy
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Chain, respace
 from iddpm.diffusion.solvers import SOLVERS, State
@@ -98,7 +98,7 @@ def objective(config: Config) -> Callable[..., Terms]:
     """The loss of a config."""
     d = config.diffusion
     if config.model.network == "classifier":
-        return cross_entropy
+        return cross_entropy if d.noised else clean_cross_entropy
     return OBJECTIVES[("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective]
 
 

@@ -82,6 +82,7 @@ class Diffusion:
         choices=("auto", "simple", "hybrid", "hybrid_unscaled", "vlb", "vlb_unscaled"),
         fixed=True,
     )
+    noised: bool = opt(True, "classifier: learn from images of every noise level, not from clean ones", fixed=True)
     schedule_sampler: str = opt("uniform", "law of t", choices=("uniform", "stratified", "loss-second-moment"), fixed=True)
 
 
@@ -89,8 +90,14 @@ class Diffusion:
 class Data:
     """The images."""
 
-    labels: str = opt("auto", "where classes come from", choices=("auto", "file", "folder", "prefix", "none"))
+    labels: str = opt(
+        "auto",
+        "where classes come from; original: prefix if every name has one, else folder",
+        choices=("auto", "file", "folder", "prefix", "original", "none"),
+    )
+    validation: str = opt("", "held-out images, on which the loss is measured every --validation_interval steps")
     random_flip: bool = opt(False, "mirror half of the training images")
+    random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")
     on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
     cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", low=0)
     num_workers: int = opt(2, "threads that prepare batches ahead", low=1)
@@ -120,6 +127,7 @@ class Train:
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     seed: int = opt(0, "seed of everything random", low=0, high=2**63 - 1, fixed=True)
     log_interval: int = opt(50, "steps between log lines", low=1)
+    validation_interval: int = opt(100, "steps between measurements on --validation", low=1)
     save_interval: int = opt(1000, "steps between checkpoints", low=1)
     sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
     keep: int = opt(3, "newest checkpoints to keep; 0: all", low=0)
@@ -290,6 +298,8 @@ def check(config: Config) -> Config:
         raise UserError(f"--objective {diffusion.objective} needs --learn_sigma True")
     if sample.eta and sample.solver != "ddim":
         raise UserError(f"--eta has no effect with --solver {sample.solver}: it belongs to ddim")
+    if config.data.validation and config.data.validation == config.data.path:
+        raise UserError(f"--validation {config.data.validation} is what the run is trained on: give held-out images")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)
@@ -303,6 +313,8 @@ def _check_network(model: Model, diffusion: Diffusion) -> None:
         name = "small_size" if model.small_size else "low_res_noise"
         raise UserError(f"--{name} has no effect with --network {model.network}: it belongs to super_res")
     if model.network != "classifier":
+        if not diffusion.noised:
+            raise UserError(f"--noised False is for --network classifier, not {model.network}")
         if model.classifier_pool != Model().classifier_pool:
             raise UserError(f"--classifier_pool has no effect with --network {model.network}: it belongs to classifier")
         return
@@ -311,6 +323,8 @@ def _check_network(model: Model, diffusion: Diffusion) -> None:
     if diffusion.learn_sigma or diffusion.objective != "auto":
         name = "learn_sigma" if diffusion.learn_sigma else "objective"
         raise UserError(f"--{name} has no effect with --network classifier, whose loss is the cross-entropy")
+    if not diffusion.noised and diffusion.schedule_sampler != "uniform":
+        raise UserError(f"--schedule_sampler {diffusion.schedule_sampler} has no effect with --noised False")
 
 
 def check_sampling_steps(steps: int, spec: str) -> None:

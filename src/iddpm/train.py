@@ -114,12 +114,13 @@ def train(
     store: Store | None = None,
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
+    held_out: Images | None = None,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
-    also saves step 0. Raises UserError where the run cannot go on (50 bad steps in a row), Stopped after Ctrl-C or SIGTERM,
-    once all is saved.
+    also saves step 0; `held_out` images are those of --validation. Raises UserError where the run cannot go on (50 bad steps
+    in a row), Stopped after Ctrl-C or SIGTERM, once all is saved.
     """
     t = config.train
     device, end = distributed.place(build.device(t.device)), total_steps(t)
@@ -154,6 +155,7 @@ def train(
         say(f"saved {path}")
         return path
 
+    validation = Validation(config, held_out) if held_out else None
     began = last = time.monotonic()
     first = logged = state.step
     path: Path | None = None
@@ -170,6 +172,8 @@ def train(
                     f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
                     f"or leave fp16; the last checkpoint is whole"
                 )
+            if validation and state.step % t.validation_interval == 0:
+                validation(state, meter)
             if state.step % t.log_interval == 0 or done or stop:
                 now = time.monotonic()
                 rate = (state.step - logged) * t.batch_size / (now - last)
@@ -188,6 +192,28 @@ def train(
     if logger:
         logger.close()
     return path
+
+
+class Validation:
+    """Measures the loss of the present weights on a batch of held-out images, and leaves the run's randomness alone."""
+
+    def __init__(self, config: Config, data: Images):
+        self.config = config.updated(dict(random_crop=False, random_flip=False))
+        self.data, self.order = data, Order(len(data), config.train.seed)
+        self.objective = build.objective(config)
+
+    @torch.no_grad()
+    def __call__(self, state: TrainState, meter: Meter) -> None:
+        """Add val_loss and its terms, by quartile of t, to the meter; the images and noise depend on the step alone."""
+        t, net = self.config.train, state.net.eval()
+        device, mine = next(net.parameters()).device, distributed.share(t.batch_size)
+        batch = make_batch(self.config, self.data, self.order, state.step, state.images)
+        denoiser = build.denoiser(self.config.diffusion, build.in_precision(net, device, t.precision))
+        i = (rng.uniform(t.seed, rng.TIME, state.step, t.batch_size) * denoiser.chain.steps).long()[mine.start : mine.stop]
+        for a in range(0, len(mine), micro := t.microbatch if t.microbatch > 0 else len(mine)):
+            x0, eps, at = (v[a : a + micro].to(device) for v in (batch.x0, batch.eps, i))
+            terms = self.objective(denoiser, x0, eps, at, {k: v[a : a + micro].to(device) for k, v in batch.cond.items()})
+            meter.add({f"val_{name}": term for name, term in terms.items()}, at * 4 // denoiser.chain.steps)
 
 
 def _silence(line: str) -> None:

@@ -85,6 +85,12 @@ def from_prefix(root: Path, names: list[str]) -> Found:
     return [stem.split("_")[0] for stem in stems], "file names before the first underscore"
 
 
+def from_prefix_or_folder(root: Path, names: list[str]) -> Found:
+    """Prefixes if every file name has one, else sub-folders: what its users expect of the original's commands."""
+    found, words = from_prefix(root, names)
+    return (found, words) if found is not None else from_folder(root, names)
+
+
 def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as int64 (N,) ranks among `classes`, or among their own sorted values; and the class names."""
     distinct = set(found)
@@ -106,4 +112,5 @@ RULES: dict[str, Callable[[Path, list[str]], Found]] = {
     "file": from_file,
     "folder": from_folder,
     "prefix": from_prefix,
+    "original": from_prefix_or_folder,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,13 +39,23 @@ def vlb_unscaled(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: C
     return {"loss": vlb_term(denoiser(xt, i, cond), x0, xt, step)}
 
 
+def clean_cross_entropy(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond) -> Terms:
+    """cross_entropy of the clean images, at the time of step 0: a plain classifier."""
+    zero = torch.zeros_like(i)
+    return _ranked(denoiser.net(x0, denoiser.chain.at(zero, zero).time), cond["y"])
+
+
 def cross_entropy(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond) -> Terms:
     """-log p(y | x_t), in nats, of a classifier in the place of the network, which classes cond["y"] (B,) teach.
 
     Beside it acc@1 and acc@5, the share whose class is the first, or among the first five (Dhariwal & Nichol 2021, appendix H).
     """
-    step, y = denoiser.chain.at(i, x0), cond["y"]
-    logits = denoiser.net(step.alpha * x0 + step.sigma * eps, denoiser.chain.at(i, i).time).float()  # b k
+    step = denoiser.chain.at(i, x0)
+    return _ranked(denoiser.net(step.alpha * x0 + step.sigma * eps, denoiser.chain.at(i, i).time), cond["y"])
+
+
+def _ranked(logits: Tensor, y: Tensor) -> Terms:
+    logits = logits.float()  # b k
     rank = (logits > logits.gather(1, y[:, None])).sum(1)
     loss = F.cross_entropy(logits, y, reduction="none")
     return {"loss": loss, "acc@1": (rank < 1).float(), "acc@5": (rank < 5).float()}

@@ -36,6 +36,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
     total_steps(config.train)
     with distributed.session(build.device(config.train.device)):
         images, config = open_data(config)
+        held_out = open_validation(config)
         build.network(config)
         if dry_run:
             train.dry_run(config, images)
@@ -44,7 +45,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         if leads:
             print("\n".join((images.describe(), *notes)))
             write_config(folder, config)
-        last = train.train(config, images, folder, notes=notes)
+        last = train.train(config, images, folder, notes=notes, held_out=held_out)
     if leads and last:
         print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
     if leads:
@@ -53,13 +54,13 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
 
 def open_data(config: Config) -> "tuple[Images, Config]":
     """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
-    from iddpm.config import image_size
+    from iddpm.batches import source_size
     from iddpm.data import Images
 
     m = config.model
     images = Images.open(
         config.data.path,
-        image_size=image_size(m),
+        image_size=source_size(config),
         channels=m.image_channels,
         on_broken=config.data.on_broken,
         cache_bytes=int(config.data.cache_gb * 2**30),
@@ -74,6 +75,13 @@ def open_data(config: Config) -> "tuple[Images, Config]":
     if len(images.classes) > room:
         raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
     return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
+
+
+def open_validation(config: Config) -> "Images | None":
+    """The held-out images of a config, of the same classes; None where it names none."""
+    if not config.data.validation:
+        return None
+    return open_data(config.updated(dict(path=config.data.validation, random_crop=False)))[0]
 
 
 def _next(config: Config, run: Path) -> str:

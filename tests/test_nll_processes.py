@@ -1,0 +1,76 @@
+"""`iddpm nll` in real processes: killed and started again, or shared among several, the numbers are the same to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import start
+from iddpm.cli import main
+
+
+@pytest.fixture(scope="module")
+def long_run(config, data, tmp_path_factory):
+    """A run whose chain takes some seconds."""
+    from iddpm.train import train
+    from iddpm.verbs.train import write_config
+
+    config, folder = config.updated(dict(diffusion_steps=200, steps=1)), tmp_path_factory.mktemp("runs") / "long"
+    write_config(folder, config)
+    train(config, data, folder)
+    return folder
+
+
+def command(run, pictures, folder, **more):
+    flags = dict(sampling_steps="all", batch_size=4, out=folder / "n.json", per_image=folder / "each.npz", device="cpu") | more
+    return ["nll", str(run), str(pictures), *(str(token) for k, v in flags.items() for token in (f"--{k}", v))]
+
+
+def numbers(folder):
+    """All that was written, and nothing of it half done."""
+    assert {p.name for p in folder.iterdir()} == {
+        "n.json", "n.svg", "n_vb_terms.npz", "n_mse_terms.npz", "n_xstart_mse_terms.npz", "each.npz",
+    }  # fmt: skip
+    result = json.loads((folder / "n.json").read_text())
+    with np.load(folder / "each.npz") as file:
+        return result, {name: file[name].tolist() for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_run, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main(command(long_run, pictures, folder)) == 0
+    return numbers(folder)
+
+
+def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tmp_path, undisturbed, capsys):
+    line, partial = command(long_run, pictures, tmp_path), tmp_path / "n.json.partial"
+    process, began = start(*line), time.monotonic()
+    while not partial.exists() and process.poll() is None and time.monotonic() - began < 60:
+        time.sleep(0.02)
+    process.kill()
+    _, err = process.communicate()
+    assert partial.exists(), err
+    with np.load(partial) as file:
+        done = file["done"]
+    assert 0 < done.sum() < 200 * 22
+    assert main(line) == 0
+    assert "going on: " in capsys.readouterr().out
+    assert numbers(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_the_same_numbers(long_run, pictures, tmp_path, undisturbed, processes):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "iddpm"]
+    out = subprocess.run(
+        [*torchrun, *command(long_run, pictures, tmp_path)], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("bits/dim (22 images") == 1
+    assert numbers(tmp_path) == undisturbed
