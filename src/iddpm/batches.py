@@ -13,7 +13,37 @@ from torch import Tensor
 from iddpm import distributed, rng
 from iddpm.config import Config, image_size, small_size
 from iddpm.data import Images, Order
+from iddpm.errors import UserError
 from iddpm.super_res import shrink
+
+
+def open_data(config: Config) -> tuple[Images, Config]:
+    """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
+    m = config.model
+    images = Images.open(
+        config.data.path,
+        image_size=source_size(config),
+        channels=m.image_channels,
+        on_broken=config.data.on_broken,
+        cache_bytes=int(config.data.cache_gb * 2**30),
+        labels=config.data.labels,
+        classes=config.data.classes or None,
+    )
+    if not m.class_cond:
+        return images, config
+    if images.labels is None:
+        raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
+    room = m.num_classes or len(images.classes)
+    if len(images.classes) > room:
+        raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
+    return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
+
+
+def open_validation(config: Config) -> Images | None:
+    """The held-out images of a config, of the same classes; None where it names none."""
+    if not config.data.validation:
+        return None
+    return open_data(config.updated(dict(path=config.data.validation, random_crop=False)))[0]
 
 
 class Batch(NamedTuple):

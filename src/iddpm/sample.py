@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from iddpm import build, distributed, rng
 from iddpm.checkpoint import Weights
@@ -255,6 +256,42 @@ def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Wri
         raise UserError(f"--out {out}: a grid holds at most 1024 images; take .npz or a folder for {len(job.seeds)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     return (Array if out.suffix else Folder)(out, config, job, identity)
+
+
+def draw_into(
+    out: Path,
+    config: Config,
+    job: Job,
+    identity: dict[str, Any],
+    draw: Callable[[Job, Callable[[], Any]], Iterator[np.ndarray]],
+    ticks: Callable[[int], int],
+    keep: bool = False,
+) -> np.ndarray | None:
+    """Draw what a file or folder does not hold yet of a job, by draw(rest, tick), and finish it; the first process writes.
+
+    A bar expects ticks(n) calls of tick for n images. Returns all images, (N, H, W, C) uint8, where the first
+    process is to `keep` them.
+    """
+    to = writer(out, config, job, identity) if distributed.rank() == 0 else None
+    done = distributed.same(to.done if to else 0)
+    if done and to:
+        print(f"{done} of {len(job.seeds)} images are there already")
+    rest = job.part(done)
+    with tqdm(total=ticks(len(rest.seeds)), unit="step", desc=f"{len(rest.seeds)} images", disable=None if to else True) as bar:
+        for batch in draw(rest, bar.update):
+            if to:
+                to.write(batch)
+    if to is None:
+        return None
+    held = to.held() if keep else None
+    to.close()
+    return held
+
+
+def solver_steps(config: Config, images: int, batch_size: int) -> int:
+    """How many steps one process takes for so many images: what a progress bar counts."""
+    steps = build.chain(config.diffusion, config.sample.sampling_steps).steps
+    return steps * -(-images // (batch_size * distributed.world()))
 
 
 def grid_file(config: Config, net: Network, device: torch.device, path: Path, count: int = 64) -> None:

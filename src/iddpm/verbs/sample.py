@@ -46,8 +46,6 @@ def _sample_in(run: str, given: dict[str, Any]) -> None:
     inputs = _inputs(draw, first.config) if first.config.model.network == "super_res" else None
     guide = _guide(draw, first, given) if draw.classifier else None
     task = _job(draw, first.config, guide.config if guide else first.config, inputs)
-    from tqdm import tqdm
-
     from iddpm import build, distributed, sample
 
     last, step, rate = chain[-1], first.weights.about["step"], first.weights.about.get("ema_rate", 0)
@@ -56,22 +54,15 @@ def _sample_in(run: str, given: dict[str, Any]) -> None:
         labels=list(task.labels), **_shaping(draw), **{k: getattr(first.config.sample, k) for k in fields_of(Sample)},
     )  # fmt: skip
     out = Path(draw.out) if draw.out else beside(first.weights.path) / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
-    writer = sample.writer(out, last.config, task, identity) if distributed.rank() == 0 else None
-    done = distributed.same(writer.done if writer else 0)
-    if done and writer:
-        print(f"{done} of {len(task.seeds)} images are there already")
-    rest = task.part(done)
-    steps = [build.chain(o.config.diffusion, o.config.sample.sampling_steps).steps for o in chain]
-    batches = -(-len(rest.seeds) // (first.which.batch_size * distributed.world()))
-    hide = None if writer else True  # None: a bar on a terminal only
-    with tqdm(total=sum(steps) * batches, unit="step", desc=f"{len(rest.seeds)} images", disable=hide) as bar:
-        for batch in _draw(chain, rest, guide, draw, bar.update):
-            if writer:
-                writer.write(batch)
-    if not writer:
+    drawn = sample.draw_into(
+        out, last.config, task, identity,
+        draw=lambda rest, tick: _draw(chain, rest, guide, draw, tick),
+        ticks=lambda n: sum(sample.solver_steps(o.config, n, first.which.batch_size) for o in chain),
+        keep=bool(inputs),
+    )
+    if distributed.rank():
         return
-    drawn = writer.held() if inputs else None
-    writer.close()
+    steps = [build.chain(o.config.diffusion, o.config.sample.sampling_steps).steps for o in chain]
     whose = f"average {rate}" if rate else "raw weights"
     how = f"{first.config.sample.solver}, {' + '.join(map(str, steps))} steps, {whose}"
     print(f"{len(task.seeds)} images of step {step} ({how}): {out}")

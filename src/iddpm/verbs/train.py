@@ -2,15 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iddpm.config import Config, check, fields_of
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, boolean
 from iddpm.presets import PRESETS
-
-if TYPE_CHECKING:
-    from iddpm.data import Images
 
 
 def _parser(parser: Parser) -> None:
@@ -31,6 +28,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
     folder = Path(run or _default_run(data, preset))
     config, notes = _resolve(folder, data, preset, given)
     from iddpm import build, distributed, train
+    from iddpm.batches import open_data, open_validation
     from iddpm.config import total_steps
 
     total_steps(config.train)
@@ -50,38 +48,6 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
     if leads:
         print(f"next: {_next(config, folder)}")
-
-
-def open_data(config: Config) -> "tuple[Images, Config]":
-    """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
-    from iddpm.batches import source_size
-    from iddpm.data import Images
-
-    m = config.model
-    images = Images.open(
-        config.data.path,
-        image_size=source_size(config),
-        channels=m.image_channels,
-        on_broken=config.data.on_broken,
-        cache_bytes=int(config.data.cache_gb * 2**30),
-        labels=config.data.labels,
-        classes=config.data.classes or None,
-    )
-    if not m.class_cond:
-        return images, config
-    if images.labels is None:
-        raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
-    room = m.num_classes or len(images.classes)
-    if len(images.classes) > room:
-        raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
-    return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
-
-
-def open_validation(config: Config) -> "Images | None":
-    """The held-out images of a config, of the same classes; None where it names none."""
-    if not config.data.validation:
-        return None
-    return open_data(config.updated(dict(path=config.data.validation, random_crop=False)))[0]
 
 
 def _next(config: Config, run: Path) -> str:
