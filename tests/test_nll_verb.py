@@ -97,6 +97,7 @@ def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, confi
     from iddpm import evaluate
 
     monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(evaluate, "SAVE_COST", 0)
     other, terms = untrained(config, tmp_path / "other"), 3 * 22 + 3 * 8
     add, seen = evaluate.Progress.add, []
 

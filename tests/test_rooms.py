@@ -19,6 +19,7 @@ BELOW = {  # room: the only parts of the package it may import
     "build": {"config", "diffusion", "nn", "errors"},
     "checkpoint": {"config", "errors"},
     "pictures": set(),
+    "plot": set(),
     "super_res": set(),
     "sample": {"build", "checkpoint", "config", "diffusion", "distributed", "errors", "pictures", "rng", "super_res"},
     "evaluate": {"build", "config", "data", "diffusion", "distributed", "errors", "log", "rng", "super_res"},

@@ -31,7 +31,8 @@ from iddpm.errors import UserError
 from iddpm.log import duration
 from iddpm.super_res import shrink
 
-SAVE_EVERY = 1.0  # seconds of work that a kill may cost; longer where writing the file takes more than a twentieth of them
+SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
+SAVE_COST = 20  # ... or this many times what writing the file takes, where that is longer
 TABLES = Term._fields[1:]  # vb, x0_mse, eps_mse
 ORIGINAL = {"vb": "vb_terms.npz", "eps_mse": "mse_terms.npz", "x0_mse": "xstart_mse_terms.npz"}  # the original's file names
 
@@ -91,7 +92,7 @@ class Progress:
     def load(self, path: Path, identity: str) -> str:
         """Become what was saved of the same job, if anything; returns what else there is to say."""
         try:
-            with np.load(path) as file:
+            with open(path, "rb") as raw, np.load(raw) as file:
                 if (found := str(file["identity"])) != identity:
                     theirs, ours = json.loads(found), json.loads(identity)
                     names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
@@ -177,7 +178,7 @@ class _Keeper:
         if self.path and (at_once or began > self.due):
             self.progress.save(self.path, self.job)
             ended = time.monotonic()
-            self.due = ended + max(SAVE_EVERY, 20 * (ended - began))
+            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - began))
 
 
 def _settings(config: Config, chosen: np.ndarray, seed: int) -> dict[str, Any]:
@@ -322,9 +323,9 @@ def write_original_tables(bound: Bound, folder: Path) -> list[Path]:
 
 
 def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against: Bound | None = None) -> None:
-    """One row for each image, by file name: a .csv, or an .npz of the same columns; label is empty (-1) where there is none.
+    """One row for each image, by name: a .csv, or an .npz of the same columns; label is empty (-1) where there is none.
 
-    Files are named from `root`, the data's folder. With `against`, also that run's bits/dim and the difference to it.
+    Names are paths from `root`, the data's folder. With `against`, also that run's bits/dim and the difference to it.
     """
     order = np.argsort(bound.indices)
     indices = bound.indices[order]
@@ -334,12 +335,12 @@ def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against:
         columns |= {"against": against.total[order], "difference": (bound.total - against.total)[order]}
     labels = data.labels[indices] if data.labels is not None else np.full(len(indices), -1)
     if path.suffix == ".npz":
-        arrays: dict[str, Any] = dict(file=names, label=labels, classes=np.array(data.classes, dtype=np.str_), **columns)
+        arrays: dict[str, Any] = dict(name=names, label=labels, classes=np.array(data.classes, dtype=np.str_), **columns)
         replace(path, lambda file: np.savez(file, **arrays))
         return
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "label", *columns])
+    rows.writerow(["name", "label", *columns])
     for k, name in enumerate(names):
         label = data.classes[labels[k]] if labels[k] >= 0 else ""
         rows.writerow([name, label, *(repr(float(column[k])) for column in columns.values())])

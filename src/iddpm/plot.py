@@ -30,7 +30,7 @@ class Curve(NamedTuple):
 Scale = Callable[[np.ndarray], np.ndarray]  # values -> pixels
 
 
-def bound(curves: Sequence[Curve], title: str) -> str:
+def bound(curves: Sequence[Curve], title: str, note: str = "") -> str:
     """An SVG of each step's term (both axes logarithmic), and of their running sum from the data upwards."""
     last = max(int(c.t[-1]) for c in curves)
     lines = [
@@ -39,6 +39,7 @@ def bound(curves: Sequence[Curve], title: str) -> str:
         f"<title>{escape(title)}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         _text(PANELS[0][0], 34, title, size=18, weight=600),
+        *([_text(PANELS[1][1], 34, note, fill=SOFT, anchor="end", size=13)] if note else []),
         *_legend(curves),
         *_terms(curves, last),
         *_sums(curves, last),
@@ -62,12 +63,13 @@ def _terms(curves: Sequence[Curve], last: int) -> list[str]:
     top = max(float(c.vb.max()) for c in curves)
     seen = np.concatenate([c.vb[c.vb > 0] for c in curves])
     high = 10.0 ** math.ceil(math.log10(top)) if top > 0 else 1.0
-    low = max(10.0 ** math.floor(math.log10(seen.min())) if len(seen) else high / 10, high / 10**DECADES)
+    low = 10.0 ** math.floor(math.log10(seen.min())) if len(seen) else 0.0
+    low = min(max(low, high / 10**DECADES), high / 10)
     x, y = _steps(left, right, last), _log(low, high)
     decades = round(math.log10(high / low))
     ticks = [(float(10.0**k), _power(k)) for k in range(round(math.log10(low)), round(math.log10(high)) + 1, 1 + decades // 6)]
     out = [*_frame(left, right, "bits/dim of each step", x, y, last, ticks)]
-    for k, c in enumerate(curves):
+    for k, c in reversed(list(enumerate(curves))):  # the first on top
         at, value, error = (_thin(x(c.t), a) for a in (x(c.t), c.vb, c.error))
         value = value.clip(low, high)
         if np.isfinite(error).all():
