@@ -8,9 +8,17 @@ from collections.abc import Sequence
 import iddpm
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb
-from iddpm.verbs import data, nll, sample, train
+from iddpm.verbs import convert, data, nll, original, sample, train
 
-VERBS: dict[str, Verb] = {"train": train.VERB, "sample": sample.VERB, "nll": nll.VERB, "data": data.VERB}
+VERBS: dict[str, Verb] = {
+    "train": train.VERB,
+    "sample": sample.VERB,
+    "nll": nll.VERB,
+    "data": data.VERB,
+    "import": convert.IMPORT,
+    "export": convert.EXPORT,
+    **original.VERBS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,10 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin cost 3x on a shared machine
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(
-            "iddpm: train, sample and measure diffusion models of images\n\nusage: iddpm VERB ... (iddpm VERB --help says more)\n"
-        )
-        print("\n".join(f"  {name:8} {verb.help}" for name, verb in VERBS.items()))
+        print("iddpm: train, sample and measure diffusion models of images\n")
+        print("usage: iddpm VERB ... (iddpm VERB --help says more)\n")
+        print("\n".join(f"  {name:18} {verb.help}" for name, verb in VERBS.items()))
         return 0
     if argv[0] in ("-V", "--version"):
         print(iddpm.__version__)

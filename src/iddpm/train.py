@@ -115,11 +115,12 @@ def train(
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
     held_out: Images | None = None,
+    sheets: bool = True,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
-    also saves step 0; `held_out` images are those of --validation. Raises UserError where the run cannot go on (50 bad steps
+    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where the run cannot go on (50 bad steps
     in a row), Stopped after Ctrl-C or SIGTERM, once all is saved.
     """
     t = config.train
@@ -147,7 +148,7 @@ def train(
             logger.event(state.step, line)
     net = distributed.parallel(state.net)
     denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, t.precision))
-    order, meter, draws = Order(len(data), t.seed), Meter(), config.model.network != "classifier"
+    order, meter, draws = Order(len(data), t.seed), Meter(), sheets and config.model.network != "classifier"
 
     def save() -> Path | None:
         path = store.save(config, state.to_saved()) if leads else None
