@@ -100,3 +100,12 @@ def test_what_cannot_be_guided_is_one_clear_line(argv, words, pictures, run, jud
     assert main([str(places.get(a, a)) for a in argv]) == 2
     err = capsys.readouterr().err.strip()
     assert words in err and len(err.splitlines()) == 1
+
+
+def test_ddim_says_where_its_guidance_would_jump(run, judge, tmp_path, capsys):
+    """The cosine chain ends in pure noise; a ddimN grid leaves that step out."""
+    argv = ["sample", str(run), "--classifier", judge, "--solver", "ddim", "--num_samples", "1", "--out", str(tmp_path / "x.npz")]
+    assert main([*argv, "--sampling_steps", "5"]) == 0
+    assert "take --sampling_steps ddimN" in capsys.readouterr().out
+    assert main([*argv, "--sampling_steps", "ddim5"]) == 0
+    assert "ddimN" not in capsys.readouterr().out

@@ -45,6 +45,8 @@ def _sample_in(run: str, given: dict[str, Any]) -> None:
     _check(draw, given, chain)
     inputs = _inputs(draw, first.config) if first.config.model.network == "super_res" else None
     guide = _guide(draw, first, given) if draw.classifier else None
+    if guide and first.config.sample.solver == "ddim":
+        _warn_of_jump(first.config)
     task = _job(draw, first.config, guide.config if guide else first.config, inputs)
     from iddpm import build, distributed, sample
 
@@ -55,7 +57,10 @@ def _sample_in(run: str, given: dict[str, Any]) -> None:
     )  # fmt: skip
     out = Path(draw.out) if draw.out else beside(first.weights.path) / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
     drawn = sample.draw_into(
-        out, last.config, task, identity,
+        out,
+        last.config,
+        task,
+        identity,
         draw=lambda rest, tick: _draw(chain, rest, guide, draw, tick),
         ticks=lambda n: sum(sample.solver_steps(o.config, n, first.which.batch_size) for o in chain),
         keep=bool(inputs),
@@ -125,6 +130,16 @@ def _guide(draw: Draw, first: Opened, given: dict[str, Any]) -> "Guide":
     if ours.model.class_cond and ours.data.classes != theirs.data.classes:
         raise UserError(f"--classifier {draw.classifier} was trained on other classes than the model")
     return Guide(theirs, judge.net, draw.classifier_scale)
+
+
+def _warn_of_jump(config: Config) -> None:
+    """DDIM multiplies the first gradient by about alpha_prev / alpha, which is huge where the chain begins in pure noise."""
+    from iddpm import build
+
+    table = build.chain(config.diffusion, config.sample.sampling_steps).table
+    if (jump := (table.alpha_prev[-1] / table.alpha[-1]).item()) > 10:
+        print(f"the first step of ddim would magnify the guidance {jump:.0f} times: take --sampling_steps ddimN (as ddim50), "
+              f"which begins below pure noise, or --solver ancestral")  # fmt: skip
 
 
 def _job(draw: Draw, config: Config, classes_of: Config, inputs: Inputs | None) -> "Job":
