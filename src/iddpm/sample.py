@@ -71,9 +71,10 @@ def class_name(config: Config, y: int) -> str:
 
 def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> Network:
     """The trained network of some weights, ready to predict."""
-    net = build.network(weights.config)
+    with torch.device("meta"):  # so that the weights are in memory once, not twice
+        net = build.network(weights.config)
     try:
-        net.load_state_dict(weights.tensors)
+        net.load_state_dict(weights.tensors, assign=True)
     except RuntimeError as e:
         raise UserError(f"{weights.path} does not hold the network its config names: {str(e).splitlines()[1].strip()}") from None
     return build.in_precision(net.to(device).eval().requires_grad_(False), device, precision)

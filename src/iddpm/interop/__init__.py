@@ -1,0 +1,1 @@
+"""Other projects' files, commands and names, on top of this one's."""

@@ -1,0 +1,347 @@
+"""The original's checkpoint files, read without executing anything, and written whole.
+
+model%06d.pt  ema_RATE_%06d.pt            state dicts
+opt%06d.pt                                AdamW's state; of a run in fp16, that of one flat parameter (guided-diffusion: of two)
+iddpm%06d.json  iddpm%06d.safetensors     ours, beside them: what an exact resume needs besides, and a digest of each file
+
+The number is the optimizer steps tried. In files that the original wrote, it is one less but for the run's last, or what a
+user renamed them to: there the count comes from the optimizer's state.
+"""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import iddpm
+from iddpm.checkpoint import Saved, Weights
+from iddpm.checkpoint import _flush as flush
+from iddpm.checkpoint import _sha256 as sha256
+from iddpm.config import Config, ema_rates
+from iddpm.errors import UserError
+from iddpm.interop.openai.optimizer import MOMENTS, groups, optimizer_file, unflatten
+from iddpm.interop.openai.weights import Shapes, check_fit, network_shapes, shapes_of
+
+# ---- reading a file
+
+ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how what torch.save writes begins: since 1.6, and before
+
+
+def load(path: Path) -> Any:
+    """What torch.save wrote: tensors, mapped from the file rather than read, and plain values.
+
+    UserError where there is no such file, it is cut short, no file of torch.save, or holds objects of other kinds.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(OLD))
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}") from e
+    if not start:
+        raise UserError(f"{path} is empty")
+    if not start.startswith(ZIP) and start != OLD[: len(start)]:
+        raise UserError(f"{path} is no file of torch.save")
+    if start.startswith(ZIP) and not zipfile.is_zipfile(path):  # its table of contents is at the end
+        raise UserError(f"{path} is cut short")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP))
+    except Exception as e:  # torch raises a handful of kinds
+        if found := re.search(r"GLOBAL (\S+)", str(e)):
+            raise UserError(
+                f"{path} holds a Python object, {found[1]}, which could execute anything and is not read: "
+                f"save the weights alone, torch.save(model.state_dict(), ...)"
+            ) from None
+        if isinstance(e, OSError):
+            raise
+        raise UserError(f"{path} is cut short or damaged ({str(e).splitlines()[0] if str(e) else 'it ends early'})") from None
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of a file, float32, by name in their order; UserError where it holds something else."""
+    found = load(path)
+    if isinstance(found, dict) and {"state", "param_groups"} <= set(found):
+        match = OPTIMIZER.match(path.name)
+        model = f"model{match[1]}.pt" if match else "a model's file"
+        raise UserError(f"{path} is an optimizer's state and holds no weights: give {model}, or an average (ema_...)")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} holds no weights but a {type(found).__name__}")
+    if odd := next((k for k, v in found.items() if not isinstance(v, Tensor)), None):
+        inner = isinstance(found[odd], dict)
+        raise UserError(
+            f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
+            + (f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)" if inner else "")
+        )
+    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+
+
+# ---- the optimizer's file
+
+
+def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
+    """AdamW's state for parameters of these shapes, as NAME.SLOT, and how many updates it made.
+
+    However it lies in the file: by parameter, or flat as under fp16. UserError where it is of other parameters.
+    """
+    found = load(path)
+    if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
+        raise UserError(f"{path} holds no optimizer's state")
+    order = [p for group in found["param_groups"] for p in group["params"]]
+    state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
+    layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
+    if layout is None:
+        raise UserError(f"{path} is of {len(order)} parameters, the network has {len(shapes)}: they do not belong together")
+    for k, names in enumerate(groups(shapes, layout)):
+        want = sum(torch.Size(shapes[name]).numel() for name in names)
+        if k in state and not all(isinstance(state[k].get(s), Tensor) and state[k][s].numel() == want for s in MOMENTS):
+            raise UserError(f"{path} is of another network: it does not fit {names[0]}")
+    return unflatten(state, shapes, layout), max((int(s["step"]) for s in state.values()), default=0)
+
+
+# ---- which files belong together
+
+MODEL, AVERAGE, OPTIMIZER = re.compile(r".*model(\d+)\.pt$"), re.compile(r"ema_(.+)_(\d+)\.pt$"), re.compile(r"opt(\d+)\.pt$")
+
+
+class Family(NamedTuple):
+    """The files of one moment of a run, as far as they are there."""
+
+    model: Path
+    digits: str  # of their names; "" where nothing says
+    averages: dict[float, Path]
+    optimizer: Path | None
+    record: Path | None  # our own file
+
+
+def family(path: Path) -> Family:
+    """The files beside a model's, or beside an average's, whose model's file must be there.
+
+    Where the name has no number, the folder's only optimizer says it. UserError where a file is missing, or a choice is open.
+    """
+    folder = path.parent
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    if average := AVERAGE.match(path.name):
+        model = folder / f"model{average[2]}.pt"
+        if not model.exists():
+            raise UserError(f"{model.name} is missing beside {path}: without it, these averages cannot be trained on")
+        return family(model)
+    if OPTIMIZER.match(path.name):
+        read(path)  # raises: it is no model
+    if number := MODEL.match(path.name):
+        digits = number[1]
+    else:
+        found = sorted(folder.glob("opt*.pt"))
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:3])
+            raise UserError(f"{path}: which optimizer belongs to it, {names}? rename it as theirs, model%06d.pt")
+        match = OPTIMIZER.match(found[0].name) if found else None
+        digits = match[1] if match else ""
+    if not digits:
+        return Family(path, "", {}, None, None)
+    averages = {}
+    for other in sorted(folder.glob(f"ema_*_{digits}.pt")):
+        if match := AVERAGE.match(other.name):
+            averages[float(match[1])] = other
+    optimizer = folder / f"opt{digits}.pt"
+    return Family(path, digits, averages, optimizer if optimizer.exists() else None, record_of(path))
+
+
+def record_of(path: Path) -> Path | None:
+    """Our own file that vouches for a model's or an average's file, if there is one."""
+    match = AVERAGE.match(path.name) or MODEL.match(path.name)
+    record = path.with_name(f"iddpm{match[match.re.groups] if match else ''}.json")
+    return record if record.exists() and path.name in _record(record)["files"] else None
+
+
+def recorded(record: Path) -> Config:
+    """The config in our own file."""
+    return Config.from_json(json.dumps(_record(record)["config"]), str(record))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        assert {"files", "state", "config"} <= set(found)
+    except (ValueError, AssertionError, TypeError):
+        raise UserError(f"{path} is damaged: delete it to read the files beside it as the original's") from None
+    return found
+
+
+# ---- a run's checkpoints
+
+
+def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | None]:
+    """All of a run at the moment of a model's (or an average's) file, to go on from; and its config, if it is one of ours.
+
+    Averages of the rates of `config`, or else all that are there. Of the original's files, the position in the data is the
+    updates times the config's batch. UserError naming what is missing or damaged: nothing is left out or begun anew.
+    """
+    kin = family(path)
+    stored, law, state = None, dict[str, Tensor](), None
+    if kin.record:
+        found = _record(kin.record)
+        if fault := _fault(kin.record.parent, found["files"]):
+            raise UserError(f"{kin.record.parent / fault[0]} {fault[1]}")
+        stored, state = recorded(kin.record), found["state"]
+        law = load_file(kin.record.with_suffix(".safetensors")) if state.get("law") else {}
+    weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
+    if kin.optimizer:
+        slots, updates = read_optimizer(kin.optimizer, shapes_of(weights))
+    elif not (state and state.get("weights_only")):
+        name = f"opt{kin.digits or '*'}.pt"
+        raise UserError(f"{name} is missing beside {path}: without it, training cannot go on from there")
+    averages = {}
+    for rate in ema_rates((config or stored).train) if config or stored else kin.averages:  # type: ignore[union-attr]
+        if rate not in kin.averages:
+            raise UserError(f"ema_{rate}_{kin.digits}.pt is missing beside {path}: the average of --ema_rate {rate} cannot go on")
+        averages[rate] = read(kin.averages[rate])
+    if state is None:
+        images = updates * config.train.batch_size if config else 0
+        state = dict(step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[])
+    return Saved(state["step"], weights, averages, slots | {f"law.{k}": v for k, v in law.items()}, state), stored
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The model's file with the largest number whose family is whole, and a line for each that was passed over."""
+    passed_over: list[str] = []
+    for path in sorted(models(folder), key=lambda p: int(p.stem.removeprefix("model")), reverse=True):
+        try:
+            kin = family(path)
+            files = _record(kin.record)["files"] if kin.record else dict.fromkeys([*_names(kin), f"opt{kin.digits}.pt"])
+            fault = _fault(folder, files)
+        except UserError as e:
+            fault = ("its record", str(e))
+        if fault is None:
+            return path, passed_over
+        passed_over.append(f"passed over {path.name}: {fault[0]} {fault[1]}")
+    return None, passed_over
+
+
+def _names(kin: Family) -> list[str]:
+    return [p.name for p in (kin.model, *kin.averages.values())]
+
+
+def models(folder: Path) -> list[Path]:
+    """The model%06d.pt of a folder."""
+    return [p for p in sorted(folder.glob("model*.pt")) if re.fullmatch(r"model\d+\.pt", p.name)]
+
+
+def _fault(folder: Path, files: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first file that is missing or damaged, by its size and digest, or, where there are none, by its end; and what it is."""
+    for name, known in files.items():
+        path = folder / name
+        if not path.exists():
+            return name, "is missing"
+        if known is not None and [path.stat().st_size, sha256(path)] != known:
+            return name, "is damaged"
+        if known is None and _begins_as_zip(path) and not zipfile.is_zipfile(path):
+            return name, "is cut short"
+    return None
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == ZIP
+
+
+class Store:
+    """The checkpoints of a run in the original's files. It begins at the file `resume`, or else at the folder's newest.
+
+    `config` says which averages the run needs, and the batch by which the original's count of updates becomes one of images.
+    """
+
+    def __init__(self, folder: Path, resume: Path | None, config: Config):
+        self.folder, self.resume, self.config = folder, resume, config
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The state to go on from, and one line for each that was passed over."""
+        path, passed_over = (self.resume, []) if self.resume else newest(self.folder)
+        return (load_run(path, self.config)[0] if path else None), passed_over
+
+    def save(self, config: Config, saved: Saved) -> Path:
+        """Keep a state; returns the model's file."""
+        return save_run(self.folder, config, saved)
+
+
+def read_model(path: Path, config: Config) -> Weights:
+    """The weights of a file for a config, with the names of the classes that a file of ours beside it holds.
+
+    UserError where they do not fit, with the flags that would.
+    """
+    tensors = read(path)
+    check_fit(shapes_of(tensors), config, str(path))
+    average, number = AVERAGE.match(path.name), MODEL.match(path.name)
+    digits = average[2] if average else number[1] if number else "0"
+    about = dict(step=int(digits), ema_rate=float(average[1]) if average else 0)
+    if record := record_of(path):
+        stored = recorded(record)
+        config = config.updated({"classes": stored.data.classes, "rule": stored.data.rule})
+    return Weights(path, tensors, config, about)
+
+
+def save_run(folder: Path, config: Config, saved: Saved) -> Path:
+    """Write a state's files, each aside, flushed and renamed, the record that vouches for all of them last.
+
+    Returns the model's file; OSError on a full disk. Weights without an optimizer (`state["weights_only"]`) get no opt file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = network_shapes(config)
+    digits = f"{saved.step:06d}"
+    contents: dict[str, Any] = {f"model{digits}.pt": _ordered(saved.weights, shapes)}
+    for rate, average in saved.averages.items():
+        contents[f"ema_{rate}_{digits}.pt"] = _ordered(average, shapes)
+    if not saved.state.get("weights_only"):
+        contents[f"opt{digits}.pt"] = optimizer_file(saved, config, shapes)
+    record = folder / f"iddpm{digits}.json"
+    record.unlink(missing_ok=True)  # of a run that was here before: it vouches for other files
+    for name, content in contents.items():
+        _write(folder / name, partial(torch.save, content))
+    if law := {name: saved.optimizer[f"law.{name}"] for name in saved.state.get("law", [])}:
+        name = f"iddpm{digits}.safetensors"
+        _write(folder / name, lambda file: file.write(safetensors.torch.save(law)))
+        contents[name] = law
+    digests = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in contents}
+    about = dict(iddpm=iddpm.__version__, config=json.loads(config.to_json()), state=saved.state, files=digests)
+    _write(record, lambda file: file.write(json.dumps(about, indent=1).encode()))
+    return folder / f"model{digits}.pt"
+
+
+def _ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors in the original's order, each with its own memory: a view would take along all that it is a view of."""
+    own = {}
+    for name in names:
+        t = tensors[name].detach().cpu().contiguous()
+        own[name] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+    return own
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], config: Config) -> None:
+    """One file of weights, in the original's order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = _ordered(tensors, network_shapes(config))
+    _write(path, partial(torch.save, content))
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file aside, flush it, rename it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except RuntimeError as e:  # how torch tells of a full disk
+        raise OSError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(path.parent)

@@ -1,0 +1,259 @@
+"""The original's flags: their names and defaults, and what they mean in a Config of ours, there and back.
+
+`program` says whose they are: improved-diffusion's, or guided-diffusion's, which added some and changed two defaults.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from iddpm.config import ENDLESS, Config, Diffusion, Model, fields_of, image_size, numbers, small_size
+from iddpm.errors import UserError
+
+NUM_CLASSES = 1000  # rows of label_emb, however many classes are trained
+
+# ---- names and defaults, in the original's order
+
+DIFFUSION: dict[str, Any] = dict(
+    learn_sigma=False, diffusion_steps=1000, noise_schedule="linear", timestep_respacing="", use_kl=False,
+    predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,
+)  # fmt: skip
+CLASSIFIER: dict[str, Any] = dict(
+    image_size=64, classifier_use_fp16=False, classifier_width=128, classifier_depth=2,
+    classifier_attention_resolutions="32,16,8", classifier_use_scale_shift_norm=True, classifier_resblock_updown=True,
+    classifier_pool="attention",
+)  # fmt: skip
+IMAGE: dict[str, Any] = dict(
+    image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1, attention_resolutions="16,8",
+    dropout=0.0, learn_sigma=False, sigma_small=False, class_cond=False, diffusion_steps=1000, noise_schedule="linear",
+    timestep_respacing="", use_kl=False, predict_xstart=False, rescale_timesteps=True, rescale_learned_sigmas=True,
+    use_checkpoint=False, use_scale_shift_norm=True,
+)  # fmt: skip
+GUIDED_IMAGE: dict[str, Any] = dict(
+    image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1, num_head_channels=-1,
+    attention_resolutions="16,8", channel_mult="", dropout=0.0, class_cond=False, use_checkpoint=False,
+    use_scale_shift_norm=True, resblock_updown=False, use_fp16=False, use_new_attention_order=False, **DIFFUSION,
+)  # fmt: skip
+
+
+def _super_res(image: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    return {k: v for k, v in image.items() if k not in ("image_size", *without)} | dict(large_size=256, small_size=64)
+
+
+SUPER_RES = _super_res(IMAGE, "sigma_small")
+GUIDED_SUPER_RES = _super_res(GUIDED_IMAGE, "channel_mult", "use_new_attention_order")
+
+# What makes a network of a kind, and its process, in each program.
+NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
+    "improved": {"unet": IMAGE, "super_res": SUPER_RES},
+    "guided": {"unet": GUIDED_IMAGE, "super_res": GUIDED_SUPER_RES, "classifier": CLASSIFIER | DIFFUSION},
+}
+
+TRAIN: dict[str, Any] = dict(
+    data_dir="", schedule_sampler="uniform", lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, batch_size=1, microbatch=-1,
+    ema_rate="0.9999", log_interval=10, save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3,
+)  # fmt: skip
+SAMPLE: dict[str, Any] = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
+NLL: dict[str, Any] = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="")
+SUPER_RES_SAMPLE: dict[str, Any] = dict(
+    clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, base_samples="", model_path=""
+)
+CLASSIFIER_TRAIN: dict[str, Any] = dict(
+    data_dir="", val_data_dir="", noised=True, iterations=150000, lr=3e-4, weight_decay=0.0, anneal_lr=False, batch_size=4,
+    microbatch=-1, schedule_sampler="uniform", resume_checkpoint="", log_interval=10, eval_interval=5, save_interval=10000,
+)  # fmt: skip
+CLASSIFIER_SAMPLE: dict[str, Any] = dict(SAMPLE, classifier_path="", classifier_scale=1.0)
+
+COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
+    program: {
+        "image_train": TRAIN | nets["unet"],
+        "image_sample": SAMPLE | nets["unet"],
+        "image_nll": NLL | nets["unet"],
+        "super_res_train": TRAIN | nets["super_res"],
+        "super_res_sample": SUPER_RES_SAMPLE | nets["super_res"],
+    }
+    for program, nets in NETWORKS.items()
+}
+COMMANDS["guided"] |= {
+    "classifier_train": CLASSIFIER_TRAIN | CLASSIFIER | DIFFUSION,
+    "classifier_sample": CLASSIFIER_SAMPLE | GUIDED_IMAGE | CLASSIFIER,
+}
+
+# ---- what they mean
+
+Fields = dict[str, Any]
+SIZES: dict[str, Callable[[Any], Fields]] = {
+    "image_size": lambda v: {"image_size": str(v)},
+    "large_size": lambda v: {"image_size": str(v)},
+    "small_size": lambda v: {"small_size": str(v)},
+}
+UNET: dict[str, Callable[[Any], Fields]] = SIZES | {
+    "class_cond": lambda v: {"class_cond": v, "num_classes": NUM_CLASSES if v else 0, "labels": "original" if v else "none"},
+    "use_new_attention_order": lambda v: {"new_attention_order": v},
+    "predict_xstart": lambda v: {"parametrization": "x0" if v else "eps"},
+    "use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
+    "sigma_small": lambda v: {"sigma_small": v},
+}
+CLASSIFIERS: dict[str, Callable[[Any], Fields]] = SIZES | {
+    "classifier_use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
+    "classifier_width": lambda v: {"num_channels": v},
+    "classifier_depth": lambda v: {"num_res_blocks": v},
+    "classifier_attention_resolutions": lambda v: {"attention_resolutions": v},
+    "classifier_use_scale_shift_norm": lambda v: {"use_scale_shift_norm": v},
+    "classifier_resblock_updown": lambda v: {"resblock_updown": v},
+}
+PROGRAMS: dict[str, Callable[[Any], Fields]] = {  # of the commands around the network
+    "data_dir": lambda v: {"path": v},
+    "val_data_dir": lambda v: {"validation": v},
+    "eval_interval": lambda v: {"validation_interval": v},
+    "timestep_respacing": lambda v: {"sampling_steps": v or "all"},
+    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral", "eta": 0.0},
+    "lr_anneal_steps": lambda v: {"lr_anneal_steps": v, "steps": v or ENDLESS},
+    "iterations": lambda v: {"steps": v},
+    "anneal_lr": lambda v: {"lr_anneal_steps": -1 if v else 0},
+}
+SAME = (  # names that are ours too
+    "dropout", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels", "channel_mult",
+    "attention_resolutions", "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "learn_sigma", "diffusion_steps",
+    "noise_schedule", "rescale_timesteps", "classifier_pool", "noised", "schedule_sampler", "lr", "weight_decay", "batch_size",
+    "microbatch", "ema_rate", "log_interval", "save_interval", "fp16_scale_growth", "clip_denoised",
+)  # fmt: skip
+ALWAYS: Fields = dict(ema_warmup=False, keep=0, sample_interval=0)  # what the original does without a flag
+OF_CLASSIFIERS: Fields = dict(  # they see the step's own number, learn from mirrored crops, and are not averaged
+    num_head_channels=64, class_cond=True, num_classes=NUM_CLASSES, labels="original", rescale_timesteps=False,
+    random_flip=True, random_crop=True, ema_rate="",
+)  # fmt: skip
+WIDTHS_512 = "1,1,2,2,4,4"  # guided-diffusion builds its upsampler to 512 pixels as wide as that to 256
+
+
+def to_config(network: str, given: Mapping[str, Any], program: str = "improved", processes: int = 1) -> Config:
+    """The config that the original's flags name; those that make the network and are not given have the program's defaults.
+
+    `network` is unet, super_res or classifier. Flags that mean nothing for it are passed over, as the original's own recipes
+    need. `batch_size` is that of each of the `processes`.
+    """
+    flags = NETWORKS[program][network] | dict(given)
+    judge = network == "classifier"
+    if judge:  # in classifier_sample they stand among those of the model that it guides
+        flags = {k: v for k, v in flags.items() if k in CLASSIFIER or k in DIFFUSION or k not in GUIDED_IMAGE}
+    flat: Fields = {"network": network, **ALWAYS}
+    meanings = (CLASSIFIERS if judge else UNET) | PROGRAMS
+    for name, value in flags.items():
+        if name in meanings:
+            flat |= meanings[name](value)
+        elif name in SAME:
+            flat[name] = value
+    if "batch_size" in flags:
+        flat["batch_size"] = flags["batch_size"] * processes
+    if judge:
+        flat |= OF_CLASSIFIERS | {"learn_sigma": False}
+    else:
+        flat |= {"objective": objective(flags), "classifier_pool": Model().classifier_pool, "noised": True}
+    if network == "super_res":
+        if not flat.get("channel_mult") and str(flags["large_size"]) == "512":
+            flat["channel_mult"] = WIDTHS_512
+    else:
+        flat.pop("small_size", None)
+    return Config().updated(flat)
+
+
+def objective(flags: Mapping[str, Any]) -> str:
+    """The loss of the original's flags: the bound, or the squared error with the bound's gradient for a learned variance."""
+    if flags["use_kl"]:
+        return "vlb"
+    if not flags["learn_sigma"]:
+        return "simple"
+    return "hybrid" if flags["rescale_learned_sigmas"] else "hybrid_unscaled"
+
+
+# ---- and back
+
+SUPPORTED: dict[str, dict[str, tuple[int, ...]]] = {  # sizes without --channel_mult
+    "improved": {"unet": (32, 64, 256), "super_res": (64, 256)},
+    "guided": {"unet": (64, 128, 256, 512), "super_res": (64, 256, 512), "classifier": (64, 128, 256, 512)},
+}
+
+
+def from_config(config: Config) -> tuple[str, dict[str, Any]]:
+    """The program and the flags, of those that make a network and its process, that name a config.
+
+    UserError, with the first setting that has no counterpart, where neither program can make this network.
+    """
+    kind, faults = config.model.network, []
+    for program, networks in NETWORKS.items():
+        if kind not in networks:
+            continue
+        flags = _candidate(config, networks[kind])
+        fault = _unsupported(program, kind, flags) or _difference(to_config(kind, flags, program), config)
+        if fault is None:
+            return program, flags
+        faults.append(fault)
+    raise UserError(f"the original has no counterpart of {faults[-1]}")
+
+
+def _candidate(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    flat, d = config.flat(), config.diffusion
+    same = ("attention_resolutions", "use_scale_shift_norm", "resblock_updown")
+    prefixed = {f"classifier_{name}": flat[name] for name in same}
+    prefixed |= {"classifier_width": flat["num_channels"], "classifier_depth": flat["num_res_blocks"]}
+    respacing = "" if config.sample.sampling_steps == "all" else config.sample.sampling_steps
+    sides = {"image_size": max(image_size(config.model)), "large_size": max(image_size(config.model))}
+    if config.model.network == "super_res":
+        sides["small_size"] = max(small_size(config.model))
+    own = flat | prefixed | sides | dict(
+        timestep_respacing=respacing, use_kl=d.objective == "vlb", predict_xstart=d.parametrization == "x0",
+        use_fp16=config.train.precision == "fp16", classifier_use_fp16=config.train.precision == "fp16",
+        use_new_attention_order=config.model.new_attention_order,
+    )  # fmt: skip
+    if _plain(config.model, "channel_mult") == _plain(dataclasses.replace(config.model, channel_mult=""), "channel_mult"):
+        own["channel_mult"] = ""
+    scaled = {"hybrid": True, "hybrid_unscaled": False}  # elsewhere it has no effect
+    own["rescale_learned_sigmas"] = scaled.get(_loss(d), defaults["rescale_learned_sigmas"])
+    return {name: own[name] for name in defaults}
+
+
+def _unsupported(program: str, kind: str, flags: Mapping[str, Any]) -> str | None:
+    """The first of the flags that would stop the program."""
+    name = "large_size" if kind == "super_res" else "image_size"
+    mult, sizes = numbers(flags.get("channel_mult", ""), "channel_mult", float), SUPPORTED[program][kind]
+    if not mult and flags[name] not in sizes:
+        return f"--image_size {flags[name]} ({program}-diffusion knows {', '.join(map(str, sizes))})"
+    if any(m % 1 for m in mult):
+        return f"--channel_mult {flags['channel_mult']} (it takes whole numbers)"
+    attention = flags["classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"]
+    return None if attention else "--attention_resolutions none"
+
+
+def _difference(named: Config, wanted: Config) -> str | None:
+    """The first setting of the network or the process in which two configs differ, but for how many classes are trained."""
+    for a, b in ((named.model, wanted.model), (named.diffusion, wanted.diffusion)):
+        for name in fields_of(a):
+            if name not in ("num_classes", "noised", "schedule_sampler") and _plain(a, name) != _plain(b, name):
+                return f"--{name} {getattr(b, name) or 'none'}"
+    return None
+
+
+def _plain(group: Model | Diffusion, name: str) -> Any:
+    """The value of a field, spelled in one way."""
+    if isinstance(group, Diffusion):
+        same = name == "rescale_timesteps" and group.diffusion_steps == 1000  # the network sees the same times
+        return _loss(group) if name == "objective" else True if same else getattr(group, name)
+    if name == "channel_mult":
+        from iddpm.nn import channel_mult_for
+
+        given = numbers(group.channel_mult, "channel_mult", float)
+        return given or channel_mult_for(min(image_size(group)))
+    if name == "image_size":
+        return image_size(group)
+    if name == "attention_resolutions":
+        return sorted(numbers(group.attention_resolutions, name))
+    return getattr(group, name)
+
+
+def _loss(d: Diffusion) -> str:
+    return ("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective
+
+
+def line(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The flags that are not at their defaults, as typed."""
+    return " ".join(f"--{k} {v}" for k, v in flags.items() if v != defaults.get(k, dataclasses.MISSING))

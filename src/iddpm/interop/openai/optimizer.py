@@ -1,0 +1,82 @@
+"""AdamW's state as the original's opt%06d.pt has it, and as ours: NAME.exp_avg, NAME.exp_avg_sq, NAME.step of each parameter.
+
+improved-diffusion's fp16 keeps the float32 masters of all parameters in one flat one, in their order; guided-diffusion's in two,
+the first of what has one dimension, the second of the rest.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm.checkpoint import Saved
+from iddpm.config import Config
+from iddpm.interop.openai.weights import Shapes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def groups(shapes: Shapes, layout: str) -> list[list[str]]:
+    """The names in each of the optimizer's parameters: `each` one, `flat` all, `guided` vectors and the rest apart."""
+    if layout == "each":
+        return [[name] for name in shapes]
+    if layout == "flat":
+        return [list(shapes)]
+    return [[n for n, s in shapes.items() if len(s) <= 1], [n for n, s in shapes.items() if len(s) > 1]]
+
+
+def layout_of(config: Config) -> str:
+    """How the original lays out the optimizer of a config's run."""
+    if config.train.precision != "fp16":
+        return "each"
+    m = config.model
+    guided = m.network == "classifier" or m.resblock_updown or m.new_attention_order or m.num_head_channels > 0
+    return "guided" if guided else "flat"
+
+
+def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[int, dict[str, Tensor]]:
+    """An optimizer's state by number, as AdamW keeps it, from our NAME.exp_avg, NAME.exp_avg_sq and NAME.step.
+
+    ValueError where parameters that are to be one were not stepped together.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for k, names in enumerate(groups(shapes, layout)):
+        held = [name for name in names if f"{name}.step" in slots]
+        if not held:
+            continue
+        steps = {float(slots[f"{name}.step"]) for name in held}
+        if len(held) < len(names) or len(steps) > 1:
+            raise ValueError("these parameters were not all stepped together: they cannot be one flat parameter")
+        state[k] = {"step": slots[f"{names[0]}.step"].detach().cpu().float().clone()}
+        for slot in MOMENTS:
+            parts = [slots[f"{name}.{slot}"].detach().cpu() for name in names]
+            if layout == "each":
+                state[k][slot] = parts[0]
+                continue
+            whole = torch.cat([part.flatten() for part in parts])
+            state[k][slot] = whole.view(1, -1) if layout == "guided" and k else whole
+    return state
+
+
+def unflatten(state: Mapping[int, Mapping[str, Any]], shapes: Shapes, layout: str) -> dict[str, Tensor]:
+    """The reverse of `flatten`; the parts of a flat parameter are views of it."""
+    slots: dict[str, Tensor] = {}
+    for k, names in enumerate(groups(shapes, layout)):
+        if k not in state:
+            continue
+        sizes = [torch.Size(shapes[name]) for name in names]
+        for slot in MOMENTS:
+            parts = state[k][slot].flatten().split([size.numel() for size in sizes])
+            slots |= {f"{name}.{slot}": part.view(size) for name, part, size in zip(names, parts, sizes)}
+        # one number for each: AdamW counts it up in place
+        slots |= {f"{name}.step": torch.tensor(float(state[k]["step"])) for name in names}
+    return slots
+
+
+def optimizer_file(saved: Saved, config: Config, shapes: Shapes) -> dict[str, Any]:
+    """The state_dict that torch's AdamW would have on the parameters, or on the flat ones, that the original gives it."""
+    t, layout = config.train, layout_of(config)
+    dummies = [torch.zeros(0) for _ in groups(shapes, layout)]
+    adam = torch.optim.AdamW(dummies, lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
+    return {"state": flatten(saved.optimizer, shapes, layout), "param_groups": adam.state_dict()["param_groups"]}

@@ -1,0 +1,342 @@
+"""What the names and shapes of the original's weights tell of their network, and where flags contradict them."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from iddpm import build
+from iddpm.config import Config, Model, check, image_size, numbers
+from iddpm.errors import UserError
+from iddpm.interop.openai.flags import NETWORKS, to_config
+from iddpm.interop.openai.published import PUBLISHED, Published
+from iddpm.nn import attention_rates, channel_mult_for
+
+Shapes = Mapping[str, tuple[int, ...]]  # by name, in the file's order
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a config's network, in its order; nothing is allocated."""
+    with torch.device("meta"):
+        return shapes_of(build.network(config).state_dict())
+
+
+class Told(NamedTuple):
+    """What shapes tell: fields of a Config, and, in levels counted from the image's size, widths and attention."""
+
+    fields: dict[str, Any]
+    mult: tuple[float, ...]
+    attention: tuple[int, ...]
+
+    def at(self, side: int) -> dict[str, Any]:
+        """The fields of a config for images whose shorter side has so many pixels."""
+        sizes = ",".join(str(side // 2**level) for level in self.attention)
+        mult = "" if self.mult == channel_mult_for(side) else ",".join(f"{m:g}" for m in self.mult)
+        return self.fields | dict(attention_resolutions=sizes, channel_mult=mult)
+
+    def usual_sizes(self) -> list[int]:
+        """The sizes for which networks of these widths are usual."""
+        return [side for side in (32, 64, 128, 256, 512) if channel_mult_for(side) == self.mult]
+
+
+def tell(shapes: Shapes, source: str) -> Told:
+    """Read a network off its shapes; UserError where they are not those of one of the original's.
+
+    Not to be seen are the number of heads, the order of attention's channels, and anything of the process.
+    """
+    missing = [k for k in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight") if k not in shapes]
+    if missing:
+        raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {missing[0]}")
+    width = shapes["time_embed.0.weight"][1]
+    first, judge = shapes["input_blocks.0.0.weight"][1], not any(k.startswith("output_blocks.") for k in shapes)
+    fields: dict[str, Any] = dict(num_channels=width)
+    blocks = [_block(shapes, f"input_blocks.{k}") for k in range(1, _count(shapes, "input_blocks"))]
+    updown = not any(b.convolution for b in blocks)
+    depth, levels = _levels(shapes, blocks, updown, source)
+    emb, out = shapes["input_blocks.1.0.emb_layers.1.weight"], shapes["input_blocks.1.0.in_layers.2.weight"]
+    fields |= dict(num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
+    if len(levels) > 1:
+        fields["resblock_updown"] = updown
+    mult = tuple(group[0].width / width for group in levels)
+    fields |= _judge(shapes, first, len(mult)) if judge else _ends(shapes, first)
+    attention = tuple(k for k, group in enumerate(levels) if group[0].attention)
+    return Told(fields, mult, attention)
+
+
+class Block(NamedTuple):
+    """A stage of the way down: the channels that come out, and what it has."""
+
+    width: int
+    attention: bool
+    convolution: bool  # a strided one: it halves the size
+
+
+def _count(shapes: Shapes, name: str) -> int:
+    return 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith(f"{name}.")), default=-1)
+
+
+def _block(shapes: Shapes, name: str) -> Block:
+    if f"{name}.0.op.weight" in shapes:
+        return Block(shapes[f"{name}.0.op.weight"][0], False, True)
+    conv = shapes.get(f"{name}.0.in_layers.2.weight", (0,))
+    return Block(conv[0], f"{name}.1.qkv.weight" in shapes, False)
+
+
+def _levels(shapes: Shapes, blocks: Sequence[Block], updown: bool, source: str) -> tuple[int, list[Sequence[Block]]]:
+    """Residual blocks per level, and those of each level.
+
+    The way down has depth blocks at each level and, but for the last, one that halves. Where that is a residual block too, its
+    place follows from the first stage of the way up with two residual blocks, or else from where widths and attention change.
+    """
+    total = len(blocks) + 1  # depth + 1 times the levels
+    if not updown:
+        depths = [next(k for k, b in enumerate(blocks) if b.convolution)]
+    else:
+        double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
+        ups = [int(m[1]) for k in shapes if (m := double.match(k))]
+        depths = [min(ups)] if ups else [d for d in range(1, total) if total % (d + 1) == 0]
+    fits = [(d, groups) for d in depths if (groups := _grouped(blocks, d)) is not None]
+    if not fits:
+        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks do not form levels")
+    return max(fits)  # where several fit, they are wide alike: the fewest levels
+
+
+def _grouped(blocks: Sequence[Block], depth: int) -> list[Sequence[Block]] | None:
+    groups = [blocks[k : k + depth + 1] for k in range(0, len(blocks), depth + 1)]
+    for group in groups:
+        own, halving = group[:depth], group[depth:]
+        if len({(b.width, b.attention) for b in own}) > 1 or any(b.width != own[0].width or b.attention for b in halving):
+            return None
+        if len(own) < depth or any(b.convolution for b in own):
+            return None
+    return groups
+
+
+def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
+    """What the first and the last convolution tell: channels, learned variance, a second image; and the classes."""
+    last = shapes.get("out.2.weight", (first,))[0]
+    channels, sees = next(
+        ((c, first // c) for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)), (min(first, last), 1)
+    )
+    rows = shapes.get("label_emb.weight", (0,))[0]
+    return dict(
+        network="super_res" if sees == 2 else "unet",
+        image_channels=channels,
+        learn_sigma=last == 2 * channels,
+        class_cond=rows > 0,
+        num_classes=rows,
+    )
+
+
+def _judge(shapes: Shapes, first: int, levels: int) -> dict[str, Any]:
+    """What a classifier's last layers tell: its pool, its classes, and with attention the image's size."""
+    fields: dict[str, Any] = dict(network="classifier", image_channels=first, class_cond=True)
+    if (place := shapes.get("out.2.positional_embedding")) is not None:
+        side = round((place[1] - 1) ** 0.5) * 2 ** (levels - 1)
+        return fields | dict(classifier_pool="attention", image_size=str(side), num_classes=shapes["out.2.c_proj.bias"][0])
+    if "out.2.bias" in shapes:
+        return fields | dict(classifier_pool="spatial", num_classes=shapes["out.2.bias"][0])
+    pool = "adaptive" if len(shapes.get("out.3.weight", ())) == 4 else "spatial_v2"
+    return fields | dict(classifier_pool=pool, num_classes=shapes.get("out.3.bias", (0,))[0])
+
+
+# ---- do they fit a config?
+
+SHOWN = (  # told by shapes and set by flags, in the order in which a contradiction is best understood
+    "image_channels", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "learn_sigma", "class_cond",
+    "use_scale_shift_norm", "resblock_updown", "classifier_pool", "image_size",
+)  # fmt: skip
+PREFIXED = dict(  # what classifier_train and classifier_sample call them
+    num_channels="classifier_width", num_res_blocks="classifier_depth", resblock_updown="classifier_resblock_updown",
+    attention_resolutions="classifier_attention_resolutions", use_scale_shift_norm="classifier_use_scale_shift_norm",
+)  # fmt: skip
+KINDS = {"unet": "a model of images", "super_res": "a super-resolution model", "classifier": "a classifier"}
+
+
+def check_fit(shapes: Shapes, config: Config, source: str) -> None:
+    """Raise UserError where tensors are not those of a config's network: the first three, and the flags that would fit."""
+    wanted = network_shapes(config)
+    if faults := list(_mismatches(shapes, wanted)):
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        needs = ", ".join(cures(tell(shapes, source), config)) or "another program: its shapes are those of no flags"
+        raise UserError(f"{source} does not fit the flags: {'; '.join(faults[:3])}{more}. It needs {needs}")
+
+
+def _mismatches(shapes: Shapes, wanted: Shapes) -> Iterable[str]:
+    for name, shape in wanted.items():
+        if name not in shapes:
+            yield f"{name} is missing"
+        elif shapes[name] != shape:
+            yield f"{name} is {_text(shapes[name])}, not {_text(shape)}"
+    for name, shape in shapes.items():
+        if name not in wanted:
+            yield f"{name} {_text(shape)} is not of that network"
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def cures(told: Told, config: Config) -> list[str]:
+    """The flags that a config would need to have the network that was told; none where it has it."""
+    m, judge = config.model, told.fields["network"] == "classifier"
+    if told.fields["network"] != m.network:
+        return [f"--network {told.fields['network']}, for it is {KINDS[told.fields['network']]}, not {KINDS[m.network]}"]
+    side = min(image_size(m))
+    has, is_ = config.flat(), told.at(side)
+    has["channel_mult"] = numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(side)
+    has["attention_resolutions"] = _attention_levels(config, len(told.mult))
+    is_ |= {"channel_mult": told.mult, "attention_resolutions": told.attention}
+    different = [name for name in SHOWN if name in is_ and is_[name] != has[name]]
+    found = []
+    for name in different:
+        shown = PREFIXED.get(name, name) if judge else name
+        if name == "channel_mult":
+            mult = f"--channel_mult {','.join(f'{x:g}' for x in told.mult)}"
+            usual = [f"--{_size_flag(m.network)} {s}" for s in told.usual_sizes()]
+            found.append(f"{' or '.join(usual)} (or {mult})" if usual else mult)
+        elif name != "attention_resolutions":
+            found.append(f"--{shown} {is_[name]}")
+        elif "channel_mult" not in different:  # else the size is in doubt, and with it where the levels are
+            found.append(f"--{shown} {told.at(side)[name] or 'none'}")
+    if told.fields["num_classes"] != m.num_classes and "class_cond" not in different:
+        found.append(f"a network of {told.fields['num_classes']} classes, not {m.num_classes}")
+    return found
+
+
+def _size_flag(network: str) -> str:
+    return "large_size" if network == "super_res" else "image_size"
+
+
+def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
+    resolutions, side = numbers(config.model.attention_resolutions, "attention_resolutions"), min(image_size(config.model))
+    try:
+        return tuple(rate.bit_length() - 1 for rate in attention_rates(resolutions, side, levels))
+    except ValueError:
+        return (-1,)  # none that could be told
+
+
+# ---- the config of a file: what its shapes tell, and what a user says of the rest
+
+ESSENTIAL = ("diffusion_steps", "noise_schedule")  # and the sizes: no default would be a good guess
+TWINS = dict(  # the original's flag, and ours that says the same
+    large_size="image_size", use_kl="objective", rescale_learned_sigmas="objective", predict_xstart="parametrization",
+    timestep_respacing="sampling_steps", use_ddim="solver", use_fp16="precision", classifier_use_fp16="precision",
+    use_new_attention_order="new_attention_order", iterations="steps", anneal_lr="lr_anneal_steps",
+    **{theirs: ours for ours, theirs in PREFIXED.items()},
+)  # fmt: skip
+SIGNS = ("num_head_channels", "channel_mult", "use_new_attention_order", "new_attention_order")  # of guided-diffusion
+ALONE = ("image_channels", "num_classes", "channel_mult")  # what no flag of the original's always says
+
+
+class Settled(NamedTuple):
+    """The config of a file, what of it neither its shapes nor the user told, and the published files of the same shapes."""
+
+    config: Config
+    program: str
+    assumed: dict[str, Any]  # by the original's names
+    alike: list[str]
+
+
+def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str = "") -> Settled:
+    """The config of weights: of a published file, or told by shapes and `given` flags, the original's and ours alike.
+
+    What neither tells has the program's default. UserError where flags and shapes contradict each other, and where there is
+    nothing to go by for the image size, the chain's length or its schedule.
+    """
+    told = tell(shapes, source)
+    network = told.fields["network"]
+    twice = next((k for k, v in TWINS.items() if k in given and v in given), None)
+    if twice:
+        raise UserError(f"--{twice} and --{TWINS[twice]} say the same in two ways: give one")
+    if published:
+        row = row_of(published)
+        program, assumed = row.program, {}
+        config = to_config(row.network, row.flags | dict(given), program)
+    else:
+        program, side = _program(told, given), _side(told, given)
+        missing = _missing(shapes, told, given, side)
+        if side is None or missing:
+            raise UserError(_question(told, program, missing, source))
+        fields = told.at(side)
+        config = to_config(network, _original_names(fields) | dict(given), program)
+        config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
+        assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
+    void = ("learn_sigma",) if network == "classifier" else ()  # a classifier's recipes pass it, to no effect
+    config = config.updated({k: v for k, v in given.items() if k in config.flat() and k not in void})
+    check_fit(shapes, config, source)
+    return Settled(check(config), program, assumed, [] if published else alike(told))
+
+
+def row_of(published: str) -> Published:
+    """The row of a published file, named with or without .pt."""
+    name = published.removesuffix(".pt")
+    if name not in PUBLISHED:
+        near = difflib.get_close_matches(name, PUBLISHED, n=1)
+        raise UserError(f"--published {name}: " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(PUBLISHED)}"))
+    return PUBLISHED[name]
+
+
+def alike(told: Told) -> list[str]:
+    """The published files whose networks have these shapes."""
+    return [name for name, row in PUBLISHED.items() if not cures(told, row.config())]
+
+
+def _program(told: Told, given: Mapping[str, Any]) -> str:
+    guided = told.fields["network"] == "classifier" or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
+    return "guided" if guided or any(given.get(k) not in (None, False, -1, "") for k in SIGNS) else "improved"
+
+
+def _side(told: Told, given: Mapping[str, Any]) -> int | None:
+    text = given.get("large_size") or given.get("image_size") or told.fields.get("image_size")
+    return min(image_size(Model(image_size=str(text)))) if text else None
+
+
+def _missing(shapes: Shapes, told: Told, given: Mapping[str, Any], side: int | None) -> list[str]:
+    network = told.fields["network"]
+    names = [] if side else [_size_flag(network)]
+    wanted = (("small_size",) if network == "super_res" else ()) + ESSENTIAL
+    wanted += ("low_res_noise",) if "level_embed.0.weight" in shapes else ()
+    return names + [name for name in wanted if name not in given]
+
+
+def _question(told: Told, program: str, missing: list[str], source: str) -> str:
+    """What to ask for, with all that helps to answer."""
+    network = ", ".join(f"{k} {told.fields[k]}" for k in SHOWN if told.fields.get(k))
+    names = [f"--{name}" for name in missing]
+    if missing[0].endswith("e_size") and told.usual_sizes():  # image_size or large_size
+        names[0] += f" ({' or '.join(map(str, told.usual_sizes()))}, by its widths)"
+    rest = " ".join(f"--{k} {v}" for k, v in _assumed(told, None, program).items())
+    taken = f" (what else they do not tell is taken to be as by default in {program}-diffusion: {rest})" if rest else ""
+    names_alike = alike(told)
+    rows = f", or, if it is the published file, --published {' or '.join(names_alike)}" if names_alike else ""
+    kind = KINDS[told.fields["network"]]
+    return f"{source} is {kind} ({network}); its shapes do not tell {', '.join(names)}: give these{taken}{rows}"
+
+
+def _assumed(told: Told, config: Config | None, program: str) -> dict[str, Any]:
+    """What shapes cannot tell, of the network and the process, and its default; with a config, only what matters there."""
+    if told.fields["network"] == "classifier":
+        return {}
+    names = ["num_heads", "num_head_channels", "use_new_attention_order", "predict_xstart", "rescale_timesteps", "sigma_small"]
+    if config and config.diffusion.diffusion_steps == 1000:
+        names.remove("rescale_timesteps")  # the network sees the same times either way
+    if config and config.model.num_head_channels > 0:
+        names.remove("num_heads")
+    if told.fields["learn_sigma"]:
+        names.remove("sigma_small")
+    defaults = NETWORKS[program][told.fields["network"]]
+    return {name: defaults[name] for name in names if name in defaults}
+
+
+def _original_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ours by the original's names."""
+    if fields["network"] == "classifier":
+        return {PREFIXED.get(k, k): v for k, v in fields.items()}
+    return dict(fields)
