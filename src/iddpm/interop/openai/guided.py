@@ -1,0 +1,145 @@
+"""guided-diffusion's arguments and defaults where they are not improved-diffusion's: its script_util, unet, image_datasets."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from iddpm.interop.openai import flags, image_datasets, unet
+from iddpm.interop.openai.image_datasets import ImageDataset, _list_image_files_recursively
+from iddpm.interop.openai.respace import SpacedDiffusion
+from iddpm.interop.openai.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    called,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    create_classifier,
+    create_classifier_and_diffusion,
+    create_gaussian_diffusion,
+    diffusion_defaults,
+    network,
+    str2bool,
+)
+from iddpm.interop.openai.unet import (
+    AttentionPool2d,
+    Downsample,
+    EncoderUNetModel,
+    QKVAttention,
+    QKVAttentionLegacy,
+    ResBlock,
+    TimestepBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    count_flops_attn,
+)
+
+__all__ = [
+    "AttentionBlock", "AttentionPool2d", "Downsample", "EncoderUNetModel", "ImageDataset", "QKVAttention",
+    "QKVAttentionLegacy", "ResBlock", "SuperResModel", "TimestepBlock", "TimestepEmbedSequential", "UNetModel", "Upsample",
+    "_list_image_files_recursively", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults",
+    "classifier_defaults", "count_flops_attn", "create_classifier", "create_classifier_and_diffusion",
+    "create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "diffusion_defaults", "load_data",
+    "model_and_diffusion_defaults", "sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults",
+    "str2bool",
+]  # fmt: skip
+
+NUM_CLASSES = 1000  # read when a network is made, so it can be set
+
+
+# ---- unet
+
+
+class AttentionBlock(unet.AttentionBlock):
+    """unet.AttentionBlock, with its arguments in another order."""
+
+    def __init__(
+        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ):  # fmt: skip
+        super().__init__(channels, num_heads, use_checkpoint, num_head_channels, use_new_attention_order)
+
+
+class UNetModel(unet.UNetModel):
+    """unet.UNetModel, with the image's size in front."""
+
+    def __init__(
+        self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Collection[int], *args: Any, **settings: Any,
+    ):  # fmt: skip
+        settings["image_size"] = image_size
+        super().__init__(in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, *args, **settings)
+
+
+class SuperResModel(unet.SuperResModel, UNetModel):
+    """unet.SuperResModel, with the image's size in front."""
+
+
+# ---- script_util
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of the image scripts."""
+    return dict(flags.GUIDED_IMAGE)
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of the super-resolution scripts."""
+    return dict(flags.GUIDED_SUPER_RES)
+
+
+def create_model_and_diffusion(
+    image_size: int, class_cond: bool, learn_sigma: bool, num_channels: int, num_res_blocks: int, channel_mult: str,
+    num_heads: int, num_head_channels: int, num_heads_upsample: int, attention_resolutions: str, dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str, use_kl: bool, predict_xstart: bool,
+    rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool, use_scale_shift_norm: bool,
+    resblock_updown: bool, use_fp16: bool, use_new_attention_order: bool, sigma_small: bool = False,
+) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
+    """The network and the process of the image flags."""
+    given = locals()
+    return called(create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+
+
+def create_model(
+    image_size: int, num_channels: int, num_res_blocks: int, channel_mult: str = "", learn_sigma: bool = False,
+    class_cond: bool = False, use_checkpoint: bool = False, attention_resolutions: str = "16", num_heads: int = 1,
+    num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, dropout: float = 0,
+    resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
+) -> UNetModel:  # fmt: skip
+    """The network of the image flags."""
+    return network(UNetModel, NUM_CLASSES, image_size, locals())
+
+
+def sr_create_model_and_diffusion(
+    large_size: int, small_size: int, class_cond: bool, learn_sigma: bool, num_channels: int, num_res_blocks: int,
+    num_heads: int, num_head_channels: int, num_heads_upsample: int, attention_resolutions: str, dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str, use_kl: bool, predict_xstart: bool,
+    rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool, use_scale_shift_norm: bool,
+    resblock_updown: bool, use_fp16: bool, sigma_small: bool = False,
+) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
+    """The network and the process of the super-resolution flags."""
+    given = locals()
+    return called(sr_create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+
+
+def sr_create_model(
+    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
+    use_checkpoint: bool, attention_resolutions: str, num_heads: int, num_head_channels: int, num_heads_upsample: int,
+    use_scale_shift_norm: bool, dropout: float, resblock_updown: bool, use_fp16: bool,
+) -> SuperResModel:  # fmt: skip
+    """The network of the super-resolution flags; it takes any small size, so that one is not used."""
+    return network(SuperResModel, NUM_CLASSES, large_size, locals(), widest=256)
+
+
+# ---- image_datasets
+
+
+def load_data(
+    *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, deterministic: bool = False,
+    random_crop: bool = False, random_flip: bool | None = None,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
+    """image_datasets.load_data, mirrored at random unless said otherwise, or deterministic: likelihoods are of the images."""
+    return image_datasets.load_data(
+        data_dir=data_dir, batch_size=batch_size, image_size=image_size, class_cond=class_cond, deterministic=deterministic,
+        random_crop=random_crop, random_flip=not deterministic if random_flip is None else random_flip,
+    )  # fmt: skip
