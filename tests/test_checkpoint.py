@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from iddpm import checkpoint
+from iddpm import checkpoint, storage
 from iddpm.errors import UserError
 from iddpm.train import train
 
@@ -84,7 +84,7 @@ def test_a_save_that_fails_leaves_nothing_behind(saved, config, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sha256", full)
+    monkeypatch.setattr(storage, "sha256", full)
     held = checkpoint.load(saved / "checkpoints" / "step_00000006")
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(saved, config, held._replace(step=8), keep=1)

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from conftest import TINY, flags
-from iddpm import checkpoint
-from iddpm.log import read_rows
+from iddpm import checkpoint, watch
 
-RUN = dict(TINY, class_cond=True, schedule_sampler="loss-second-moment", random_flip=True, grad_clip=1, steps=8)
+RUN = dict(TINY, class_cond=True)
 
 
 def torchrun(processes: int, *args: object, **settings) -> subprocess.Popen:
@@ -25,31 +23,10 @@ def torchrun(processes: int, *args: object, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **settings)
 
 
-def trained(processes: int, pictures: Path, run: Path, **settings) -> list[dict]:
-    process = torchrun(processes, "train", pictures, "--run", run, *flags(**RUN | settings))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return [row for row in read_rows(run) if "event" not in row]
-
-
-@pytest.fixture(scope="module")
-def alone(pictures, tmp_path_factory) -> list[dict]:
-    return trained(1, pictures, tmp_path_factory.mktemp("alone") / "r")
-
-
-@pytest.mark.parametrize(("processes", "micro"), [(2, 2), (3, -1)])
-def test_any_number_of_processes_gives_the_losses_of_one(processes, micro, alone, pictures, tmp_path):
-    rows = trained(processes, pictures, tmp_path / "r", microbatch=micro)
-    for a, b in zip(alone, rows, strict=True):
-        for name in ("loss", "mse", "vb", "grad_norm"):
-            assert b[name] == pytest.approx(a[name], rel=1e-5), (name, a["step"])
-        assert {k for k in a if "_q" in k} == {k for k in b if "_q" in k}
-
-
-def test_a_run_saved_on_two_processes_goes_on_alone(alone, pictures, tmp_path):
-    trained(2, pictures, tmp_path / "r", steps=4)
-    rows = trained(1, pictures, tmp_path / "r")
-    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in alone], rel=1e-5)
+def worker(launcher: subprocess.Popen, rank: int) -> int:
+    """The process number of a rank under torchrun."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(c) for c in children if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{c}/environ").read_text())
 
 
 def test_a_stop_signal_to_one_process_stops_and_saves_all(pictures, tmp_path):
@@ -57,12 +34,40 @@ def test_a_stop_signal_to_one_process_stops_and_saves_all(pictures, tmp_path):
     for line in process.stdout:
         if line.startswith("step 5/"):
             break
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[1]), signal.SIGTERM)
+    os.kill(worker(process, 1), signal.SIGTERM)
     process.communicate(timeout=60)
     saved, passed_over = checkpoint.Folder(tmp_path / "r").newest()
     assert saved is not None and saved.step >= 5 and not passed_over
     assert json.loads((tmp_path / "r" / "config.json").read_text())["train"]["steps"] == 100_000
+
+
+def test_a_process_that_hangs_is_named_and_the_others_end(pictures, tmp_path):
+    settings = RUN | dict(steps=100_000, log_interval=5, save_interval=5, timeout=3)
+    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**settings))
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+    hung = worker(process, 1)
+    os.kill(hung, signal.SIGSTOP)
+    for line in process.stderr:
+        if line.startswith("iddpm: waited"):
+            break
+    os.kill(hung, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"waited 3 s (--timeout) for rank 1 (process {hung} on " in line and "gives no sign of life" in line
+    assert checkpoint.newest(tmp_path / "r")[0] is not None
+
+
+def test_the_process_that_is_behind_is_blamed():
+    def sign(calls: int, doing: str) -> dict:
+        return dict(beats=9, calls=calls, step=4, doing=doing, host="h", pid=7)
+
+    now = {0: sign(12, "training"), 1: sign(11, "reading data"), 2: sign(12, "training")}
+    before = {k: s | dict(beats=5) for k, s in now.items()}
+    assert watch._guilty(before, now, 3) == ({1: "process 7 on h, at step 4, reading data"}, "which does not go on")
+    assert list(watch._guilty(before | {2: now[2]}, now, 3)[0]) == [2]
+    assert watch._guilty({}, {0: now[0]}, 2)[0] == {1: "never seen"}
 
 
 def test_more_processes_than_images_in_a_batch_is_one_line(pictures, tmp_path):

@@ -197,7 +197,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures, tmp_path):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 75
     assert len(err.strip().splitlines()) == 1
     assert "all is saved" in err
     step = checkpoint.load(checkpoint.newest(tmp_path / "r")[0]).step

@@ -2,35 +2,43 @@
 
 checkpoints/step_00001000/
     weights.safetensors  weights-ema-0.9999.safetensors     float32; config and provenance in the file's metadata
-    state/optimizer.safetensors  state/state.json           what else a resumed run needs
+    state/optimizer.safetensors                             with them, what DCP keeps of a run, by iddpm.dcp; of a sharded
+                                                            run optimizer.rank00000.safetensors ..., a part each
+    state/state.json                                        the numbers that a resumed run needs besides
     manifest.json                                           size and sha256 of each file, written last
 """
 
-import hashlib
 import json
-import os
 import platform
-import re
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import iddpm
+from iddpm import distributed, storage
 from iddpm.config import Config
 from iddpm.errors import UserError
+from iddpm.storage import STEP_DIR, Entry, verify
+from iddpm.storage import flush as _flush
+from iddpm.storage import sha256 as _sha256
 
-STEP_DIR = re.compile(r"step_(\d{8,})$")
+if TYPE_CHECKING:
+    from iddpm.dcp import Part
+
+__all__ = ["Folder", "Held", "Saved", "Weights", "_flush", "_sha256", "load", "newest", "read_weights", "save", "verify"]
+
+WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for iddpm.dcp
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds. Averages are keyed by their rate."""
+    """What a checkpoint holds, all of it. Averages are keyed by their rate."""
 
     step: int
     weights: dict[str, Tensor]
@@ -38,83 +46,260 @@ class Saved(NamedTuple):
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], state: dict[str, Any]) -> "Saved":
+        """From tensors by their names in a checkpoint."""
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "state/optimizer": {}}
+        for name, tensor in tensors.items():
+            group, key = name.split(":", 1)
+            groups.setdefault(group, {})[key] = tensor
+        averages = {float(k.removeprefix("weights-ema-")): v for k, v in groups.items() if k.startswith("weights-ema-")}
+        return Saved(state["step"], groups["weights"], averages, groups["state/optimizer"], state)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint."""
+        named = {WEIGHTS + k: t for k, t in self.weights.items()} | {OPTIMIZER + k: t for k, t in self.optimizer.items()}
+        return named | {AVERAGE.format(rate) + k: t for rate, kept in self.averages.items() for k, t in kept.items()}
+
+    def names(self) -> list[str]:
+        """What `fill` can read."""
+        return list(self.tensors())
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Write tensors into others, which may be sharded; UserError where one is missing."""
+        own = self.tensors()
+        for name, target in targets.items():
+            if name not in own or own[name].shape != target.shape:
+                raise UserError(f"the checkpoint of step {self.step} holds no {name.replace(':', ': ')} of this run's shape")
+            distributed.put(own[name], target)
+
+
+class Held(NamedTuple):
+    """A verified checkpoint on the disk, of which each process reads only what it needs."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def names(self) -> list[str]:
+        """What `fill` can read."""
+        from iddpm import dcp
+
+        return dcp.names(self.folder)
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Read tensors, which may be sharded, in place; UserError where one is missing."""
+        from iddpm import dcp
+
+        dcp.fill(self.folder, targets)
+
+
+# ---- writing
+
+
+class Draft:
+    """A checkpoint in the making: every process writes its parts, then one puts it in its place. No process waits in here."""
+
+    def __init__(self, run: Path, config: Config, state: Mapping[str, Any], sharded: bool = False):
+        self.final = storage.step_dir(run, state["step"])
+        self.folder = storage.aside(self.final)
+        self.state, self.sharded = dict(state), sharded
+        about = dict(step=state["step"], images=state["images"], time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                     iddpm=iddpm.__version__, torch=torch.__version__, python=platform.python_version())  # fmt: skip
+        self._about, self._config = about, config.to_json()
+
+    def about(self, group: str) -> dict[str, str]:
+        """The metadata of a group's file."""
+        rate = {"ema_rate": float(group.removeprefix("weights-ema-"))} if group.startswith("weights-ema-") else {}
+        return {"format": "pt", "iddpm": json.dumps(self._about | rate), "config": self._config}
+
+    def write(self, parts: "Iterable[Part]", rank: int) -> dict[str, Entry]:
+        """Write a process's parts; returns an entry for each file. OSError on a full disk."""
+        from iddpm import dcp
+
+        groups: dict[str, list[Part]] = {}
+        for part in parts:
+            groups.setdefault(dcp.group(part.name), []).append(part)
+        entries: dict[str, Entry] = {}
+        for group, members in groups.items():
+            entries |= dcp.write(self.folder, members, rank if self.sharded else None, self.about(group))
+        return entries
+
+    def commit(self, entries: Mapping[str, Entry]) -> Path:
+        """Put the weights together where they are in parts, vouch for all files, and give the checkpoint its place."""
+        from iddpm import dcp
+
+        entries = dict(entries)
+        for group in sorted({name.split(".rank")[0] for name in entries if name.startswith("weights")} if self.sharded else ()):
+            made, used = dcp.assemble(self.folder, group, self.about(group))
+            entries = {k: v for k, v in entries.items() if k not in used} | made
+        entries["state/state.json"] = storage.write_text(self.folder / "state" / "state.json", json.dumps(self.state))
+        storage.commit(self.folder, self.final, entries)
+        return self.final
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        storage.discard(self.folder)
+
 
 def save(run: Path, config: Config, saved: Saved, keep: int = 0) -> Path:
     """Write checkpoints/step_N aside, flush, rename; then delete all but the newest `keep` (0: none). OSError on a full disk."""
-    final = run / "checkpoints" / f"step_{saved.step:08d}"
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    about = dict(step=saved.step, images=saved.state["images"], time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                 iddpm=iddpm.__version__, torch=torch.__version__, python=platform.python_version())  # fmt: skip
+    from iddpm.dcp import Part
+
+    held = {name: t.detach().cpu() for name, t in saved.tensors().items()}
+    draft = Draft(run, config, saved.state)
+    storage.fresh(draft.folder)
     try:
-        (aside / "state").mkdir(parents=True)
-        _write(aside / "weights.safetensors", saved.weights, config, about)
-        for rate, average in saved.averages.items():
-            _write(aside / f"weights-ema-{rate}.safetensors", average, config, about | {"ema_rate": rate})
-        _write(aside / "state" / "optimizer.safetensors", saved.optimizer, config, about)
-        (aside / "state" / "state.json").write_text(json.dumps(saved.state))
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(aside)): [p.stat().st_size, _sha256(p)] for p in files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in [*files, aside / "manifest.json", aside / "state", aside]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # only ever one that did not verify, or the very same step again
-        aside.rename(final)
-        _flush(final.parent)
+        path = draft.commit(draft.write([Part(n, t, (0,) * t.dim(), tuple(t.shape)) for n, t in held.items()], 0))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        draft.discard()
         raise
-    for old in _steps(run)[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    storage.prune(run, keep)
+    return path
+
+
+class _Job(NamedTuple):
+    """A save under way: `entries` of this process's files while they are written, then None while the first process commits."""
+
+    draft: Draft
+    writing: bool
+    future: "Future[Any]"
 
 
 class Folder:
-    """The checkpoints of a run's folder, of which the newest `keep` stay (0: all)."""
+    """The checkpoints of a run's folder, of which the newest `keep` stay (0: all), every `keep_every`-th step's and the best.
 
-    def __init__(self, run: Path, keep: int = 0):
-        self.run, self.keep = run, keep
+    With `background`, `begin` returns when the state is copied in memory, and a thread writes it. The threads of several
+    processes never speak to each other: what they have done is agreed on in `settle`, between two steps.
+    """
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest state that verifies, and one line for each newer one that was passed over."""
-        folder, passed_over = newest(self.run)
-        return (load(folder) if folder else None), passed_over
+    def __init__(self, run: Path, keep: int = 0, keep_every: int = 0, background: bool = False):
+        self.run, self.keep, self.keep_every, self.background = run, keep, keep_every, background
+        self._job: _Job | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        if background:
+            self._pool.submit(import_module, "iddpm.dcp")  # a second or more, which the first save need not wait for
+
+    def newest(self) -> tuple[Held | None, list[str]]:
+        """The newest state that verifies, and one line for each newer one that was passed over; the first process looks.
+
+        It also clears away what saves cut short have left: the folder is taken to be this trainer's alone.
+        """
+        found: tuple[str | None, list[str]] = (None, [])
+        if distributed.rank() == 0:
+            storage.sweep(self.run)
+            folder, passed_over = newest(self.run)
+            found = (folder.name if folder else None, passed_over)
+        name, passed_over = distributed.same(found)
+        if name is None:
+            return None, passed_over
+        folder = self.run / "checkpoints" / name
+        return Held(folder, json.loads((folder / "state" / "state.json").read_text())), passed_over
 
     def save(self, config: Config, saved: Saved) -> Path:
-        """Keep a state."""
-        return save(self.run, config, saved, self.keep)
+        """Keep a state, at once."""
+        path = save(self.run, config, saved)
+        storage.prune(self.run, self.keep, self.keep_every)
+        return path
+
+    def begin(self, config: Config, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path | None:
+        """Copy a state, whose tensors may be sharded, and have it written; every process calls this.
+
+        Waits for a save that is under way, and returns its path if it is new.
+        """
+        from iddpm import dcp
+
+        before = self.settle(wait=True)
+        draft = Draft(self.run, config, state, any(map(distributed.is_sharded, tensors.values())))
+        rank, alone = distributed.rank(), distributed.world() == 1
+        if rank == 0:
+            storage.fresh(draft.folder)
+        parts = dcp.stage(tensors, alone, self._buffers)  # agrees on a plan: no process writes before the folder is there
+
+        def work() -> dict[str, Entry]:
+            entries = draft.write(parts, rank)
+            parts.clear()
+            if alone:
+                self._commit(draft, entries)
+            return entries
+
+        self._job = _Job(draft, True, self._pool.submit(work))
+        return before if self.background else self.settle(wait=True)
+
+    def settle(self, wait: bool = False) -> Path | None:
+        """Take a save that is under way further, where all processes have done their part; every process calls this.
+
+        Returns the checkpoint when it has its place; with `wait`, not before. UserError on every process where one could not
+        write, with nothing of it left behind.
+        """
+        while self._job:
+            draft, writing, future = self._job
+            if wait:
+                _finished(future)
+            done, failed = distributed.count(future.done(), future.done() and future.exception() is not None)
+            if done < distributed.world():
+                return None
+            if failed:
+                self._job = None
+                self._fail(draft, future)
+            if not writing or distributed.world() == 1:
+                self._job = None
+                return draft.final
+            entries = {k: Entry(*v) for mine in distributed.every(future.result()) for k, v in mine.items()}
+            leads = distributed.rank() == 0
+            self._job = _Job(draft, False, self._pool.submit(self._commit if leads else _nothing, draft, entries))
+        return None
+
+    def close(self) -> None:
+        """Wait for this process's thread, whatever became of the others."""
+        self._pool.shutdown()
+        if self._job and distributed.world() > 1 and distributed.rank() == 0 and self._job.writing:
+            self._job.draft.discard()
+
+    def _commit(self, draft: Draft, entries: Mapping[str, Entry]) -> None:
+        draft.commit(entries)
+        storage.prune(self.run, self.keep, self.keep_every)
+
+    def _fail(self, draft: Draft, future: "Future[Any]") -> None:
+        error = future.exception()
+        if distributed.rank() == 0:
+            draft.discard()
+        reasons = distributed.every(f"{getattr(error, 'strerror', None) or error}" if error else None)
+        if error and not isinstance(error, OSError):
+            raise error
+        why = next(f"{reason} (rank {k})" if len(reasons) > 1 else reason for k, reason in enumerate(reasons) if reason)
+        raise UserError(f"{draft.final} could not be written: {why}; the checkpoint before it is whole")
+
+
+def _finished(future: "Future[Any]") -> None:
+    wait([future])
+
+
+def _nothing(*ignored: Any) -> None: ...
+
+
+# ---- reading
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that was passed over."""
     skipped: list[str] = []
-    for folder in reversed(_steps(run)):
+    for folder in reversed(storage.step_dirs(run)):
         if (fault := verify(folder)) is None:
             return folder, skipped
         skipped.append(f"passed over {folder.name}: {fault}")
     return None, skipped
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, (size, digest) in manifest.items():
-            if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
-                return f"{name} is damaged"
-    except (OSError, ValueError) as e:
-        return f"incomplete ({e})"
-    return None
-
-
 def load(folder: Path) -> Saved:
     """All of a verified checkpoint."""
-    state = json.loads((folder / "state" / "state.json").read_text())
-    averages = {}
-    for path in folder.glob("weights-ema-*.safetensors"):
-        averages[float(path.stem.removeprefix("weights-ema-"))] = load_file(path)
-    weights, optimizer = load_file(folder / "weights.safetensors"), load_file(folder / "state" / "optimizer.safetensors")
-    return Saved(state["step"], weights, averages, optimizer, state)
+    from iddpm import dcp
+
+    return Saved.of(dcp.load(folder), json.loads((folder / "state" / "state.json").read_text()))
 
 
 class Weights(NamedTuple):
@@ -151,9 +336,9 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:
     if step is not None:
-        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder = storage.step_dir(run, step)
         if not folder.is_dir():
-            have = ", ".join(str(_step(p)) for p in _steps(run)) or "none"
+            have = ", ".join(str(storage.step_of(p)) for p in storage.step_dirs(run)) or "none"
             raise UserError(f"{run} has no checkpoint of step {step}; it has: {have}")
         if fault := verify(folder):
             raise UserError(f"{folder}: {fault}; take another with --checkpoint_step")
@@ -181,36 +366,3 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or missing ({e})") from None
-
-
-def _steps(run: Path) -> list[Path]:
-    folder = run / "checkpoints"
-    return sorted((p for p in folder.glob("step_*") if STEP_DIR.search(p.name)), key=_step) if folder.is_dir() else []
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], config: Config, about: Mapping[str, Any]) -> None:
-    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(held, path, {"format": "pt", "iddpm": json.dumps(about), "config": config.to_json()})
-    except safetensors.SafetensorError as e:  # it hides the OSError of a full disk
-        raise OSError(f"cannot write {path}: {e}") from None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

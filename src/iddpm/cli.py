@@ -22,7 +22,7 @@ VERBS: dict[str, Verb] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, or 2 after one line on what to mend."""
+    """Run a command line; returns the exit code: 0, 2 after one line on what to mend, 75 where a run was stopped and saved."""
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin cost 3x on a shared machine
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.parser(parser)
         verb.run(**parser.read(argv[1:]))
     except UserError as e:
-        return _say(str(e))
+        return _say(str(e), getattr(e, "code", 2))
     except KeyboardInterrupt:
         return _say("interrupted")
     except OSError as e:
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say(line: str) -> int:
+def _say(line: str, code: int = 2) -> int:
     print(f"iddpm: {' '.join(line.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def entry() -> None:

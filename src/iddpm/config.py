@@ -131,6 +131,12 @@ class Train:
     save_interval: int = opt(1000, "steps between checkpoints", low=1)
     sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
     keep: int = opt(3, "newest checkpoints to keep; 0: all", low=0)
+    keep_every: int = opt(0, "also keep the checkpoint of every step that this divides; 0: none", low=0)
+    async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
+    shard: int = opt(
+        0, "of several processes, how many share one set of weights out (FSDP2); 0: each holds all (DDP), -1: all share", low=-1
+    )
+    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1)
     init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
     init_reset: bool = opt(False, "with --init_from: layers that do not fit start anew", fixed=True)
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")

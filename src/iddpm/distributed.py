@@ -1,8 +1,8 @@
 """Many processes: the only file that knows of them. Without torchrun there is one, and every function here is then free."""
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
 def place(device: torch.device) -> torch.device:
@@ -21,8 +21,11 @@ def place(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def session(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; yields this one's device. gloo on a CPU, NCCL beside it on CUDA."""
+def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; yields this one's device. gloo on a CPU, NCCL beside it on CUDA.
+
+    They wait for each other for `timeout` seconds (and a little, so that a `Watch` can first say for whom).
+    """
     device = place(device)
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
@@ -30,7 +33,8 @@ def session(device: torch.device) -> Iterator[torch.device]:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a restarted worker would read the old addresses
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=1.2 * timeout + 20))
     try:
         yield device
     finally:
@@ -52,25 +56,128 @@ def share(n: int) -> range:
     return range(rank() * n // world(), (rank() + 1) * n // world())
 
 
-def parallel(net: nn.Module) -> nn.Module:
-    """The network as a callable whose gradients are averaged over the processes (DistributedDataParallel)."""
+# ---- networks whose gradients are averaged
+
+
+def parallel(net: nn.Module, shard: int = 0) -> nn.Module:
+    """The network as a callable whose gradients are averaged over the processes.
+
+    Each process holds all of it (DistributedDataParallel) where `shard` is 0 or 1, else a share (FSDP2): of `shard`
+    processes, a number that divides theirs, or of all of them (-1). Sharding replaces the network's parameters.
+    """
+    size = world() if shard == -1 else max(shard, 1)
     if world() == 1:
         return net
     device = next(net.parameters()).device
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    if size == 1:
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard
+
+    assert world() % size == 0, (world(), size)
+    if size == world():
+        mesh = dist.init_device_mesh(device.type, (size,))
+    else:
+        mesh = dist.init_device_mesh(device.type, (world() // size, size), mesh_dim_names=("replicate", "shard"))
+    for stage in _stages(net):
+        fully_shard(stage, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
 
 
-def unsynchronised(net: nn.Module) -> AbstractContextManager:
+def _stages(net: nn.Module) -> list[nn.Module]:
+    """The elements of a network's lists of modules, and its other children of their kind: what is gathered at a time."""
+    listed = [stage for child in net.children() if isinstance(child, nn.ModuleList) for stage in child]
+    kinds = tuple({type(stage) for stage in listed})
+    return listed + [child for child in net.children() if isinstance(child, kinds)]
+
+
+def _sharded(net: nn.Module) -> list[Any]:
+    if world() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
+def unsynchronised(net: nn.Module) -> Iterator[None]:
     """While it lasts, gradients of a `parallel` network stay this process's own: for all microbatches but the last."""
-    return net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext()
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        with net.no_sync():
+            yield
+        return
+    roots = _sharded(net)[:1]
+    for root in roots:
+        root.set_requires_gradient_sync(False)
+    yield
+    for root in roots:
+        root.set_requires_gradient_sync(True)
 
 
-def any_(value: bool) -> bool:
-    """Whether it is true on any process."""
-    flag = torch.tensor(float(value))
-    sum_(flag)
-    return bool(flag)
+@contextmanager
+def gathered(net: nn.Module) -> Iterator[None]:
+    """While it lasts, each process has all weights of a sharded network, and may use it without the others."""
+    modules = _sharded(net)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for k, module in enumerate(modules):
+            module.reshard()
+            module.set_reshard_after_forward(k > 0, recurse=False)  # the root's are needed again at once
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's part of each tensor, sharing its memory; a tensor that is not sharded itself."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds but a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def put(source: Tensor, target: Tensor) -> None:
+    """Write all of a tensor, known to every process, into one that may be sharded."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    target.copy_(source)
+
+
+# ---- numbers and tensors of all processes
+
+
+def parts(n: int, size: int) -> list[slice]:
+    """This process's share of n things in slices of up to `size`; on every process as many, so the last may be empty."""
+    mine, longest = len(share(n)), -(-n // world())
+    return [slice(min(a, mine), min(a + size, mine)) for a in range(0, longest, size)]
+
+
+def count(*values: bool) -> list[int]:
+    """On how many processes each is true."""
+    flags = torch.tensor([float(value) for value in values])
+    sum_(flags)
+    return [int(n) for n in flags.tolist()]
+
+
+def every(value: Any) -> list[Any]:
+    """Each process's value (anything JSON can hold), in the order of their ranks."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_(*tensors: Tensor) -> None:
@@ -108,3 +215,8 @@ def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         dist.barrier()
+
+
+def store() -> Any:
+    """The key-value store through which the processes met; None with one process."""
+    return dist.distributed_c10d._get_default_store() if world() > 1 else None

@@ -1,14 +1,17 @@
 """All that a run remembers: what is in it, how it is saved and restored, and where it starts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from iddpm import build, checkpoint
+from iddpm import build, checkpoint, distributed
 from iddpm.config import Config, ema_rates
 from iddpm.ema import EMA
 from iddpm.errors import UserError
+
+COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
 class LossScale:
@@ -29,12 +32,17 @@ class LossScale:
 
 
 class TrainState:
-    """All that a run remembers; exactly this is checkpointed."""
+    """All that a run remembers; exactly this is checkpointed.
+
+    `net` is the network, `parallel` what is trained: of several processes, it averages their gradients. Where they share the
+    network's weights out (--shard), `params`, the averages and the optimizer's state are sharded tensors.
+    """
 
     def __init__(self, config: Config, device: torch.device):
         t = config.train
         torch.manual_seed(t.seed)  # the initial weights
         self.net = build.network(config).to(device)
+        self.parallel = distributed.parallel(self.net, t.shard)
         self.law = build.law(config.diffusion)
         self.params = dict(self.net.named_parameters())
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
@@ -45,36 +53,45 @@ class TrainState:
         self.skipped = 0  # steps skipped for a gradient that was not finite, in all
         self.skipped_in_a_row = 0
 
-    def to_saved(self) -> checkpoint.Saved:
-        """What a checkpoint keeps."""
-        names = list(self.params)
-        optimizer: dict[str, Tensor] = {}
-        for k, slots in self.optimizer.state_dict()["state"].items():
-            optimizer |= {f"{names[k]}.{slot}": value for slot, value in slots.items()}
-        law = self.law.state_dict()
-        optimizer |= {f"law.{name}": value for name, value in law.items()}
-        counts = {n: getattr(self, n) for n in ("step", "images", "skipped", "skipped_in_a_row")}
-        state = counts | dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(law))
-        return checkpoint.Saved(self.step, dict(self.params), self.ema.averages, optimizer, state)
-
-    def restore(self, saved: checkpoint.Saved, config: Config) -> None:
-        """Become what was saved. Rates and decays come from the config, not from the checkpoint."""
-        self.net.load_state_dict(saved.weights)
-        slots: dict[int, dict[str, Tensor]] = {}
-        numbers = {name: k for k, name in enumerate(self.params)}
-        law = {name: saved.optimizer[f"law.{name}"] for name in saved.state["law"]}
-        for key, value in saved.optimizer.items():
-            name, slot = key.rsplit(".", 1)
-            if name in numbers:
-                slots.setdefault(numbers[name], {})[slot] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        if law:
-            self.law.load_state_dict(law)
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, perhaps sharded, by its name in a checkpoint."""
+        out = {checkpoint.WEIGHTS + name: p.detach() for name, p in self.params.items()}
         for rate, average in self.ema.averages.items():
-            for name, tensor in average.items():
-                tensor.copy_(saved.averages[rate][name])
-        for name in ("step", "images", "skipped", "skipped_in_a_row"):
+            out |= {checkpoint.AVERAGE.format(rate) + name: tensor for name, tensor in average.items()}
+        for name, p in self.params.items():
+            slots = self.optimizer.state.get(p, {})
+            out |= {f"{checkpoint.OPTIMIZER}{name}.{slot}": value for slot, value in slots.items()}
+        return out | {f"{checkpoint.OPTIMIZER}law.{name}": value for name, value in self.law.state_dict().items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, the same on every process."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return counts | dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+
+    def to_saved(self) -> checkpoint.Saved:
+        """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
+        whole = {name: distributed.whole(t).cpu() if distributed.is_sharded(t) else t for name, t in self.tensors().items()}
+        return checkpoint.Saved.of(whole, self.numbers())
+
+    def restore(self, saved: checkpoint.Saved | checkpoint.Held, config: Config) -> None:
+        """Become what was saved, by any number of processes. Rates and decays come from the config, not from the checkpoint.
+
+        UserError where the checkpoint holds weights alone, or not those of this network.
+        """
+        if saved.state.get("weights_only"):
+            raise UserError("this run holds weights alone, nothing to go on from: train a new one from them with --init_from")
+        kept = saved.names()
+        for name in kept:
+            param, _, slot = name.removeprefix(checkpoint.OPTIMIZER).rpartition(".")
+            if name.startswith(checkpoint.OPTIMIZER) and param in self.params:
+                p = self.params[param]
+                self.optimizer.state[p][slot] = torch.zeros(()) if slot == "step" else torch.zeros_like(p)
+        own = {k: v for k, v in self.tensors().items() if not k.startswith(f"{checkpoint.OPTIMIZER}law.")}
+        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(self.law.state_dict()[k]) for k in saved.state["law"]}
+        saved.fill(own | law)
+        if law:
+            self.law.load_state_dict({name.rpartition(".")[2]: value for name, value in law.items()})
+        for name in COUNTS:
             setattr(self, name, saved.state[name])
         self.ema.updates = saved.state["ema_updates"]
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
@@ -86,13 +103,14 @@ def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> l
 
     UserError naming the layers that do not fit, unless `reset` lets them start anew.
     """
-    own = state.net.state_dict()
+    own = state.params
     fits = {k: v for k, v in weights.tensors.items() if k in own and own[k].shape == v.shape}
     misfits = sorted(k for k in own if k not in fits)
     if misfits and not reset:
         names = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
         raise UserError(f"{weights.path} does not fit in {names}: --init_reset True starts these layers anew")
-    state.net.load_state_dict(fits, strict=False)
+    for name, tensor in fits.items():
+        distributed.put(tensor, own[name])
     for average in state.ema.averages.values():
         copy_weights(state.params, average)
     return misfits

@@ -12,16 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iddpm import build, checkpoint, distributed, rng, sample
 from iddpm.batches import Batch, ahead, make_batch
-from iddpm.config import ENDLESS, Config, total_steps
+from iddpm.config import ENDLESS, Config, Train, total_steps
 from iddpm.data import Images, Order
-from iddpm.diffusion.denoiser import Denoiser
+from iddpm.diffusion.denoiser import Denoiser, Network
 from iddpm.errors import UserError
 from iddpm.log import Logger, Meter, duration
 from iddpm.state import TrainState, copy_weights, initialise
+from iddpm.watch import watch
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
 
@@ -29,8 +30,8 @@ MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run giv
 class Store(Protocol):
     """Where the checkpoints of a run are."""
 
-    def newest(self) -> tuple[checkpoint.Saved | None, list[str]]:
-        """The newest state that can be read, and a line for each newer one that was passed over."""
+    def newest(self) -> tuple[Any, list[str]]:
+        """The newest state that can be read (a Saved, or Held), and a line for each newer one that was passed over."""
         ...
 
     def save(self, config: Config, saved: checkpoint.Saved) -> Path:
@@ -69,25 +70,28 @@ def train_step(state: TrainState, config: Config, net: nn.Module, denoiser: Deno
     state.net.train()
     torch.manual_seed(_dropout_seed(t.seed, state.step))
     state.optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for a in range(0, len(mine), micro):
-        part = slice(a, a + micro)
-        i, w = steps[part].to(device), weight[part].to(device)
+    losses: list[Tensor] = []
+    parts = distributed.parts(n, micro)
+    for part in parts:
+        idle = part.start == part.stop  # another process has an image more: this one goes along with its first, at no weight
+        part = slice(0, 1) if idle else part
+        i, w = steps[part].to(device), weight[part].to(device) * (not idle)
         cond = {name: value[part].to(device) for name, value in batch.cond.items()}
-        with distributed.unsynchronised(net) if a + micro < len(mine) else nullcontext():
+        with nullcontext() if len(losses) + 1 == len(parts) else distributed.unsynchronised(net):
             terms = objective(denoiser, batch.x0[part].to(device), batch.eps[part].to(device), i, cond)
             share = distributed.world() / n  # the processes' gradients are averaged
             (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
-        meter.add({name: term * w for name, term in terms.items()}, i * 4 // denoiser.chain.steps)
-        losses.append(terms["loss"].detach())
+        if not idle:
+            meter.add({name: term * w for name, term in terms.items()}, i * 4 // denoiser.chain.steps)
+        losses.append(terms["loss"].detach()[: 0 if idle else None])
 
     grads = [p.grad for p in state.params.values() if p.grad is not None]
-    torch._foreach_div_(grads, state.scale.factor)
-    norm = torch.nn.utils.get_total_norm(grads)
+    torch._foreach_div_(distributed.local(grads), state.scale.factor)
+    norm = distributed.whole(torch.nn.utils.get_total_norm(grads))
     good = bool(torch.isfinite(norm))  # waits for the device: the price of never applying a bad gradient
     if good:
         if t.grad_clip:
-            torch._foreach_mul_(grads, (t.grad_clip / norm).clamp(max=1.0))
+            torch._foreach_mul_(distributed.local(grads), (t.grad_clip / norm).clamp(max=1.0))
         for group in state.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(config, state.step), t.weight_decay
         state.optimizer.step()
@@ -120,16 +124,16 @@ def train(
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
-    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where the run cannot go on (50 bad steps
-    in a row), Stopped after Ctrl-C or SIGTERM, once all is saved.
+    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where
+    the run cannot go on (50 bad steps in a row, data that cannot be read, a checkpoint that cannot be written), on every
+    process alike; Stopped after Ctrl-C or SIGTERM, once all is saved.
     """
     t = config.train
     device, end = distributed.place(build.device(t.device)), total_steps(t)
-    if t.batch_size < distributed.world():
-        raise UserError(f"--batch_size {t.batch_size}: at least one image for each of the {distributed.world()} processes")
+    _check_processes(t)
     leads = distributed.rank() == 0
     say = say if leads else _silence
-    store = store or checkpoint.Folder(run, t.keep)
+    store = store or checkpoint.Folder(run, t.keep, t.keep_every, t.async_save)
     state = TrainState(config, device)
     saved, passed_over = store.newest()
     for line in passed_over:
@@ -146,53 +150,117 @@ def train(
     if logger:
         for line in (*notes, *passed_over):
             logger.event(state.step, line)
-    net = distributed.parallel(state.net)
+    net = state.parallel
     denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, t.precision))
     order, meter, draws = Order(len(data), t.seed), Meter(), sheets and config.model.network != "classifier"
-
-    def save() -> Path | None:
-        path = store.save(config, state.to_saved()) if leads else None
-        distributed.barrier()
-        say(f"saved {path}")
-        return path
-
     validation = Validation(config, held_out) if held_out else None
-    began = last = time.monotonic()
     first = logged = state.step
-    path: Path | None = None
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
-    if save_start and not first:
-        path = save()
-    with _stop_signal() as stopping:
-        for batch in ahead(config, data, order, state.step, state.images, end):
-            train_step(state, config, net, denoiser, batch, meter)
-            done, stop = state.step == end, distributed.any_(stopping())
-            if state.skipped_in_a_row >= MAX_SKIPS:
+    with _Saves(store, config, state, say) as saves, _stop_signal() as stopping, watch(t.timeout) as tell:
+        if save_start and not first:
+            saves.begin()
+        began = last = time.monotonic()
+        batches = ahead(config, data, order, state.step, state.images, end)
+        while True:
+            tell(state.step, "reading data")
+            batch, fault = _fetch(batches)
+            tell(state.step, "waiting for the others' data")
+            done = state.step >= end
+            stop, broken = map(bool, distributed.count(stopping(), fault is not None))
+            diverged = state.skipped_in_a_row >= MAX_SKIPS
+            ending = done or stop or broken or diverged
+            if state.step > first:
+                if validation and state.step % t.validation_interval == 0:
+                    validation(state, meter)
+                if state.step % t.log_interval == 0 or ending:
+                    now = time.monotonic()
+                    rate = (state.step - logged) * t.batch_size / (now - last)
+                    left = (end - state.step) * (now - began) / (state.step - first)
+                    last, logged = now, state.step
+                    row = _row(state, config, meter.read(distributed.sum_), rate)
+                    if logger:
+                        logger.row(**row)
+                    say(_line(row, state.step, end, left))
+                tell(state.step, "saving")
+                if (ending or state.step % t.save_interval == 0) and not diverged:
+                    saves.begin()
+                saves.settle(wait=ending)
+            if broken:
+                raise _first_fault(fault)
+            if diverged:
                 raise UserError(
                     f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
                     f"or leave fp16; the last checkpoint is whole"
                 )
-            if validation and state.step % t.validation_interval == 0:
-                validation(state, meter)
-            if state.step % t.log_interval == 0 or done or stop:
-                now = time.monotonic()
-                rate = (state.step - logged) * t.batch_size / (now - last)
-                left = (end - state.step) * (now - began) / (state.step - first)
-                last, logged = now, state.step
-                row = _row(state, config, meter.read(distributed.sum_), rate)
-                if logger:
-                    logger.row(**row)
-                say(_line(row, state.step, end, left))
-            if done or stop or state.step % t.save_interval == 0:
-                path = save()
             if stop:
                 raise Stopped(f"stopped at step {state.step}; all is saved: the same command goes on from here")
-            if draws and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
+            if draws and state.step > first and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
+                tell(state.step, "drawing samples")
                 say(f"samples: {_sample_sheet(config, state, device, data, run)}")
+            if batch is None:
+                break
+            tell(state.step, "training")
+            train_step(state, config, net, denoiser, batch, meter)
     if logger:
         logger.close()
-    return path
+    return saves.path
+
+
+def _check_processes(t: Train) -> None:
+    world = distributed.world()
+    if t.batch_size < world:
+        raise UserError(f"--batch_size {t.batch_size}: at least one image for each of the {world} processes")
+    if t.shard > 0 and world % t.shard:
+        raise UserError(f"--shard {t.shard} does not divide the {world} processes: give 0 (none), -1 (all) or a divisor")
+
+
+def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
+    """The next batch, None at the end, or what is wrong with it on this process."""
+    try:
+        return next(batches, None), None
+    except UserError as e:
+        return None, e
+
+
+def _first_fault(fault: UserError | None) -> UserError:
+    """What was wrong with the data, the same on every process."""
+    return UserError(next(text for text in distributed.every(str(fault) if fault else None) if text))
+
+
+class _Saves:
+    """The saves of a run: in the background where the store can, else at once; says which are complete."""
+
+    def __init__(self, store: Store, config: Config, state: TrainState, say: Callable[[str], None]):
+        self.store, self.config, self.state, self.say = store, config, state, say
+        self.path: Path | None = None
+
+    def begin(self) -> None:
+        """Save the present state."""
+        if isinstance(self.store, checkpoint.Folder):
+            self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
+            return
+        saved = self.state.to_saved()
+        path = self.store.save(self.config, saved) if distributed.rank() == 0 else None
+        distributed.barrier()
+        self._done(path)
+
+    def settle(self, wait: bool) -> None:
+        """Look after a save that is under way; with `wait`, see it complete."""
+        if isinstance(self.store, checkpoint.Folder):
+            self._done(self.store.settle(wait))
+
+    def __enter__(self) -> "_Saves":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if isinstance(self.store, checkpoint.Folder):
+            self.store.close()
+
+    def _done(self, path: Path | None) -> None:
+        if path:
+            self.path = path
+            self.say(f"saved {path}")
 
 
 class Validation:
@@ -206,6 +274,10 @@ class Validation:
     @torch.no_grad()
     def __call__(self, state: TrainState, meter: Meter) -> None:
         """Add val_loss and its terms, by quartile of t, to the meter; the images and noise depend on the step alone."""
+        with distributed.gathered(state.net):
+            self._measure(state, meter)
+
+    def _measure(self, state: TrainState, meter: Meter) -> None:
         t, net = self.config.train, state.net.eval()
         device, mine = next(net.parameters()).device, distributed.share(t.batch_size)
         batch = make_batch(self.config, self.data, self.order, state.step, state.images)
@@ -222,7 +294,9 @@ def _silence(line: str) -> None:
 
 
 class Stopped(UserError):
-    """Training was asked to stop, and everything is saved."""
+    """Training was asked to stop, and everything is saved: exit code 75, EX_TEMPFAIL, for "preempted, start me again"."""
+
+    code = 75
 
 
 @contextmanager
@@ -272,17 +346,22 @@ def _sample_sheet(config: Config, state: TrainState, device: torch.device, data:
     net = build.in_precision(state.net.eval(), device, config.train.precision)
     try:
         copy_weights(average, state.params)
-        if config.model.network == "super_res":
-            first = np.arange(min(8, len(data)))
-            originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
-            small = sample.shrunk(config, originals)
-            drawn = np.concatenate(list(sample.images(config, net, sample.Job(first.tolist(), labels, small), device)))
-            sample.comparison_file(config, path, drawn, small, originals)
-        else:
-            sample.grid_file(config, net, device, path)
+        with distributed.gathered(state.net):
+            _draw_sheet(config, net, device, data, path)
     finally:
         copy_weights(live, state.params)
     return path
+
+
+def _draw_sheet(config: Config, net: Network, device: torch.device, data: Images, path: Path) -> None:
+    if config.model.network != "super_res":
+        sample.grid_file(config, net, device, path)
+        return
+    first = np.arange(min(8, len(data)))
+    originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
+    small = sample.shrunk(config, originals)
+    drawn = np.concatenate(list(sample.images(config, net, sample.Job(first.tolist(), labels, small), device)))
+    sample.comparison_file(config, path, drawn, small, originals)
 
 
 def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) -> None:

@@ -21,29 +21,31 @@ def _parser(parser: Parser) -> None:
     for _, group in Config().groups():
         parser.add_fields(type(group))
     rows = (f"  {name:14} {text}" for name, (text, _) in PRESETS.items())
-    parser.epilog = "presets (flags given beside one win):\n" + "\n".join(rows)
+    codes = "exit codes: 0 done; 2 one line says what to mend; 75 stopped by Ctrl-C or SIGTERM with all saved, start it again"
+    parser.epilog = "presets (flags given beside one win):\n" + "\n".join(rows) + f"\n\n{codes}"
 
 
 def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:
     folder = Path(run or _default_run(data, preset))
     config, notes = _resolve(folder, data, preset, given)
-    from iddpm import build, distributed, train
+    from iddpm import build, distributed, lock, train
     from iddpm.batches import open_data, open_validation
     from iddpm.config import total_steps
 
     total_steps(config.train)
-    with distributed.session(build.device(config.train.device)):
+    with distributed.session(build.device(config.train.device), config.train.timeout):
+        leads = distributed.rank() == 0
         images, config = open_data(config)
         held_out = open_validation(config)
         build.network(config)
         if dry_run:
             train.dry_run(config, images)
             return
-        leads = distributed.rank() == 0
-        if leads:
-            print("\n".join((images.describe(), *notes)))
-            write_config(folder, config)
-        last = train.train(config, images, folder, notes=notes, held_out=held_out)
+        with lock.held(folder):  # after all that may be refused: a refused command leaves nothing behind
+            if leads:
+                print("\n".join((images.describe(), *notes)))
+                write_config(folder, config)
+            last = train.train(config, images, folder, notes=notes, held_out=held_out)
     if leads and last:
         print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
     if leads:
