@@ -24,12 +24,11 @@ from torch import Tensor
 
 import iddpm
 from iddpm.checkpoint import Saved, Weights
-from iddpm.checkpoint import _flush as flush
-from iddpm.checkpoint import _sha256 as sha256
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
 from iddpm.interop.openai.optimizer import MOMENTS, groups, optimizer_file, unflatten
 from iddpm.interop.openai.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.storage import flush, sha256
 
 # ---- reading a file
 
