@@ -13,7 +13,7 @@ BELOW = {  # room: the only parts of the package it may import
     "rng": set(),
     "ema": set(),
     "errors": set(),
-    "distributed": set(),
+    "distributed": {"errors"},
     "flags": {"config", "errors"},
     "log": {"errors"},
     "build": {"config", "diffusion", "nn", "errors"},

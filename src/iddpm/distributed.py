@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iddpm.errors import UserError
+
+LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpiexec", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}  # and how they count
+
 TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
@@ -28,6 +32,7 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
     """
     device = place(device)
     if "RANK" not in os.environ or dist.is_initialized():
+        _refuse_to_be_alone()
         yield device
         return
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a restarted worker would read the old addresses
@@ -39,6 +44,16 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _refuse_to_be_alone() -> None:
+    """UserError where another launcher started several processes: each would be alone, and write the others' files."""
+    for name, launcher in LAUNCHERS.items():
+        if "RANK" not in os.environ and (size := int(os.environ.get(name, 1))) > 1:
+            raise UserError(
+                f"{launcher} started {size} processes that do not know of each other: start them by torchrun --nproc-per-node "
+                f"{size} -m -- iddpm ..., or, if each is to be alone, unset {name}"
+            )
 
 
 def rank() -> int:

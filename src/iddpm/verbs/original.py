@@ -27,6 +27,8 @@ def _verb(name: str) -> Verb:
     defaults: dict[str, Any] = dict(flags.COMMANDS[program][name])
     if program == "improved":
         defaults |= {k: v for k, v in (GUIDED | {"use_fp16": False}).items() if k not in defaults}
+    if name != "classifier_train":
+        defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
     added = {k: v for k, v in ADDED.items() if k != "steps" or name.endswith("_train")}
 
     def parser(p: Parser) -> None:

@@ -329,8 +329,10 @@ def configure(dir: str | None = None, format_strs: Sequence[str] | None = None, 
 
 def _started() -> str:
     """The time; under torchrun that of the launcher, so that its processes share one folder without talking."""
-    launcher = Path("/proc", str(os.getppid()))
-    then = launcher.stat().st_mtime if "RANK" in os.environ and launcher.exists() else time()
+    launcher, then = Path("/proc", str(os.getppid()), "stat"), time()
+    if "RANK" in os.environ and launcher.exists():  # not the entry's own time, which is that of somebody's first look at it
+        booted = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        then = booted + int(launcher.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return datetime.fromtimestamp(then).strftime("%Y-%m-%d-%H-%M-%S-%f")
 
 
@@ -339,7 +341,8 @@ def reset() -> None:
     if Logger.CURRENT is not None and Logger.CURRENT is not Logger.DEFAULT:
         Logger.CURRENT.close()
         Logger.CURRENT = Logger.DEFAULT
-        log("Reset logger")
+        if Logger.CURRENT is not None:  # else log() would configure one, with a folder and a stdout that nobody asked for
+            log("Reset logger")
 
 
 @contextmanager
