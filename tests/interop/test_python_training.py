@@ -501,7 +501,9 @@ TWO = """
     again.run_loop()
     law.update_with_local_losses(torch.arange(1 + rank), torch.full((1 + rank,), 9.0))  # and raises here (B11)
     state = torch.cat([model.scale.weight.flatten(), model.shift, *(p.flatten() for p in again.ema_params[0])]).tolist()
-    print("STATE", rank, state, law.weights().tolist(), law._warmed_up(), flush=True)
+    open({folder!r} + f"/state{{rank}}", "w").write(f"{{state}} {{law.weights().tolist()}} {{law._warmed_up()}}")
+    logger.get_current().close()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that ends, after all is done
 """
 
 
@@ -515,14 +517,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "run", sorted(line[6:] for line in done.stdout.splitlines() if line.startswith("STATE"))
+    return folder / "run", [(folder / "run" / f"state{k}").read_text() for k in range(2)]
 
 
 def test_two_processes_on_cpus_hold_the_same_weights_after_training_and_resuming(two: tuple[Path, list[str]]) -> None:
     """B2, B10: gradients are averaged by gloo; the resumed run does not hang."""
     zero, one = two[1]
-    assert zero[:2] == "0 " and one[:2] == "1 "
-    assert zero[2:] == one[2:], "weights, averages and the law of t"
+    assert zero == one, "weights, averages and the law of t"
     assert zero.endswith("True"), "the law is warm, so its weights say something"
 
 
