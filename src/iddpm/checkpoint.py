@@ -11,7 +11,7 @@ checkpoints/step_00001000/
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import iddpm
-from iddpm import distributed, storage
+from iddpm import distributed, places, storage
 from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.storage import STEP_DIR, Entry, verify
@@ -91,10 +91,13 @@ class Held(NamedTuple):
         return dcp.names(self.folder)
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
-        """Read tensors, which may be sharded, in place; UserError where one is missing."""
+        """Read tensors, which may be sharded, in place; UserError where one is missing. Of a remote one, no copy is left."""
         from iddpm import dcp
 
+        if places.remote(self.folder) and (fault := verify(self.folder)):  # each process has its own copy
+            raise UserError(f"{self.folder}: {fault}")
         dcp.fill(self.folder, targets)
+        places.forget(self.folder)
 
 
 # ---- writing
@@ -157,7 +160,7 @@ def save(run: Path, config: Config, saved: Saved, keep: int = 0) -> Path:
     except BaseException:
         draft.discard()
         raise
-    storage.prune(run, keep)
+    storage.prune(run, keep, last=saved.step)
     return path
 
 
@@ -203,7 +206,7 @@ class Folder:
     def save(self, config: Config, saved: Saved) -> Path:
         """Keep a state, at once."""
         path = save(self.run, config, saved)
-        storage.prune(self.run, self.keep, self.keep_every)
+        storage.prune(self.run, self.keep, self.keep_every, saved.step)
         return path
 
     def begin(self, config: Config, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path | None:
@@ -262,14 +265,14 @@ class Folder:
 
     def _commit(self, draft: Draft, entries: Mapping[str, Entry]) -> None:
         draft.commit(entries)
-        storage.prune(self.run, self.keep, self.keep_every)
+        storage.prune(self.run, self.keep, self.keep_every, draft.state["step"])
 
     def _fail(self, draft: Draft, future: "Future[Any]") -> None:
         error = future.exception()
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not isinstance(error, places.Unreachable):  # what is left there has no manifest
             draft.discard()
         reasons = distributed.every(f"{getattr(error, 'strerror', None) or error}" if error else None)
-        if error and not isinstance(error, OSError):
+        if error and not isinstance(error, (OSError, places.Unreachable)):
             raise error
         why = next(f"{reason} (rank {k})" if len(reasons) > 1 else reason for k, reason in enumerate(reasons) if reason)
         raise UserError(f"{draft.final} could not be written: {why}; the checkpoint before it is whole")
@@ -285,7 +288,7 @@ def _nothing(*ignored: Any) -> None: ...
 # ---- reading
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
+def newest(run: Path, verify: Callable[[Path], str | None] = verify) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that was passed over."""
     skipped: list[str] = []
     for folder in reversed(storage.step_dirs(run)):
@@ -319,11 +322,14 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
     """
     path = source
     if source.is_dir():
-        path = _weights_file(source if STEP_DIR.search(source.name) else _checkpoint_of(source, step), ema_rate)
+        own = STEP_DIR.search(source.name)
+        path = _weights_file(source if own else _checkpoint_of(source, step, ema_rate), ema_rate)
+        if own and places.remote(source) and (fault := verify(source, path.name)):
+            raise UserError(f"{source}: {fault}")
     elif not source.exists():
         raise UserError(f"{source}: there is no such run or file")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(places.fetch(path), framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
@@ -334,16 +340,22 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
     return Weights(path, tensors, Config.from_json(meta["config"], str(path)), about)
 
 
-def _checkpoint_of(run: Path, step: int | None) -> Path:
+def _checkpoint_of(run: Path, step: int | None, rate: float | None) -> Path:
+    def check(folder: Path) -> str | None:
+        """As `verify`; of a remote checkpoint, no more is fetched than the weights asked for."""
+        if not places.remote(folder):
+            return verify(folder)
+        return verify(folder, storage.MANIFEST) or verify(folder, _weights_file(folder, rate).name)
+
     if step is not None:
         folder = storage.step_dir(run, step)
         if not folder.is_dir():
             have = ", ".join(str(storage.step_of(p)) for p in storage.step_dirs(run)) or "none"
             raise UserError(f"{run} has no checkpoint of step {step}; it has: {have}")
-        if fault := verify(folder):
+        if fault := check(folder):
             raise UserError(f"{folder}: {fault}; take another with --checkpoint_step")
         return folder
-    folder_, skipped = newest(run)
+    folder_, skipped = newest(run, check)
     if folder_ is None:
         raise UserError(f"{run} holds no complete checkpoint{'; ' + skipped[0] if skipped else ''}")
     return folder_
@@ -362,6 +374,8 @@ def _weights_file(folder: Path, rate: float | None) -> Path:
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
+        if places.remote(path):
+            return storage.read_header(path).metadata
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e:

@@ -29,6 +29,7 @@ from iddpm.diffusion.denoiser import Cond, Denoiser, Network
 from iddpm.diffusion.likelihood import Term, bound_terms, prior_term
 from iddpm.errors import UserError
 from iddpm.log import duration
+from iddpm.places import opened, remote, replace
 from iddpm.super_res import shrink
 
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
@@ -92,7 +93,7 @@ class Progress:
     def load(self, path: Path, identity: str) -> str:
         """Become what was saved of the same job, if anything; returns what else there is to say."""
         try:
-            with open(path, "rb") as raw, np.load(raw) as file:
+            with opened(path) as raw, np.load(raw) as file:
                 if (found := str(file["identity"])) != identity:
                     theirs, ours = json.loads(found), json.loads(identity)
                     names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
@@ -101,6 +102,8 @@ class Progress:
                     setattr(self, name, file[name])
         except FileNotFoundError:
             return ""
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return f"{path} is damaged: starting anew"
         return f"going on: {self.done.mean() / self.sums.shape[2]:.0%} is there already"
@@ -329,7 +332,9 @@ def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against:
     """
     order = np.argsort(bound.indices)
     indices = bound.indices[order]
-    names = np.array([os.path.relpath(data.files[k], root if root.is_dir() else root.parent) for k in indices])
+    base = root if root.is_dir() else root.parent
+    relative = (lambda file: file.relative_to(base).as_posix()) if remote(base) else (lambda file: os.path.relpath(file, base))
+    names = np.array([relative(data.files[k]) for k in indices])
     columns = {"bits_per_dim": bound.total[order], "prior": bound.prior[order], "decoder": bound.decoder[order]}
     if against:
         columns |= {"against": against.total[order], "difference": (bound.total - against.total)[order]}
@@ -345,11 +350,3 @@ def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against:
         label = data.classes[labels[k]] if labels[k] >= 0 else ""
         rows.writerow([name, label, *(repr(float(column[k])) for column in columns.values())])
     replace(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file aside, then put it in its place in one step."""
-    aside = path.with_name("." + path.name)
-    with open(aside, "wb") as file:
-        write(file)
-    os.replace(aside, path)

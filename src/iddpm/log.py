@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iddpm import mirror
 from iddpm.errors import UserError
 
 
@@ -48,10 +49,12 @@ class Logger:
     """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.
 
     Opened at `step` it keeps the rows up to there: a resumed run does not repeat those it had written past its checkpoint.
+    On a remote storage, where nothing can be appended to, the files are written on this machine and copied by `iddpm.mirror`.
     """
 
     def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
-        self.path, self.csv = run / "log.jsonl", run / "progress.csv"
+        folder = mirror.mirror(run)
+        self.path, self.csv = folder / "log.jsonl", folder / "progress.csv"
         kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -59,7 +62,7 @@ class Logger:
         self._columns: list[str] = []
         self.latest: Mapping[str, Any] = {}
         self._write_csv()
-        self._board = _tensorboard(run, step) if tensorboard else None
+        self._board = _tensorboard(folder, step) if tensorboard else None
 
     def row(self, **values: Any) -> None:
         """Append a row of numbers."""
@@ -80,6 +83,7 @@ class Logger:
     def close(self) -> None:
         if self._board:
             self._board.close()
+        mirror.sync()
 
     def _write_csv(self, row: Mapping[str, Any] | None = None) -> None:
         if row is not None and set(row) <= set(self._columns):

@@ -1,8 +1,9 @@
 """Drawing images: image number i depends on its seed alone, and a killed job goes on where it was."""
 
+import io
 import json
-import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from iddpm.diffusion.guidance import classifier_gradient
 from iddpm.diffusion.solvers import State, run
 from iddpm.errors import UserError
 from iddpm.pictures import comparison, grid, picture
+from iddpm.places import opened, remote, replace, scratch
 from iddpm.super_res import bicubic, psnr, shrink, ssim
 
 
@@ -180,23 +182,21 @@ class Folder:
         if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} already holds something else: give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        _replace(record, json.dumps(identity).encode())
+        replace(record, lambda file: file.write(json.dumps(identity).encode()))
         names = [f"{class_name(config, y)}_" if y >= 0 else "" for y in job.labels]
         self.files = [out / f"{name}{seed:06d}.png" for name, seed in zip(names, job.seeds)]
-        self.done = next((k for k, file in enumerate(self.files) if not file.exists()), len(self.files))
+        there = {file.name for file in out.iterdir()}
+        self.done = next((k for k, file in enumerate(self.files) if file.name not in there), len(self.files))
 
     def write(self, batch: np.ndarray) -> None:
         for image in batch:
-            file = self.files[self.done]
-            aside = file.with_name(f".{file.name}")
-            picture(image).save(aside, format="PNG")
-            os.replace(aside, file)
+            save_picture(picture(image), self.files[self.done])
             self.done += 1
 
     def held(self) -> np.ndarray:
         images = []
         for file in self.files[: self.done]:
-            with Image.open(file) as image:
+            with opened(file) as raw, Image.open(raw) as image:
                 images.append(np.atleast_3d(np.asarray(image)))
         return np.stack(images)
 
@@ -225,26 +225,60 @@ class Array:
         self.array[self.done : self.done + len(batch)] = batch
         self.array.flush()
         self.done += len(batch)
-        _replace(self.partial / "job.json", json.dumps({"job": self.identity, "done": self.done}).encode())
+        text = json.dumps({"job": self.identity, "done": self.done})
+        replace(self.partial / "job.json", lambda file: file.write(text.encode()))
 
     def held(self) -> np.ndarray:
         return np.array(self.array[: self.done])
 
     def close(self) -> None:
         """Turn what was gathered into the file asked for, in one step."""
-        aside = self.out.with_name("." + self.out.name)
-        if self.out.suffix == ".npz":
-            labels = np.array(self.job.labels, dtype=np.int64)
-            with zipfile.ZipFile(aside, "w") as file:
-                file.write(self.partial / "arr_0.npy", "arr_0.npy")
-                if len(labels) and labels.min() >= 0:
-                    with file.open("arr_1.npy", "w") as member:
-                        np.lib.format.write_array(member, labels)
-        else:
-            grid(np.asarray(self.array), self.job.labels, self.config.data.classes).save(aside, format="PNG")
-        os.replace(aside, self.out)
+        replace(self.out, self._finished)
         del self.array
         shutil.rmtree(self.partial)
+
+    def _finished(self, to: Any) -> None:
+        if self.out.suffix != ".npz":
+            grid(np.asarray(self.array), self.job.labels, self.config.data.classes).save(to, format="PNG")
+            return
+        labels = np.array(self.job.labels, dtype=np.int64)
+        with zipfile.ZipFile(to, "w") as file:
+            file.write(str(self.array.filename), "arr_0.npy")
+            if len(labels) and labels.min() >= 0:
+                with file.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, labels)
+
+
+class RemoteArray(Array):
+    """As Array on a remote storage: each batch is a file of OUT.partial, and gathered in one on this machine."""
+
+    def __init__(self, out: Path, config: Config, job: Job, identity: dict[str, Any]):
+        parts = out.with_name(out.name + ".partial")
+        assert remote(parts)
+        self.out, self.config, self.job, self.done, self.parts = out, config, job, 0, parts
+        self.partial = Path(tempfile.mkdtemp(dir=scratch()))
+        height, width = image_size(config.model)
+        shape = (len(job.seeds), height, width, config.model.image_channels)
+        self.array = np.lib.format.open_memmap(self.partial / "arr_0.npy", "w+", np.uint8, shape)
+        record = self.parts / "job.json"
+        if record.exists() and json.loads(record.read_text()) == identity:
+            for part in sorted(self.parts.glob("*.npy")):
+                if int(part.stem) == self.done:
+                    batch = np.load(io.BytesIO(part.read_bytes()))
+                    self.array[self.done : self.done + len(batch)] = batch
+                    self.done += len(batch)
+        else:
+            self.parts.rmtree()
+            record.write_text(json.dumps(identity))
+
+    def write(self, batch: np.ndarray) -> None:
+        replace(self.parts / f"{self.done:09d}.npy", lambda file: np.save(file, batch))
+        self.array[self.done : self.done + len(batch)] = batch
+        self.done += len(batch)
+
+    def close(self) -> None:
+        super().close()
+        self.parts.rmtree()
 
 
 def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Writer:
@@ -256,7 +290,7 @@ def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Wri
     if out.suffix == ".png" and len(job.seeds) > 1024:
         raise UserError(f"--out {out}: a grid holds at most 1024 images; take .npz or a folder for {len(job.seeds)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return (Array if out.suffix else Folder)(out, config, job, identity)
+    return (Folder if not out.suffix else RemoteArray if remote(out) else Array)(out, config, job, identity)
 
 
 def draw_into(
@@ -338,12 +372,4 @@ def save_picture(sheet: Image.Image, path: Path) -> None:
     """Write a PNG in one step; of several processes, the first does."""
     if distributed.rank():
         return
-    aside = path.with_name("." + path.name)
-    sheet.save(aside, format="PNG")
-    os.replace(aside, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name("." + path.name)
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    replace(path, lambda file: sheet.save(file, format="PNG"))

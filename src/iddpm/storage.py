@@ -1,7 +1,9 @@
 """Files of checkpoints: the one place that knows where they lie and how they get there.
 
 A folder is written aside, each file flushed to disk and read back; manifest.json, which vouches for the rest, comes last; then
-one rename puts the folder in its place. Storage that cannot rename would write in place: the manifest alone commits.
+one rename puts the folder in its place. A remote storage cannot rename: there files are written in their place, and the
+manifest alone commits. They are not read back (their sizes are asked for, and the driver guards what it sends); every reader
+compares the digests of what it fetches.
 """
 
 import contextlib
@@ -17,6 +19,10 @@ from typing import NamedTuple
 import safetensors
 import torch
 from torch import Tensor
+
+from iddpm import mirror, places
+from iddpm.errors import UserError
+from iddpm.places import sha256
 
 STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -42,8 +48,8 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 def aside(final: Path) -> Path:
-    """Where it is written until it is complete."""
-    return final.with_name(f".{final.name}")
+    """Where it is written until it is complete; on a remote storage that is its place."""
+    return final if places.remote(final) else final.with_name(f".{final.name}")
 
 
 def step_of(folder: Path) -> int:
@@ -61,17 +67,29 @@ def best(run: Path) -> int | None:
     """The step that checkpoints/best.json names, where there is one."""
     try:
         return int(json.loads((run / "checkpoints" / "best.json").read_text())["step"])
+    except UserError:  # no answer is not the same as none
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def prune(run: Path, keep: int, keep_every: int = 0) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none) and the best."""
-    spared = best(run)
-    for old in step_dirs(run)[:-keep] if keep else []:
-        step = step_of(old)
-        if step != spared and not (keep_every and step % keep_every == 0):
-            discard(old)
+def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none) and the best.
+
+    Those beyond the step `last` were passed over as damaged when the run went on: they neither count nor are deleted. What
+    has no manifest does not count.
+    """
+    if not keep:
+        return
+    spared, left = best(run), keep
+    for folder in reversed(step_dirs(run)):
+        step = step_of(folder)
+        if last is not None and step > last:
+            continue
+        if left:
+            left -= (folder / MANIFEST).exists()
+        elif step != spared and not (keep_every and step % keep_every == 0):
+            discard(folder)
 
 
 # ---- writing
@@ -79,6 +97,10 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
 
 def fresh(folder: Path) -> None:
     """An empty folder in the place of what a crash may have left there."""
+    if places.remote(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        folder.rmtree()
+        return
     discard(folder)
     folder.mkdir(parents=True)
 
@@ -91,6 +113,10 @@ def sweep(run: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a folder, if it is there. Its manifest goes first: a deletion cut short must not look like damage."""
+    if places.remote(folder):
+        with contextlib.suppress(OSError, UserError):
+            fresh(folder)
+        return
     with contextlib.suppress(OSError):
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,33 +144,50 @@ def write_tensors(path: Path, like: Mapping[str, Tensor], metadata: Mapping[str,
             if like[name].numel():
                 yield get(name).detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-    return _write(path, blocks())
+    return _write(path, blocks)
 
 
 def write_text(path: Path, text: str) -> Entry:
     """Write a text, flushed and read back."""
-    return _write(path, iter([text.encode()]))
+    return _write(path, lambda: iter([text.encode()]))
 
 
-def _write(path: Path, blocks: Iterator[memoryview | bytes]) -> Entry:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb", buffering=0) as file:
-        for block in blocks:
+def _write(path: Path, blocks: Callable[[], Iterator[memoryview | bytes]]) -> Entry:
+    entry = Entry(0, "")
+
+    def measured() -> Iterator[memoryview | bytes]:
+        nonlocal entry
+        digest, size = hashlib.sha256(), 0
+        for block in blocks():
             digest.update(block)
             size += len(block)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    if (path.stat().st_size, sha256(path)) != (size, digest.hexdigest()):
+            yield block
+        entry = Entry(size, digest.hexdigest())
+
+    if places.remote(path):
+        path.stream(measured)
+        found = Entry(path.size() or 0, entry.digest)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb", buffering=0) as file:
+            for block in measured():
+                rest = memoryview(block)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        found = Entry(path.stat().st_size, sha256(path))
+    if found != entry:
         raise OSError(f"{path} reads back differently from what was written")
-    return Entry(size, digest.hexdigest())
+    return entry
 
 
 def commit(folder: Path, final: Path, entries: Mapping[str, Entry]) -> None:
-    """Vouch for the files of a folder written aside, and put it in its place."""
+    """Vouch for the files of a folder written aside, and put it in its place; the log is there before it."""
+    if places.remote(folder):
+        mirror.sync()
     write_text(folder / MANIFEST, json.dumps({name: list(entry) for name, entry in sorted(entries.items())}, indent=1))
+    if places.remote(folder):
+        return
     for below in {(folder / name).parent for name in entries} | {folder}:
         flush(below)
     discard(final)  # only ever one that did not verify, or the very same step again
@@ -164,17 +207,13 @@ def flush(path: Path) -> None:
 # ---- reading
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def verify(folder: Path, only: str = "") -> str | None:
+    """What is wrong with a checkpoint, or None. Of a remote one, all sizes are compared, and the content of `only` this file.
 
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    What was compared of a remote one has then been fetched, and is read from this machine until `places.forget`.
+    """
+    if places.remote(folder):
+        return _verify_remote(folder, only)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, (size, digest) in manifest.items():
@@ -182,6 +221,23 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError, TypeError) as e:
         return f"incomplete ({e})"
+    return None
+
+
+def _verify_remote(folder: places.Remote, only: str) -> str | None:
+    try:
+        manifest = {name: Entry(*entry) for name, entry in json.loads((folder / MANIFEST).read_text()).items()}
+    except FileNotFoundError:
+        return f"incomplete (it has no {MANIFEST}: its saving was cut short)"
+    except UserError:  # no answer says nothing about the checkpoint
+        raise
+    except (ValueError, AttributeError, TypeError) as e:
+        return f"incomplete ({e})"
+    for name, (size, digest) in manifest.items():
+        if (found := (folder / name).size()) != size:
+            return f"incomplete ({name} is missing)" if found is None else f"{name} is damaged"
+        if only in ("", name) and places.fetch(folder / name, digest) is None:
+            return f"{name} is damaged"
     return None
 
 
@@ -194,14 +250,18 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The header of a file; OSError or ValueError where it has none."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    if places.remote(path):
+        size = int.from_bytes(path.read_bytes(0, 8), "little")
+        header = json.loads(path.read_bytes(8, 8 + size))
+    else:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     metadata = header.pop("__metadata__", {})
     return Header(metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in header.items()})
 
 
 class Reader:
-    """Reads tensors, or windows of them, from .safetensors files that stay open until `close`."""
+    """Reads tensors, or windows of them, from .safetensors files, a copy of a remote one, that stay open until `close`."""
 
     def __init__(self) -> None:
         self._stack, self._files = contextlib.ExitStack(), dict[Path, safetensors.safe_open]()
@@ -209,7 +269,7 @@ class Reader:
     def read(self, path: Path, name: str, offset: tuple[int, ...] = (), size: tuple[int, ...] = ()) -> Tensor:
         """A tensor, or its window that begins at `offset` and has the shape `size`."""
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            self._files[path] = self._stack.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
         if not size:
             return self._files[path].get_tensor(name)
         return self._files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]

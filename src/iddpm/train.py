@@ -21,6 +21,7 @@ from iddpm.data import Images, Order
 from iddpm.diffusion.denoiser import Denoiser, Network
 from iddpm.errors import UserError
 from iddpm.log import Logger, Meter, duration
+from iddpm.places import place
 from iddpm.state import TrainState, copy_weights, initialise
 from iddpm.watch import watch
 
@@ -142,7 +143,7 @@ def train(
         state.restore(saved, config)
         say(f"resuming {run} at step {state.step}" + (f" of {end}" if end < ENDLESS else ""))
     elif t.init_from:
-        anew = initialise(state, checkpoint.read_weights(Path(t.init_from)), t.init_reset)
+        anew = initialise(state, checkpoint.read_weights(place(t.init_from)), t.init_reset)
         say(f"starting from the weights of {t.init_from}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     if leads:
         run.mkdir(parents=True, exist_ok=True)

@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from iddpm.errors import UserError
+from iddpm.places import opened
 
 
 def read_npz(path: Path, size: tuple[int, int], channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The images (N, C, H, W) uint8 and labels (N,) int64 of an .npz; UserError where they are not of this size and type."""
     try:
-        with np.load(path) as file:
+        with opened(path) as raw, np.load(raw) as file:
             if "arr_0" not in file:
-                raise UserError(
-                    f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples"
-                )
+                raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
             images = file["arr_0"]
             labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+    except UserError:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a readable .npz ({error})") from None
     wanted = (*size, channels)

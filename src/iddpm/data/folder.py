@@ -13,8 +13,10 @@ from tqdm import tqdm
 from iddpm.data.images import EXTENSIONS, decode, prepare
 from iddpm.data.labels import label, number
 from iddpm.errors import UserError
+from iddpm.places import Unreachable, place, remote
 
 ON_BROKEN = ("skip", "fail")
+REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
 PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
 
 
@@ -59,7 +61,7 @@ class Images:
         """
         if on_broken not in ON_BROKEN:
             raise UserError(f"on_broken={on_broken!r} is not known: use one of {', '.join(ON_BROKEN)}")
-        root, names = find(Path(path))
+        root, names = find(place(path))
         data = cls([root / name for name in names], image_size, channels, on_broken)
         found, data.rule = label(root, names, labels)
         if found:
@@ -104,11 +106,13 @@ class Images:
     def _load(self, index: int) -> np.ndarray | UserError:
         try:
             return prepare(decode(self.files[index], self.channels), *self.image_size)
+        except Unreachable:  # no answer is no broken file
+            raise
         except UserError as error:
             return error
 
     def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
-        threads = os.cpu_count() or 1
+        threads = REMOTE_THREADS if remote(self.files[0]) else os.cpu_count() or 1
         size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
         blocks = [indices[k : k + size] for k in range(0, len(indices), size)]
         with ThreadPoolExecutor(threads) as pool:
@@ -179,6 +183,12 @@ def walk(root: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}; make it readable or remove it") from error
 
+    if remote(root):
+        for file in root.rglob("*"):
+            name = file.relative_to(root).as_posix()
+            if is_image(file.name) and not any(part.startswith(".") for part in name.split("/")):
+                yield name
+        return
     seen = set()
     for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)

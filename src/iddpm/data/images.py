@@ -1,12 +1,13 @@
 """One image file: from bytes to the uint8 array that a network is trained on."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from iddpm.errors import UserError
+from iddpm.places import Unreachable, opened, remote
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -16,19 +17,22 @@ def decode(source: str | Path | BinaryIO, channels: int) -> Image.Image:
     """The first frame, turned as its EXIF says, in mode L, RGB or RGBA for 1, 3 or 4 channels.
 
     Transparency is laid over white unless 4 channels are asked for. 16-bit grey is scaled to 0..255;
-    float grey may span 0..1 or 0..255. Raises UserError when the file cannot be read or its range is unclear.
+    float grey may span 0..1 or 0..255. Raises UserError when the file cannot be read or its range is unclear; Unreachable
+    where its storage gives no answer, which says nothing about the file.
     """
     if channels not in MODES:
         raise UserError(f"{channels} channels are not supported: use 1 (grey), 3 (RGB) or 4 (RGBA)")
     try:
-        with Image.open(source) as image:
+        with Image.open(opened(source) if isinstance(source, PurePath) and remote(source) else source) as image:
             image.load()
             return _convert(_upright(image), MODES[channels])
+    except Unreachable:
+        raise
     except Exception as error:  # damaged files make Pillow raise almost anything
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # whose text repeats the path
             reason = "of no known format"
-        name = source if isinstance(source, (str, Path)) else getattr(source, "name", "an image")
+        name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
         raise UserError(f"{name} is not a readable image ({reason}): repair or remove it") from error
 
 

@@ -64,6 +64,8 @@ def read_pairs(path: Path) -> list[tuple[str, Label]] | None:
         if isinstance(held, dict) and "labels" in held:
             held = held["labels"]
         return None if held is None else [(name, value) for name, value in dict(held).items()]
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label') from error
 

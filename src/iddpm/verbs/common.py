@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iddpm.config import Config, Sample, Which, check, fields_of
 from iddpm.flags import make
+from iddpm.places import place
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ def open_weights(run: str, given: dict[str, Any]) -> Opened:
 
     step = which.checkpoint_step if which.checkpoint_step >= 0 else None
     device = distributed.place(build.device(which.device))
-    weights = checkpoint.read_weights(Path(run), step, which.ema_rate if which.ema_rate >= 0 else None)
+    weights = checkpoint.read_weights(place(run), step, which.ema_rate if which.ema_rate >= 0 else None)
     config = weights.config.updated({k: v for k, v in given.items() if k in fields_of(Sample)})
     if given.get("solver") == "ancestral" and "eta" not in given:
         config = config.updated({"eta": 0.0})

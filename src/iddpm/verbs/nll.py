@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from iddpm.config import Config, Measure, Sample, Which
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, make
+from iddpm.places import place
 from iddpm.verbs.common import Opened, beside, open_weights
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ def _nll(run: str, data: str, **given: Any) -> None:
         given = {**given, "device": str(device)}
         runs = [open_weights(source, given) for source in (run, measure.against) if source]
         _check_networks(runs)
-        out = Path(measure.out) if measure.out else beside(runs[0].weights.path) / "nll.json"
+        out = place(measure.out) if measure.out else beside(runs[0].weights.path) / "nll.json"
         every_class = bool(measure.per_image)
         images = [_open_images(opened.config, data, every_class, measure.num_samples == 0) for opened in runs]
         states = [out.with_name(out.name + end) for end in (".partial", ".against.partial")]
         leads = distributed.rank() == 0
         if leads:
             print(images[0].describe() + _scaling(images[0]))
-            for path in filter(None, (out, Path(measure.per_image) if measure.per_image else None)):
+            for path in filter(None, (out, place(measure.per_image) if measure.per_image else None)):
                 path.parent.mkdir(parents=True, exist_ok=True)
         done = [Measured(o, i, _measure(o, i, measure, device, p, leads)) for o, i, p in zip(runs, images, states)]
         if leads:
@@ -60,7 +61,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
 
 
 def _check_names(measure: Measure) -> None:
-    out, per_image = Path(measure.out), Path(measure.per_image)
+    out, per_image = place(measure.out), place(measure.per_image)
     if measure.out and (out.suffix not in (".json", "") or out.is_dir()):
         raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
     if measure.per_image and (per_image.suffix not in (".csv", ".npz") or per_image.is_dir()):
@@ -171,13 +172,13 @@ def _write(done: list[Measured], out: Path, data: str, per_image: str) -> None:
         print(f"{note} (paired: the same images and noise; negative where {_name(main)} is better)")
     evaluate.replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
     tables = evaluate.write_tables(main.bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
-    picture, where = out.with_suffix(".svg"), "/".join(Path(data).resolve().parts[-2:])
+    picture, where = out.with_suffix(".svg"), "/".join(place(data).resolve().parts[-2:])
     title = f"{where}: {len(main.bound.total)} images{_respaced(main.bound)}".replace("the bound of the ", "")
     svg = plot.bound([_curve(m) for m in done], title, note.replace("+-", "±"))
     evaluate.replace(picture, lambda file: file.write(svg.encode()))
     if per_image:
         against = other.bound if other else None
-        evaluate.write_per_image(Path(per_image), main.bound, main.images, Path(data), against)
+        evaluate.write_per_image(place(per_image), main.bound, main.images, place(data), against)
         print(f"each image: {per_image}")
     print(f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}")
 

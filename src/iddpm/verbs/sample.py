@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from iddpm.config import Config, Draw, Sample, Which, fields_of, seed_list
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, make
+from iddpm.places import place
 from iddpm.verbs.common import Opened, beside, open_weights
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _sample_in(run: str, given: dict[str, Any]) -> None:
         weights=[str(o.weights.path) for o in chain], step=step, ema_rate=rate, seeds=list(task.seeds),
         labels=list(task.labels), **_shaping(draw), **{k: getattr(first.config.sample, k) for k in fields_of(Sample)},
     )  # fmt: skip
-    out = Path(draw.out) if draw.out else beside(first.weights.path) / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+    out = place(draw.out) if draw.out else beside(first.weights.path) / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
     drawn = sample.draw_into(
         out,
         last.config,
@@ -172,7 +173,7 @@ def _inputs(draw: Draw, config: Config) -> Inputs:
 
     path, size = (draw.low_res, small_size(config.model)) if draw.low_res else (draw.high_res, image_size(config.model))
     if path.endswith(".npz"):
-        images, labels = read_npz(Path(path), size, config.model.image_channels)
+        images, labels = read_npz(place(path), size, config.model.image_channels)
         if labels is not None and config.model.class_cond and labels.max() >= sample.trained_classes(config):
             raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {sample.trained_classes(config) - 1}")
     else:

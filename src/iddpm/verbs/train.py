@@ -1,12 +1,13 @@
 """`iddpm train`: find out what the run is, new or resumed, and train it."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from iddpm.config import Config, check, fields_of
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, boolean
+from iddpm.mirror import mirrored
+from iddpm.places import place, replace
 from iddpm.presets import PRESETS
 
 
@@ -26,7 +27,7 @@ def _parser(parser: Parser) -> None:
 
 
 def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:
-    folder = Path(run or _default_run(data, preset))
+    folder = place(run or _default_run(data, preset))
     config, notes = _resolve(folder, data, preset, given)
     from iddpm import build, distributed, lock, train
     from iddpm.batches import open_data, open_validation
@@ -41,7 +42,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         if dry_run:
             train.dry_run(config, images)
             return
-        with lock.held(folder):  # after all that may be refused: a refused command leaves nothing behind
+        with lock.held(folder), mirrored():  # after all that may be refused: a refused command leaves nothing behind
             if leads:
                 print("\n".join((images.describe(), *notes)))
                 write_config(folder, config)
@@ -63,7 +64,7 @@ def _next(config: Config, run: Path) -> str:
 def _default_run(data: str, preset: str) -> str:
     if not data:
         raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
-    return "runs/" + (preset or "-".join(Path(data).resolve().parts[-2:]).strip("/") or "run")
+    return "runs/" + (preset or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run")
 
 
 def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[Config, list[str]]:
@@ -80,7 +81,7 @@ def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[
         if source := given.get("init_from"):
             from iddpm.checkpoint import read_weights
 
-            other = read_weights(Path(source)).config
+            other = read_weights(place(source)).config
             inherited = {k: getattr(g, k) for g in (other.model, other.diffusion, other.sample) for k in fields_of(g)}
             config = config.updated(inherited)
         config = config.updated({**(PRESETS[preset][1] if preset else {}), **given, "preset": preset})
@@ -102,9 +103,7 @@ def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[
 
 def write_config(run: Path, config: Config) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    aside = run / ".config.json"
-    aside.write_text(config.to_json())
-    os.replace(aside, run / "config.json")
+    replace(run / "config.json", lambda file: file.write(config.to_json().encode()))
 
 
 VERB = Verb(_train, _parser, "DATA", "train a model on a folder of images; the same command resumes")
