@@ -1,5 +1,6 @@
 """Super-resolution: what is enlarged, how it is measured, and whole runs of it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from PIL import Image
 
 from conftest import TINY, flags
-from golden_rules import image_tensor
+from golden_rules import Stub, image_tensor, noise
 from iddpm import build
 from iddpm.batches import make_batch
 from iddpm.cli import main
 from iddpm.data import Images, Order
-from iddpm.super_res import psnr, shrink, ssim
+from iddpm.diffusion.solvers import ancestral, ddim, run
+from iddpm.super_res import consistent, psnr, shrink, ssim
 
 SMALL = dict(TINY, network="super_res", image_size="16", small_size="8", sampling_steps="3", learn_sigma=False)
 
@@ -68,6 +70,22 @@ def test_psnr_and_ssim_are_those_of_other_code():
         values.append(np.mean((2 * ma * mb + c1) * (2 * ab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))))
     assert ssim(x, y).numpy() == pytest.approx(np.reshape(values, (2, 3)).mean(1))
     assert ssim(x, x).numpy() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("solver", [ancestral, ddim])
+def test_consistent_images_have_the_means_of_the_small_ones(config, solver):
+    """A projection: idempotent, it moves nothing else; and the images a solver ends at shrink to what they were made from."""
+    x, low = image_tensor(3, (2, 3, 8, 8)), image_tensor(4, (2, 3, 4, 4))
+    project = consistent(low)
+    once = project(x)
+    torch.testing.assert_close(once.reshape(2, 3, 4, 2, 4, 2).mean((3, 5)), low)
+    torch.testing.assert_close(project(once), once)
+    moved = (once - x).reshape(2, 3, 4, 2, 4, 2)
+    torch.testing.assert_close(moved, moved.mean((3, 5), keepdim=True).expand_as(moved))
+    denoiser = build.denoiser(config.updated(dict(learn_sigma=False)).diffusion, Stub(3), "5", clip=True)
+    ends = [run(solver(d, x, lambda k: noise(k, x.shape))) for d in (denoiser, dataclasses.replace(denoiser, project=project))]
+    errors = [(end.reshape(2, 3, 4, 2, 4, 2).mean((3, 5)) - low).abs().max().item() for end in ends]
+    assert errors[1] < 1e-5 < 0.1 < errors[0]
 
 
 def test_a_network_that_sees_the_noise_level_uses_it(config):
@@ -168,6 +186,7 @@ def test_a_class_conditional_upsampler_needs_labels_and_takes_them(photos, tmp_p
         (["sample", "UP", "--low_res", "TEXT"], "not a readable .npz"),
         (["sample", "UP", "--high_res", "DATA", "--seeds", "0-12"], "there are 12 images"),
         (["sample", "RUN", "--low_res_noise", "0.1"], "no effect"),
+        (["sample", "RUN", "--consistent"], "belongs to super_res"),
     ],
 )
 def test_what_cannot_be_enlarged_is_one_clear_line(argv, words, photos, run, upsampler, tmp_path, capsys):

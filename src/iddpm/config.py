@@ -150,6 +150,7 @@ class Sample:
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     eta: float = opt(0.0, "ddim's share of fresh noise", low=0, high=1)
     clip_denoised: bool = opt(True, "hold the predicted image in [-1, 1] at each step")
+    consistent: bool = opt(False, "super_res: hold the predicted image's means over areas at the small image, too")
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,8 @@ def check(config: Config) -> Config:
         raise UserError(f"--eta has no effect with --solver {sample.solver}: it belongs to ddim")
     if config.data.validation and config.data.validation == config.data.path:
         raise UserError(f"--validation {config.data.validation} is what the run is trained on: give held-out images")
+    if sample.consistent and model.network != "super_res":
+        raise UserError(f"--consistent has no effect with --network {model.network}: it belongs to super_res")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)

@@ -1,6 +1,8 @@
 """Many processes: the only file that knows of them. Without torchrun there is one, and every function here is then free."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,11 +37,14 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
         _refuse_to_be_alone()
         yield device
         return
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a restarted worker would read the old addresses
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=1.2 * timeout + 20))
+    backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=1.2 * timeout + 20)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        k, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_meet(k, n, patience), rank=k, world_size=n, timeout=patience)
+    else:
+        dist.init_process_group(backend, timeout=patience)
     try:
         yield device
     finally:
@@ -54,6 +59,32 @@ def _refuse_to_be_alone() -> None:
                 f"{launcher} started {size} processes that do not know of each other: start them by torchrun --nproc-per-node "
                 f"{size} -m -- iddpm ..., or, if each is to be alone, unset {name}"
             )
+
+
+def _meet(rank: int, world: int, patience: timedelta) -> Any:
+    """A fresh part of the key-value store in which torchrun's agent lets its workers meet.
+
+    The store outlives them: those started after a death would find the addresses of the dead in it, and wait for them. So process
+    0 makes up a name for a part, and tells it to each other process in answer to a word that process has made up.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, word = dist.TCPStore(*address, is_master=False, timeout=patience), uuid.uuid4().hex
+    end = time.monotonic() + patience.total_seconds()
+    if rank:
+        store.set(f"ask/{rank}", word)
+        name = store.get(f"answer/{word}").decode()  # waits for it
+        store.set(f"met/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    absent = set(range(1, world))
+    while absent:
+        for k in sorted(absent):
+            if store.check([f"ask/{k}"]):  # maybe that of a dead process: the living one will overwrite it
+                store.set(f"answer/{store.get(f'ask/{k}').decode()}", word)
+        absent = {k for k in absent if not store.check([f"met/{word}/{k}"])}
+        if time.monotonic() > end:
+            raise TimeoutError(f"no sign of rank {', '.join(map(str, sorted(absent)))} in {patience.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
 
 
 def rank() -> int:

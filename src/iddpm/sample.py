@@ -1,5 +1,6 @@
 """Drawing images: image number i depends on its seed alone, and a killed job goes on where it was."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -24,7 +25,7 @@ from iddpm.diffusion.solvers import State, run
 from iddpm.errors import UserError
 from iddpm.pictures import comparison, grid, picture
 from iddpm.places import opened, remote, replace, scratch
-from iddpm.super_res import bicubic, psnr, shrink, ssim
+from iddpm.super_res import bicubic, consistent, psnr, shrink, ssim
 
 
 class Job(NamedTuple):
@@ -132,7 +133,9 @@ def images(
         if m.network == "super_res":
             cond |= _low_res(config, part, low_res_noise, device)
         gradient = classifier_gradient(guide.net, chain, labels, guide.scale) if guide and chain else None
-        return as_bytes(run(_ticking(solver(denoiser, noise(0), noise, cond, gradient), tick)))
+        project = consistent(cond["low_res"]) if config.sample.consistent else None
+        path = solver(dataclasses.replace(denoiser, project=project), noise(0), noise, cond, gradient)
+        return as_bytes(run(_ticking(path, tick)))
 
     for a in range(0, len(job.seeds), batch_size * distributed.world()):
         part = job.part(a, a + batch_size * distributed.world())

@@ -1,5 +1,7 @@
 """Super-resolution: the small image a model is trained and asked to enlarge, and how good an enlargement is."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,20 @@ def shrink(x0: Tensor, size: tuple[int, int]) -> Tensor:
     """
     small = F.interpolate(x0, size, mode="area")
     return ((small + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def consistent(low_res: Tensor) -> Callable[[Tensor], Tensor]:
+    """The projection of x0 (B, C, H, W) onto the images whose means over areas are low_res (B, C, h, w).
+
+    x0 + enlarge(low_res - means of x0): what the small image tells is taken from it, the rest from the model (Wang et al. 2023,
+    DDNM, eq. 12). For small images that `shrink` makes; H and W are whole multiples of h and w.
+    """
+
+    def project(x0: Tensor) -> Tensor:
+        missing = low_res - F.interpolate(x0, low_res.shape[2:], mode="area")
+        return x0 + F.interpolate(missing, x0.shape[2:], mode="nearest")
+
+    return project
 
 
 def bicubic(low_res: Tensor, size: tuple[int, int]) -> Tensor:

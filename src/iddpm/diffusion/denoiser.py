@@ -67,6 +67,7 @@ class Denoiser:
     parametrization: Callable[[Step], Scalings]
     variance: Variance
     clip: bool = False
+    project: Callable[[Tensor], Tensor] | None = None  # of x0, onto what is known of it, after clipping
 
     @cached_property
     def _look_up(self) -> Table:  # worked out in float64: 1/alpha reaches 1e5 at the noisy end
@@ -89,6 +90,7 @@ class Denoiser:
         step, scale = self.chain.at(i, xt), self.scalings(i, xt)
         x0 = scale.skip * xt + scale.out * raw
         x0 = x0.clamp(-1, 1) if self.clip else x0
+        x0 = self.project(x0) if self.project else x0
         # a network that predicts the mean is believed even where its x0 is clipped, as in the published code
         mean = raw if self.parametrization is previous else step.coef_x0 * x0 + step.coef_xt * xt
         return Prediction(raw, values, x0, mean, self.variance(step, values))

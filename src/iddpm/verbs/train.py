@@ -75,7 +75,7 @@ def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[
         raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
     record = run / "config.json"
     if not record.exists() or not any((run / "checkpoints").glob("step_*")):
-        if run.exists() and not record.exists() and any(run.iterdir()):
+        if run.exists() and not record.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"{run} is not empty and no run of iddpm: give another --run")
         config = Config()
         if source := given.get("init_from"):

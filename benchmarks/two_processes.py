@@ -1,0 +1,107 @@
+"""Two processes of one thread each against one process of two threads: images per second of the same training, on one machine.
+
+    python benchmarks/two_processes.py [--preset cifar10-tiny] [--batch 32] [--rounds 9]
+
+Both are started once; then they take turns, a step each, and the one that waits uses no processor. A ratio of 1 means that
+averaging gradients over gloo costs no more than sharing the arithmetic among threads.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from iddpm.config import Config
+from iddpm.presets import PRESETS
+
+
+def worker(preset: str, batch_size: int) -> None:
+    """Take a step for each line read, and say how long it took."""
+    import torch
+
+    from iddpm import build, distributed
+    from iddpm.log import Meter
+    from iddpm.plan import example
+    from iddpm.state import TrainState
+    from iddpm.train import train_step
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cpu = torch.device("cpu")
+    with distributed.session(cpu):
+        config = Config().updated(PRESETS[preset][1] | dict(batch_size=batch_size, device="cpu", precision="fp32"))
+        state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(distributed.share(batch_size)))
+        denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, cpu, "fp32"))
+        print(sum(p.numel() for p in state.params.values()), flush=True)
+        for _ in sys.stdin:
+            distributed.barrier()
+            began = time.perf_counter()
+            train_step(state, config, state.parallel, denoiser, batch, meter)
+            print(time.perf_counter() - began, flush=True)
+        os._exit(0)
+
+
+class Side:
+    """Processes that take steps together."""
+
+    def __init__(self, processes: int, threads: int, args: argparse.Namespace):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.workers = []
+        for rank in range(processes):
+            env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+            if processes > 1:
+                env |= dict(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                )
+            command = [sys.executable, str(Path(__file__)), "--worker", "--preset", args.preset, "--batch", str(args.batch)]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.workers.append(subprocess.Popen(command, env=env, **pipes))  # type: ignore[call-overload]
+
+    def read(self) -> float:
+        return max(float(w.stdout.readline()) for w in self.workers)
+
+    def step(self) -> float:
+        for w in self.workers:
+            w.stdin.write("\n")
+            w.stdin.flush()
+        return self.read()
+
+    def end(self) -> None:
+        for w in self.workers:
+            w.kill()
+            w.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cifar10-tiny", choices=PRESETS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.preset, args.batch)
+    sides = [Side(2, 1, args), Side(1, 2, args)]
+    try:
+        weights = max([side.read() for side in sides])
+        times = [[side.step() for side in sides] for _ in range(args.rounds + 2)][2:]
+    finally:
+        for side in sides:
+            side.end()
+    two, one = (statistics.median(column) for column in zip(*times))
+    ratios = sorted(b / a for a, b in times)
+    print(f"{args.preset}: {weights:,.0f} parameters, batch {args.batch}, float32, {args.rounds} rounds")
+    print(f"two processes, one thread each   {two:.3f} s a step, {args.batch / two:.1f} images/s")
+    print(f"one process, two threads         {one:.3f} s a step, {args.batch / one:.1f} images/s")
+    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
+    print(f"two processes / one process, images per second: {one / two:.2f} by the medians; round by round {spread}")
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()

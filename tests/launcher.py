@@ -1,0 +1,144 @@
+"""Real processes of `iddpm ARGS` that start at once: forks of one that has imported torch, and done nothing with it yet.
+
+A program to the operating system in all that matters here: its own process number, memory and files, and a SIGKILL ends it.
+Of several processes each finds in its environment what torchrun would have put there.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__)
+
+
+class Started:
+    """Processes that do one thing together, and the file that holds what they said."""
+
+    def __init__(self, launcher: "Launcher", pids: list[int], said: Path):
+        self.launcher, self.pids, self.said = launcher, pids, said
+
+    def kill(self, rank: int = 0) -> None:
+        os.kill(self.pids[rank], signal.SIGKILL)
+
+    def running(self) -> bool:
+        """Whether any has not ended."""
+        return None in [self.launcher.ask(poll=pid) for pid in self.pids]
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Their exit codes, once all have ended; -9 where it was killed."""
+        limit = time.monotonic() + seconds
+        while self.running():
+            assert time.monotonic() < limit, f"still running after {seconds} s: {self.said.read_text()}"
+            time.sleep(0.005)
+        return [self.launcher.ask(poll=pid) for pid in self.pids]
+
+    def succeed(self) -> str:
+        """What they said, once all have ended well."""
+        codes, text = self.wait(), self.said.read_text()
+        assert not any(codes), (codes, text)
+        return text
+
+
+class Launcher:
+    """The process that forks; a context that ends with all it started."""
+
+    def __enter__(self) -> "Launcher":
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")}
+        command = [sys.executable, str(HERE)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.read()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+    def read(self) -> Any:
+        line = self.process.stdout.readline()
+        assert line, "the launcher has ended"
+        return json.loads(line)
+
+    def ask(self, **question: Any) -> Any:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def start(self, *args: object, said: Path, processes: int = 1) -> Started:
+        """`iddpm ARGS` on so many processes."""
+        environments: list[dict[str, str]] = [{}]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+            environments = [common | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
+        said.write_text("")
+        words = list(map(str, args))
+        return Started(self, [self.ask(args=words, env=env, said=str(said)) for env in environments], said)
+
+
+# ---- the launcher's own side
+
+
+def main() -> None:
+    import iddpm.dcp
+    import iddpm.train
+    import iddpm.verbs.train  # noqa: F401
+    from iddpm import cli
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork has but the thread that forked"
+    codes: dict[int, int | None] = {}
+    reply("ready")
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "args" in question:
+            pid = os.fork()
+            if not pid:
+                child(cli.entry, **question)
+            codes[pid] = None
+            reply(pid)
+        else:
+            pid = question["poll"]
+            if codes[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
+            reply(codes[pid])
+    for pid, code in codes.items():
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def child(entry: Any, args: list[str], env: dict[str, str], said: str) -> None:
+    code = 1
+    try:
+        out = os.open(said, os.O_WRONLY | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.environ.update(env)
+        sys.argv = ["iddpm", *args]
+        entry()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def reply(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    main()
