@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import iddpm
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb
-from iddpm.verbs import convert, data, nll, original, sample, train
+from iddpm.verbs import convert, data, nll, original, plan, sample, train
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "sample": sample.VERB,
     "nll": nll.VERB,
     "data": data.VERB,
+    "plan": plan.VERB,
     "import": convert.IMPORT,
     "export": convert.EXPORT,
     **original.VERBS,

@@ -1,0 +1,452 @@
+"""What a training run needs, without its hardware: the step's own code, run on tensors that have shapes but no data.
+
+Storages are watched as they come and go in the forward and backward pass of a batch. A storage has as many bytes for any batch,
+or so many for each image, so one batch, of a prime number of images, tells those of every other. Weights, optimizer, averages
+and communication follow from the shapes. This is the only file that uses torch's private modules: FakeTensorMode, and a process
+group of any number of processes of which only this one exists.
+"""
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from iddpm import build, distributed
+from iddpm.batches import Batch
+from iddpm.config import Config, ema_rates, image_size, small_size
+from iddpm.errors import UserError
+from iddpm.nn.layers import Stage
+
+FLOAT = 4  # bytes: weights, gradients, optimizer and averages are float32
+IMAGES = 1_000_003  # in the batch that is watched: a prime, so that only what grows with the images is divisible by it
+# what a storage is for; buffers: FSDP's gathered weights and what it sends; copies: a kernel's own, gone when it is done
+ACTIVATION, GRADIENT, BUFFER, COPY = range(4)
+
+
+class Layout(NamedTuple):
+    """How a run is spread over devices: `processes` of them, every `shard` of which share one copy of it (1: DDP)."""
+
+    processes: int = 1
+    shard: int = 1
+
+    @property
+    def copies(self) -> int:
+        return self.processes // self.shard
+
+
+def layout_of(config: Config, processes: int) -> Layout:
+    """The layout of a config's --shard; UserError where the processes cannot be divided so, or outnumber a step's images."""
+    t = config.train
+    if t.batch_size < processes:
+        raise UserError(f"--batch_size {t.batch_size}: at least one image for each of the {processes} processes")
+    if t.shard > 0 and processes % t.shard:
+        raise UserError(f"--shard {t.shard} does not divide the {processes} processes: give 0 (none), -1 (all) or a divisor")
+    return Layout(processes, processes if t.shard == -1 else max(t.shard, 1))
+
+
+# ---- watching
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+# what FlopCounterMode goes by, which would itself keep recomputed activations; it does not know the CPU's attention
+FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+
+
+class Live(TorchDispatchMode):
+    """Notes each storage that an operation makes, changes in size, or lets go: (number, bytes).
+
+    With `copies`, also what a CPU's convolutions (oneDNN) take for themselves: all they read or write once more, as blocks.
+    """
+
+    def __init__(self, copies: bool = False) -> None:
+        super().__init__()
+        self.copies = copies
+        self.events: list[tuple[int, int]] = []
+        self.parts: list[int] = []  # of each storage, by its number
+        self.calls: list[tuple[str, int]] = []  # collective operations, and the bytes of the largest tensor in each
+        self.flops = 0  # by torch's own formulas
+        self._known: dict[int, tuple[int, weakref.ref]] = {}
+        self._sizes: list[int] = []
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Do not count what was there before."""
+        for t in tensors:
+            storage = _local(t).untyped_storage()
+            self._known[storage._cdata] = (-1, weakref.ref(storage))
+
+    def number(self, t: Tensor) -> int:
+        """The number of a tensor's storage."""
+        return self._known[_local(t).untyped_storage()._cdata][0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        part = BUFFER if func is torch.ops.aten.empty.memory_format else ACTIVATION  # our networks make no empty tensors
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._note(t.untyped_storage(), part)
+        if self.copies and func in CONVOLUTIONS:
+            tensors = args[:3] if func is CONVOLUTIONS[1] else (args[0], out, args[1])
+            if math.prod(tensors[2].shape[2:]) > 1:  # of one pixel they are matrix products
+                self._copy(tensors[0].nbytes + tensors[1].nbytes)
+                self._copy(tensors[2].nbytes)  # the weights, which do not grow with the images
+        if count := FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        if func.namespace == "c10d":
+            sizes = [t.untyped_storage().nbytes() for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+            self.calls.append((func._opname, max(sizes)))
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, part: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            number, size = len(self.parts), storage.nbytes()
+            self._known[key] = (number, weakref.ref(storage, lambda _: self._gone(key)))
+            self.parts.append(part)
+            self._sizes.append(size)
+            self.events.append((number, size))
+
+    def _copy(self, size: int) -> None:
+        self.events += [(len(self.parts), size), (len(self.parts), -size)]
+        self.parts.append(COPY)
+        self._sizes.append(0)
+
+    def _gone(self, key: int) -> None:
+        number, _ = self._known.pop(key)
+        if number >= 0:
+            self.events.append((number, -self._sizes[number]))
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        self._note(storage, BUFFER)
+        number, size = self._known[storage._cdata][0], storage.nbytes()
+        self.events.append((number, size - self._sizes[number]))
+        self._sizes[number], self.parts[number] = size, BUFFER
+
+    def profile(self) -> "Profile":
+        """All that happened, by what grows with the images."""
+        number, size = np.array(self.events, dtype=np.int64).T
+        grows = size % IMAGES == 0
+        return Profile(np.where(grows, 0, size), np.where(grows, size // IMAGES, 0), np.array(self.parts)[number])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what happens meanwhile. FSDP frees and restores weights by resizing their storages, past any dispatch."""
+        resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            out = resize(storage, size)
+            self._resized(storage)
+            return out
+
+        gc.disable()  # a collection would let cycles go at any moment
+        torch.UntypedStorage.resize_ = noted  # type: ignore
+        try:
+            with self:
+                yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore
+            gc.enable()
+
+
+def _local(t: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here."""
+    return getattr(t, "_local_tensor", t)
+
+
+class Profile(NamedTuple):
+    """The storages of a forward and backward pass, event by event."""
+
+    constant: np.ndarray  # (events,) bytes
+    each: np.ndarray  # (events,) bytes for each image
+    part: np.ndarray  # (events,)
+
+    def first_pass(self, images: int) -> int:
+        """The most bytes at once in a pass that begins without gradients."""
+        return int(np.cumsum(self.constant + self.each * images).max())
+
+    def later_pass(self, images: int) -> int:
+        """The most bytes at once where gradients are there from the start: each new one is added to them, then let go."""
+        change, gradient = self.constant + self.each * images, self.part == GRADIENT
+        others, new = np.cumsum(np.where(gradient, 0, change)), np.where(gradient, change, 0)
+        return int((others + new).max() + new.sum())
+
+    def most(self, part: int, images: int) -> int:
+        """The most bytes of one part at once."""
+        return int(np.cumsum(np.where(self.part == part, self.constant + self.each * images, 0)).max(initial=0))
+
+
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """What autocast and dropout keep there and not on a CPU: norms are taken in float32, and a dropout mask is of bytes."""
+    norm, dropout = F.group_norm, F.dropout
+
+    def group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+    def native_dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+        return torch.native_dropout(x, p, training)[0] if p else x
+
+    F.group_norm, F.dropout = group_norm, native_dropout  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.group_norm, F.dropout = norm, dropout
+
+
+# ---- the network, pretended
+
+
+class Sketch:
+    """A config's network without data, laid out over processes; what a pass takes, without and with --use_checkpoint."""
+
+    def __init__(self, config: Config, layout: Layout, cuda: bool):
+        self.config, self.cuda = config, cuda
+        with ExitStack() as stack:
+            if sharded := layout.shard > 1:
+                stack.enter_context(pretended(layout.processes))
+            with torch.device("meta"):
+                self.net = build.network(config.updated({"use_checkpoint": True})).train()
+            self.groups = groups(self.net)
+            recomputed = [m for m in self.net.modules() if isinstance(m, Stage) and m.recompute]
+            if sharded:
+                _shard(self.net, layout)  # on the meta device: cutting into 1,024 is ten times as slow on fake tensors
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            self.net.to_empty(device="cpu")
+            if sharded:
+                self._watch()  # FSDP makes some of its storages in the first pass, and only resizes them from then on
+            self.flops: dict[bool, Flops] = {}
+            self.profiles: dict[bool, Profile] = {}
+            for recompute in (False, True):
+                for stage in recomputed:
+                    stage.recompute = recompute
+                self.profiles[recompute], self.flops[recompute] = self._watch()
+
+    def _watch(self) -> tuple["Profile", "Flops"]:
+        """A forward and backward pass of iddpm.train.train_step."""
+        batch, live = example(self.config, IMAGES), Live(copies=not self.cuda)
+        i, w = torch.zeros(IMAGES, dtype=torch.int64), torch.ones(IMAGES)
+        run = build.in_precision(self.net, torch.device("cpu"), self.config.train.precision)
+        denoiser, objective = build.denoiser(self.config.diffusion, run), build.objective(self.config)
+        live.ignore([*self.net.parameters(), batch.x0, batch.eps, *batch.cond.values(), i, w])
+        with live.watching():
+            with _as_on_cuda() if self.cuda else nullcontext():
+                loss = (objective(denoiser, batch.x0, batch.eps, i, batch.cond)["loss"] * w).sum()
+                forward = live.flops
+                loss.backward()
+        for p in self.net.parameters():
+            if p.grad is not None:
+                live.parts[live.number(p.grad)] = GRADIENT
+        profile, self.calls = live.profile(), live.calls
+        self.net.zero_grad(set_to_none=True)
+        return profile, Flops(forward / IMAGES, live.flops / IMAGES)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one image in matrix products, convolutions and attention; a product and a sum are two."""
+
+    forward: float
+    both: float  # forward and backward
+
+
+@contextmanager
+def pretended(processes: int) -> Iterator[None]:
+    """A process group of which this process is the first and the others never come."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(net: nn.Module, layout: Layout) -> None:
+    """What distributed.parallel does, with a mesh that is not of the network's device."""
+    one, both = ((layout.shard,), ("shard",)), ((layout.copies, layout.shard), ("replicate", "shard"))
+    shape, names = one if layout.copies == 1 else both
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for stage in distributed._stages(net):
+        fully_shard(stage, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def groups(net: nn.Module) -> list[list[torch.Size]]:
+    """The shapes of the weights that FSDP gathers together, the innermost stage's first; last those outside of any."""
+    found, seen = [], set()
+    for module in (*distributed._stages(net), net):
+        own = [p for p in module.parameters() if p not in seen]
+        found.append([p.shape for p in own])
+        seen.update(own)
+    return found
+
+
+def example(config: Config, images: int, device: str | torch.device = "cpu") -> Batch:
+    """A batch of zeros of the shapes that a config trains on."""
+    m, (height, width) = config.model, image_size(config.model)
+    x0 = torch.zeros(images, m.image_channels, height, width, device=device)
+    cond = {}
+    if m.class_cond:
+        cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
+    if m.network == "super_res":
+        cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
+    if m.low_res_noise:
+        cond["low_res_level"] = torch.zeros(images, device=device)
+    return Batch(x0, torch.zeros_like(x0), cond)
+
+
+# ---- memory
+
+
+def shard_size(shape: Sequence[int], degree: int) -> int:
+    """Elements of the largest of `degree` parts of a tensor, cut along its first dimension: one row where it has fewer."""
+    return math.ceil(shape[0] / degree) * math.prod(shape[1:])
+
+
+class Need:
+    """The bytes of one device, the fullest one, as a function of the images it takes at a time."""
+
+    def __init__(self, config: Config, layout: Layout, shapes: Sequence[Sequence[int]], profile: Profile, cuda: bool):
+        self.layout, self.profile, self.cuda = layout, profile, cuda
+        self.share = math.ceil(config.train.batch_size / layout.processes)
+        self.averages = len(ema_rates(config.train))
+        self.whole = FLOAT * sum(math.prod(s) for s in shapes)
+        self.weights = FLOAT * sum(shard_size(s, layout.shard) for s in shapes)
+        self.largest_weight = FLOAT * max(shard_size(s, layout.shard) for s in shapes)
+        batch = example(config, 1, "meta")
+        self.image = sum(v.numel() * v.element_size() for v in (batch.x0, batch.eps, *batch.cond.values()))
+
+    def parts(self, micro: int) -> dict[str, int]:
+        """Each part at its largest."""
+        alone = self.layout.processes == 1 or micro >= self.share
+        return {
+            "weights": self.weights,
+            "gradients": self.weights,
+            "optimizer": 2 * self.weights,
+            "averages": self.averages * self.weights,
+            "batch": self.image * (min(micro, self.share) if self.cuda else self.share),  # the rest waits in the host's memory
+            # microbatches but the last add theirs up outside of DDP's buckets, or before FSDP shares them out
+            "unreduced": 0 if alone else self.whole,
+            "activations": self.profile.most(ACTIVATION, micro),
+            "copies": self.profile.most(COPY, micro),
+            "gathered": self.profile.most(BUFFER, micro),
+            "temporaries": self.weights if self.cuda else 2 * self.largest_weight,  # AdamW's, all weights at once on CUDA
+        }
+
+    def peak(self, micro: int) -> int:
+        """The bytes at the fullest moment: in the passes, where gradients come as activations go, or in the optimizer."""
+        parts = self.parts(micro)
+        held = sum(parts[name] for name in ("weights", "optimizer", "averages", "batch"))
+        ddp, fsdp = self.layout.processes > 1 and self.layout.shard == 1, self.layout.shard > 1
+        later = min(micro, self.share - micro)
+        if later > 0:
+            reduced = parts["gradients"] if fsdp else 0  # which are not there before the last microbatch
+            passes = max(self.profile.first_pass(micro), self.profile.later_pass(later) - reduced) + parts["unreduced"]
+        elif ddp:  # its gradients are views of buckets that stay: as if they were there from the start
+            passes = self.profile.later_pass(micro)
+        else:
+            passes = self.profile.first_pass(micro)
+        return held + max(passes, parts["gradients"] + parts["temporaries"])
+
+    def largest(self, room: float) -> int:
+        """The most images at a time that `room` bytes can take; 0 where one does not fit."""
+        low, high = 0, 1
+        while self.peak(high) <= room and high < 2**20:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak(middle) <= room else (low, middle)
+        return low
+
+
+# ---- communication
+
+
+class Traffic(NamedTuple):
+    """One kind of communication in a step: bytes of the whole tensors, and what each device sends of them in a ring."""
+
+    what: str
+    payload: int
+    sent: int
+
+
+def communication(shapes: Sequence[Sequence[Sequence[int]]], layout: Layout, microbatches: int) -> list[Traffic]:
+    """The collective operations of a step over the groups of `shapes`, of which the last is the root's.
+
+    A ring of n sends (n-1)/n of the whole to gather or reduce-scatter it, and twice that to all-reduce it. FSDP2 gathers a
+    group for the forward and again for the backward pass, the root's once, padded to whole rows for each device; gradients
+    are reduced after the last microbatch.
+    """
+    n, d = layout.processes, layout.shard
+    if n == 1:
+        return []
+    if d == 1:
+        whole = FLOAT * sum(math.prod(s) for group in shapes for s in group)
+        return [Traffic("all-reduce", whole, _ring(2 * whole, n))]
+    *stages, root = [FLOAT * d * sum(shard_size(s, d) for s in group) for group in shapes]
+    gathered, reduced = microbatches * (2 * sum(stages) + root), sum(stages) + root
+    traffic = [
+        Traffic("all-gather", gathered, _ring(gathered, d)),
+        Traffic("reduce-scatter", reduced, _ring(reduced, d)),
+    ]
+    if layout.copies > 1:
+        traffic.append(Traffic("all-reduce", reduced // d, _ring(2 * reduced // d, layout.copies)))
+    return traffic
+
+
+def _ring(size: int, n: int) -> int:
+    return size * (n - 1) // n
+
+
+# ---- all of it
+
+
+class Plan(NamedTuple):
+    """What a run on a layout needs."""
+
+    layout: Layout
+    parameters: int
+    flops: dict[bool, Flops]  # without and with --use_checkpoint
+    need: dict[bool, Need]
+    traffic: list[Traffic]
+    images: int  # of a step, on the fullest device
+    micro: int  # of them at a time
+
+
+def plan(config: Config, processes: int = 1, cuda: bool = True) -> Plan:
+    """Work a run out; `cuda`: as CUDA's kernels would keep things, rather than a CPU's. UserError where it cannot be laid out.
+
+    Nothing of the network is allocated.
+    """
+    layout = layout_of(config, processes)
+    sketch = Sketch(config, layout, cuda)
+    shapes = [s for group in sketch.groups for s in group]
+    need = {on: Need(config, layout, shapes, sketch.profiles[on], cuda) for on in (False, True)}
+    share = math.ceil(config.train.batch_size / processes)
+    micro = min(config.train.microbatch, share) if config.train.microbatch > 0 else share
+    traffic = communication(sketch.groups, layout, math.ceil(share / micro))
+    return Plan(layout, sum(math.prod(s) for s in shapes), sketch.flops, need, traffic, share, micro)
