@@ -24,6 +24,7 @@ BELOW = {  # room: the only parts of the package it may import
     "storage": {"errors", "mirror", "places"},
     "lock": {"distributed", "errors", "places"},
     "watch": {"distributed"},
+    "plan": {"batches", "build", "config", "distributed", "errors", "nn"},
     "pictures": set(),
     "plot": set(),
     "super_res": set(),
