@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-10 from 16 to 32 pixels. See docs/log.md for what it got beside bicubic enlargement.
+# CIFAR-10 from 16 to 32 pixels; 256 test images, 3 steps: PSNR 26.61 dB and SSIM 0.881, bicubic 26.56 dB and 0.876 (docs/log.md).
 set -euo pipefail
 iddpm data cifar10 data/cifar10
 iddpm train data/cifar10/train --preset cifar10-up --run runs/up

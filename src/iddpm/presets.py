@@ -23,10 +23,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
              ema_rate="0.99", schedule_sampler="stratified", steps=500, save_interval=500),
     ),
     "cifar10-up": (
-        "CIFAR-10 from 16 to 32 pixels in 20 minutes on two CPU cores",
+        "CIFAR-10 from 16 to 32 pixels in 15 minutes on two CPU cores: PSNR 26.61 dB, bicubic 26.56",
         dict(_TINY, **_V, network="super_res", image_size="32", small_size="16", diffusion_steps=1000, batch_size=32,
              lr=1e-3, lr_warmup_steps=200, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True,
-             precision="bf16", steps=1800, save_interval=600, sample_interval=600, sampling_steps="25", consistent=True),
+             precision="bf16", steps=1200, save_interval=400, sample_interval=400, sampling_steps="3", consistent=True),
     ),
     "cifar10-tiny": (
         "CIFAR-10 in 15 minutes on two CPU cores: coherent colour and texture",
