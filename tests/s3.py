@@ -24,12 +24,14 @@ def moto() -> Iterator[int]:
     command = [sys.executable, "-W", "ignore", "-c", f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **ACCESS})
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 180  # its imports take long on a busy machine
+        while True:
             assert process.poll() is None, "moto's server ended"
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 break
             except OSError:
+                assert time.monotonic() < deadline, "moto's server did not answer"
                 time.sleep(0.05)
         yield port
     finally:

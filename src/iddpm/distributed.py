@@ -125,13 +125,13 @@ def parallel(net: nn.Module, shard: int = 0) -> nn.Module:
         mesh = dist.init_device_mesh(device.type, (size,))
     else:
         mesh = dist.init_device_mesh(device.type, (world() // size, size), mesh_dim_names=("replicate", "shard"))
-    for stage in _stages(net):
+    for stage in stages(net):
         fully_shard(stage, mesh=mesh)
     fully_shard(net, mesh=mesh)
     return net
 
 
-def _stages(net: nn.Module) -> list[nn.Module]:
+def stages(net: nn.Module) -> list[nn.Module]:
     """The elements of a network's lists of modules, and its other children of their kind: what is gathered at a time."""
     listed = [stage for child in net.children() if isinstance(child, nn.ModuleList) for stage in child]
     kinds = tuple({type(stage) for stage in listed})

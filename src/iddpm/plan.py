@@ -290,7 +290,7 @@ def _shard(net: nn.Module, layout: Layout) -> None:
     one, both = ((layout.shard,), ("shard",)), ((layout.copies, layout.shard), ("replicate", "shard"))
     shape, names = one if layout.copies == 1 else both
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for stage in distributed._stages(net):
+    for stage in distributed.stages(net):
         fully_shard(stage, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
@@ -298,7 +298,7 @@ def _shard(net: nn.Module, layout: Layout) -> None:
 def groups(net: nn.Module) -> list[list[torch.Size]]:
     """The shapes of the weights that FSDP gathers together, the innermost stage's first; last those outside of any."""
     found, seen = [], set()
-    for module in (*distributed._stages(net), net):
+    for module in (*distributed.stages(net), net):
         own = [p for p in module.parameters() if p not in seen]
         found.append([p.shape for p in own])
         seen.update(own)

@@ -248,7 +248,7 @@ def test_b25_a_step_waits_for_the_device_once(micro, pictures, data, monkeypatch
 def faults(name: str, text: str) -> list[str]:
     """What is wrong with the command lines of a recipe."""
     found = ["a link that is dead"] if "image-net.org/small" in text else []
-    for line in re.findall(r"(?:^|&&|\|\||;|--|[A-Z_]+=\S+)\s*iddpm (.*)", text.replace("\\\n", " "), re.M):
+    for line in re.findall(r"(?:^|&&|\|\||;|--|[A-Z_]+=\S+)\s*iddpm ([^&\n]*)", text.replace("\\\n", " "), re.M):
         verb, *words = shlex.split(line, comments=True)
         given = [word.partition("=")[0] for word in words if word.startswith("--")]
         found += [f"{flag} twice" for flag in sorted({flag for flag in given if given.count(flag) > 1})]
