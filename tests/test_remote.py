@@ -25,7 +25,7 @@ pytest.importorskip("s3fs")
 FLAT = dict(TINY, class_cond=True, save_interval=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the drivers keep what they have connected to, so there is one server for all
 def proxy():
     with s3.moto() as port, pytest.MonkeyPatch.context() as patch:
         proxy = s3.Proxy(port)
