@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,8 +183,6 @@ class Folder:
         self._job: _Job | None = None
         self._buffers: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        if background:
-            self._pool.submit(import_module, "iddpm.dcp")  # a second or more, which the first save need not wait for
 
     def newest(self) -> tuple[Held | None, list[str]]:
         """The newest state that verifies, and one line for each newer one that was passed over; the first process looks.
