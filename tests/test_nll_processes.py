@@ -50,7 +50,7 @@ def undisturbed(long_run, pictures, tmp_path_factory):
     return numbers(folder)
 
 
-SAVING_EVERY_TERM = "import sys, iddpm.evaluate as e, iddpm.cli as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
+SAVING_EVERY_TERM = "import sys, iddpm.nll as e, iddpm.cli as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
 
 
 def done(partial):

@@ -94,12 +94,12 @@ def test_paired_differences_are_surer_than_the_runs_themselves(run, pictures, tm
 
 
 def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, config, pictures, tmp_path, capsys):
-    from iddpm import evaluate
+    from iddpm import nll as measuring
 
-    monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(evaluate, "SAVE_COST", 0)
+    monkeypatch.setattr(measuring, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(measuring, "SAVE_COST", 0)
     other, terms = untrained(config, tmp_path / "other"), 3 * 22 + 3 * 8
-    add, seen = evaluate.Progress.add, []
+    add, seen = measuring.Progress.add, []
 
     def broken(self, images, rows):
         seen.append(rows.shape[0] * rows.shape[2])
@@ -109,9 +109,9 @@ def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, confi
 
     settings = dict(against=other, batch_size=4)
     assert nll(run, pictures, out=tmp_path / "whole.json", **settings) == 0
-    monkeypatch.setattr(evaluate.Progress, "add", broken)
+    monkeypatch.setattr(measuring.Progress, "add", broken)
     assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 2
-    monkeypatch.setattr(evaluate.Progress, "add", add)
+    monkeypatch.setattr(measuring.Progress, "add", add)
     capsys.readouterr()
     assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 0
     out = capsys.readouterr().out

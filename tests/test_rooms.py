@@ -29,7 +29,9 @@ BELOW = {  # room: the only parts of the package it may import
     "plot": set(),
     "super_res": set(),
     "sample": {"build", "checkpoint", "config", "diffusion", "distributed", "errors", "pictures", "places", "rng", "super_res"},
-    "evaluate": {"build", "config", "data", "diffusion", "distributed", "errors", "log", "places", "rng", "super_res"},
+    "nll": {"build", "config", "data", "diffusion", "distributed", "errors", "log", "places", "rng", "super_res"},
+    "metrics": {"metrics", "errors"},
+    "extractors": {"extractors", "errors", "places"},
 }
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from iddpm import batches, evaluate, sample, train
+from iddpm import batches, nll, sample, train
 from iddpm.batches import Batch, make_batch
 from iddpm.config import Config
 from iddpm.data import Images, Order, folder, labels
 from iddpm.data.labels import Found, Label
-from iddpm.evaluate import Bound
+from iddpm.nll import Bound
 from iddpm.interop.openai import commands, flags, script_util
 from interop.test_defects import TINY, TRAIN, command, red_with
 
@@ -119,8 +119,8 @@ def test_b13_the_classes_of_other_data_are_those_of_the_training(trained, pictur
         (tmp_path / "part" / name).mkdir(parents=True)
         for path in sorted((pictures / name).iterdir())[:2]:
             (tmp_path / "part" / name / path.name).write_bytes(path.read_bytes())
-    seen, measure = list[Any](), evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: (seen.append(args[2].labels), measure(*args, **kwargs))[1])
+    seen, measure = list[Any](), nll.measure
+    monkeypatch.setattr(nll, "measure", lambda *args, **kwargs: (seen.append(args[2].labels), measure(*args, **kwargs))[1])
     settings = dict(model_path=trained, data_dir=tmp_path / "part", timestep_respacing="2")
     assert command(tmp_path, "image_nll", **CLASSES, **settings) == 0
     assert seen[0].tolist() == [0, 0, 2, 2]
@@ -337,12 +337,12 @@ def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
 
 
 def the_tail_is_dropped(patch):
-    measure = evaluate.measure
+    measure = nll.measure
 
     def old(*args: Any, chosen: np.ndarray, batch_size: int, **kwargs: Any) -> Bound:
         return measure(*args, chosen=chosen[: len(chosen) // batch_size * batch_size], batch_size=batch_size, **kwargs)
 
-    patch.setattr(evaluate, "measure", old)
+    patch.setattr(nll, "measure", old)
 
 
 def mean_of_the_means_of_batches(patch):
@@ -350,13 +350,13 @@ def mean_of_the_means_of_batches(patch):
         means = [values[k : k + 5].mean() for k in range(0, len(values), 5)]
         return float(np.mean(means)), float(np.std(means))
 
-    patch.setattr(evaluate, "mean_and_error", old)
+    patch.setattr(nll, "mean_and_error", old)
 
 
 @red_with(the_tail_is_dropped, mean_of_the_means_of_batches)
 def test_b17_each_image_counts_once_and_the_result_is_kept(trained, pictures, tmp_path, monkeypatch):
-    bounds, measure = list[Bound](), evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: bounds.append(measure(*args, **kwargs)) or bounds[-1])
+    bounds, measure = list[Bound](), nll.measure
+    monkeypatch.setattr(nll, "measure", lambda *args, **kwargs: bounds.append(measure(*args, **kwargs)) or bounds[-1])
     settings = dict(model_path=trained, data_dir=pictures, batch_size=5, timestep_respacing="2")
     assert command(tmp_path, "image_nll", **CLASSES, **settings) == 0
     result, (bound,) = json.loads((tmp_path / "nll.json").read_text()), bounds

@@ -21,7 +21,7 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from conftest import flags as typed
 from golden_rules import load
-from iddpm import distributed, evaluate, sample, train
+from iddpm import distributed, nll, sample, train
 from iddpm.cli import VERBS, main
 from iddpm.config import Config
 from iddpm.errors import UserError
@@ -323,13 +323,13 @@ def attention_is_always_recomputed(patch):
 
 
 def measured_as_trained(patch):
-    batch = evaluate._batch
+    batch = nll._batch
 
     def old(config: Config, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond = batch(config, *args)
         return (x0.flip(-1) if config.data.random_flip else x0), cond
 
-    patch.setattr(evaluate, "_batch", old)
+    patch.setattr(nll, "_batch", old)
 
 
 @red_with(blob_logdir_is_not_read)
@@ -347,7 +347,7 @@ def test_guided_likelihoods_are_of_the_images_as_they_are(config, data, run):
     cpu, mirrored = torch.device("cpu"), config.updated(dict(random_flip=True))
     net = sample.restore(checkpoint.read_weights(run), cpu)
     plain, flipped = (
-        evaluate.measure(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
+        nll.measure(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
     )
     assert plain.tolist() == flipped.tolist()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from iddpm.data import Images
-    from iddpm.evaluate import Bound
+    from iddpm.nll import Bound
     from iddpm.plot import Curve
 
 
@@ -142,14 +142,14 @@ def _numbered(images: "Images", known: int, path: str) -> "Images":
 def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.device", state: Path, leads: bool) -> "Bound":
     from tqdm import tqdm
 
-    from iddpm import build, evaluate
+    from iddpm import build, nll
 
     config, n = opened.config, min(measure.num_samples or len(images), len(images))
     total = build.chain(config.diffusion, config.sample.sampling_steps).steps
     names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
     identity = dict(weights=str(opened.weights.path), about=opened.weights.about, files=names, precision=opened.which.precision)
     with tqdm(total=total * n, unit="term", unit_scale=True, disable=None if leads else True) as bar:
-        return evaluate.measure(
+        return nll.measure(
             config, opened.net, images, device,
             num_samples=n, batch_size=opened.which.batch_size, seed=measure.seed,
             state=state, identity=identity, say=bar.write, tick=bar.update,
@@ -158,33 +158,33 @@ def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.
 
 def _write(done: list[Measured], out: Path, data: str, per_image: str) -> None:
     """All the files, and the lines that say what they hold."""
-    from iddpm import evaluate, plot
+    from iddpm import nll, plot
 
     main, other = done[0], done[1] if len(done) > 1 else None
-    numbers, note = dict(_about(main), data=data, **evaluate.summary(main.bound)), ""
+    numbers, note = dict(_about(main), data=data, **nll.summary(main.bound)), ""
     for m in done:
         print(_line(m))
     if other:
-        mean, error = evaluate.mean_and_error(main.bound.total - other.bound.total)
-        summary = {k: v for k, v in evaluate.summary(other.bound).items() if not isinstance(v, list)}
+        mean, error = nll.mean_and_error(main.bound.total - other.bound.total)
+        summary = {k: v for k, v in nll.summary(other.bound).items() if not isinstance(v, list)}
         numbers["against"] = {**_about(other), **summary, "difference": mean, "difference_error": error}
         note = f"difference {mean:+.4f}{_margin(error)} bits/dim"
         print(f"{note} (paired: the same images and noise; negative where {_name(main)} is better)")
-    evaluate.replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-    tables = evaluate.write_tables(main.bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
+    nll.replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+    tables = nll.write_tables(main.bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
     picture, where = out.with_suffix(".svg"), "/".join(place(data).resolve().parts[-2:])
     title = f"{where}: {len(main.bound.total)} images{_respaced(main.bound)}".replace("the bound of the ", "")
     svg = plot.bound([_curve(m) for m in done], title, note.replace("+-", "±"))
-    evaluate.replace(picture, lambda file: file.write(svg.encode()))
+    nll.replace(picture, lambda file: file.write(svg.encode()))
     if per_image:
         against = other.bound if other else None
-        evaluate.write_per_image(place(per_image), main.bound, main.images, place(data), against)
+        nll.write_per_image(place(per_image), main.bound, main.images, place(data), against)
         print(f"each image: {per_image}")
     print(f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}")
 
 
 def _curve(m: Measured) -> "Curve":
-    from iddpm.evaluate import mean_and_error
+    from iddpm.nll import mean_and_error
     from iddpm.plot import Curve
 
     b = m.bound
@@ -209,7 +209,7 @@ def _margin(error: float | None, form: str = ".4f") -> str:
 
 
 def _line(m: Measured) -> str:
-    from iddpm.evaluate import mean_and_error
+    from iddpm.nll import mean_and_error
 
     (total, error), (prior, prior_error), (decoder, decoder_error) = map(
         mean_and_error, (m.bound.total, m.bound.prior, m.bound.decoder)

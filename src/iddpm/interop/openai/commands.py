@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iddpm import build, distributed, evaluate, rng, sample, train
+from iddpm import build, distributed, nll, rng, sample, train
 from iddpm.batches import open_data, open_validation
 from iddpm.checkpoint import Weights
 from iddpm.config import ENDLESS, Config, check, image_size, small_size
@@ -195,16 +195,16 @@ def image_nll(given: Given) -> None:
         logger.log(images.describe())
         if n < given["num_samples"]:
             logger.log(f"there are {n} images, each measured once")
-        bound = evaluate.measure(
+        bound = nll.measure(
             config, net, images, distributed.place(build.device(given["device"])),
             chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
             state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
         )  # fmt: skip
         if distributed.rank():
             return
-        numbers = evaluate.summary(bound)
-        evaluate.replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-        tables = evaluate.write_original_tables(bound, folder)
+        numbers = nll.summary(bound)
+        nll.replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+        tables = nll.write_original_tables(bound, folder)
         (folder / "nll.partial").unlink(missing_ok=True)
         logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")
         logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")

@@ -10,11 +10,11 @@ from scipy.special import ndtr
 from torch.distributions import Normal, kl_divergence
 
 from golden_rules import Stub, load, noise
-from iddpm import build, checkpoint, evaluate, rng, sample
+from iddpm import build, checkpoint, nll, rng, sample
 from iddpm.config import Config
 from iddpm.data import Order
 from iddpm.errors import UserError
-from iddpm.evaluate import Progress, measure, summary, write_original_tables, write_tables
+from iddpm.nll import Progress, measure, summary, write_original_tables, write_tables
 
 CPU = torch.device("cpu")
 LOOPS = {
@@ -170,8 +170,8 @@ def test_training_lowers_the_bound(trained, config, data):
 @pytest.fixture
 def eager(monkeypatch):
     """Look at all processes and save after every term."""
-    monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(evaluate, "SAVE_COST", 0)
+    monkeypatch.setattr(nll, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(nll, "SAVE_COST", 0)
 
 
 class Cut(Exception):
