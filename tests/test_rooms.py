@@ -30,6 +30,7 @@ BELOW = {  # room: the only parts of the package it may import
     "super_res": set(),
     "sample": {"build", "checkpoint", "config", "diffusion", "distributed", "errors", "pictures", "places", "rng", "super_res"},
     "nll": {"build", "config", "data", "diffusion", "distributed", "errors", "log", "places", "rng", "super_res"},
+    "figures": {"errors", "places"},
     "metrics": {"metrics", "errors"},
     "extractors": {"extractors", "errors", "places"},
 }
