@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import iddpm
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb
-from iddpm.verbs import convert, data, nll, original, plan, sample, train
+from iddpm.verbs import convert, data, evaluate, nll, original, plan, sample, train
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "sample": sample.VERB,
     "nll": nll.VERB,
+    "evaluate": evaluate.VERB,
     "data": data.VERB,
     "plan": plan.VERB,
     "import": convert.IMPORT,

@@ -140,6 +140,13 @@ class Train:
     init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
     init_reset: bool = opt(False, "with --init_from: layers that do not fit start anew", fixed=True)
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
+    eval_every: int = opt(0, "steps between measurements of drawn samples; the best checkpoint is kept. 0: never", low=0)
+    eval_samples: int = opt(256, "how many samples such a measurement draws", low=4)
+    eval_reference: str = opt(
+        "", "the real images they are compared with; empty: those of --validation, else the training images"
+    )
+    eval_extractor: str = opt("lite0-128", "the network whose features are compared: lite0-128, lite0-224, inception, dinov2")
+    eval_batch: int = opt(64, "how many of them a process draws at a time", low=1)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ class Which:
     """Which weights, and on what they run."""
 
     checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest that is whole", low=-1)
+    best: bool = opt(False, "the checkpoint that --eval_every found best")
     ema_rate: float = opt(-1.0, "the average of this rate; 0: the raw weights, -1: the first rate of the run", low=-1, high=1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     precision: str = opt("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
@@ -186,9 +194,31 @@ class Measure:
 
     num_samples: int = opt(0, "images, drawn by the seed; 0: all", low=0)
     seed: int = opt(0, "seed of the draw and of the noise", low=0, high=2**63 - 1)
-    out: str = opt("", "where the numbers go; empty: nll.json in the run. Tables and a picture go beside it")
+    curve: str = opt("", "bits/dim against the number of steps instead: of chains respaced to these, as 10,50,250,all")
+    out: str = opt("", "where the numbers go; empty: nll.json or nll_curve.json in the run. Tables and a picture go beside it")
     per_image: str = opt("", "also the bits/dim of each image, as a .csv or .npz")
     against: str = opt("", "another run: the difference to it, on the same images and noise")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What to measure, and against what."""
+
+    reference: str = opt("", "real images: a folder, an .npz or archive of them; or an .npz of their statistics (mu, sigma)")
+    extractor: str = opt("lite0-128", "the network whose features are compared: lite0-128, lite0-224, inception, dinov2")
+    inception_weights: str = opt("", "the file of Inception's weights; empty: where torch keeps what it downloads")
+    dinov2_weights: str = opt("", "the file of DINOv2's weights; empty: where torch keeps what it downloads")
+    metrics: str = opt("", "some of fd, sfd, is, kd, prdc, labels, memorisation, comma-separated; empty: all that apply")
+    num_samples: int = opt(0, "images; 0: all of a file, 2048 of a run", low=0)
+    num_reference: int = opt(0, "reference images, drawn by the seed; 0: all", low=0)
+    labels: str = opt("", "a run's classes to draw, by name or number; empty: all")
+    seed: int = opt(
+        0, "a run's first seed, and the seed of the choice among more images than are compared", low=0, high=2**63 - 1
+    )
+    draws: int = opt(1, "sets of samples that a run draws, of which mean and spread are told", low=1)
+    neighbours: int = opt(5, "the k of precision, recall, density and coverage", low=1, high=100)
+    save_statistics: str = opt("", "also write the reference's mu and sigma to this .npz, for other tools and later use")
+    out: str = opt("", "where the figures go; empty: metrics.json in the run, or beside the samples")
 
 
 @dataclass(frozen=True)
@@ -309,6 +339,8 @@ def check(config: Config) -> Config:
         raise UserError(f"--validation {config.data.validation} is what the run is trained on: give held-out images")
     if sample.consistent and model.network != "super_res":
         raise UserError(f"--consistent has no effect with --network {model.network}: it belongs to super_res")
+    if train.eval_every and model.network != "unet":
+        raise UserError(f"--eval_every has no effect with --network {model.network}: it draws samples")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)

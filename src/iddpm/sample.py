@@ -101,7 +101,6 @@ class Guide(NamedTuple):
     scale: float
 
 
-@torch.inference_mode()
 def images(
     config: Config,
     net: Network,
@@ -112,10 +111,30 @@ def images(
     guide: Guide | None = None,
     low_res_noise: float = 0.0,
 ) -> Iterator[np.ndarray]:
-    """The images of a job in order, batch by batch, (n, H, W, C) uint8; `tick` is called after each solver step.
+    """The images of a job in order, batch by batch, (n, H, W, C) uint8; the arguments are those of `painter`.
 
-    Several processes draw `batch_size` images each at a time, and all get all of them. `low_res_noise` is the deviation of
-    noise put on the small images, for a model trained with it.
+    Several processes draw `batch_size` images each at a time, and all get all of them.
+    """
+    draw = painter(config, net, device, tick, guide, low_res_noise)
+    none = torch.empty(0, *image_size(config.model), config.model.image_channels, dtype=torch.uint8, device=device)
+    for a in range(0, len(job.seeds), batch_size * distributed.world()):
+        part = job.part(a, a + batch_size * distributed.world())
+        mine = distributed.share(len(part.seeds))
+        yield distributed.gather(draw(part.part(mine.start, mine.stop)) if mine else none).cpu().numpy()
+
+
+def painter(
+    config: Config,
+    net: Network,
+    device: torch.device,
+    tick: Callable[[], Any] = lambda: None,
+    guide: Guide | None = None,
+    low_res_noise: float = 0.0,
+) -> Callable[[Job], Tensor]:
+    """A function that draws all images of a job at once, on this process alone: (n, H, W, C) uint8 on the device.
+
+    `tick` is called after each solver step. `low_res_noise` is the deviation of noise put on the small images, for a model
+    trained with it.
     """
     m = config.model
     denoiser = build.denoiser(config.diffusion, net, config.sample.sampling_steps, config.sample.clip_denoised)
@@ -123,25 +142,22 @@ def images(
     purpose = rng.UPSAMPLE if m.network == "super_res" else rng.SAMPLE  # an upsampler does not see its base's noise again
     chain = build.chain(guide.config.diffusion, config.sample.sampling_steps) if guide else None
 
-    def draw(part: Job) -> Tensor:
-        labels = torch.tensor(part.labels, device=device)
+    @torch.inference_mode()
+    def draw(job: Job) -> Tensor:
+        labels = torch.tensor(job.labels, device=device)
 
         def noise(k: int) -> Tensor:
-            return rng.normal(0, purpose, k, part.seeds, shape).to(device)
+            return rng.normal(0, purpose, k, job.seeds, shape).to(device)
 
         cond = {"y": labels} if m.class_cond else {}
         if m.network == "super_res":
-            cond |= _low_res(config, part, low_res_noise, device)
+            cond |= _low_res(config, job, low_res_noise, device)
         gradient = classifier_gradient(guide.net, chain, labels, guide.scale) if guide and chain else None
         project = consistent(cond["low_res"]) if config.sample.consistent else None
         path = solver(dataclasses.replace(denoiser, project=project), noise(0), noise, cond, gradient)
         return as_bytes(run(_ticking(path, tick)))
 
-    for a in range(0, len(job.seeds), batch_size * distributed.world()):
-        part = job.part(a, a + batch_size * distributed.world())
-        mine = distributed.share(len(part.seeds))
-        none = torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8, device=device)
-        yield distributed.gather(draw(part.part(mine.start, mine.stop)) if mine else none).cpu().numpy()
+    return draw
 
 
 def _low_res(config: Config, job: Job, level: float, device: torch.device) -> dict[str, Tensor]:

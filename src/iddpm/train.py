@@ -22,22 +22,12 @@ from iddpm.diffusion.denoiser import Denoiser, Network
 from iddpm.errors import UserError
 from iddpm.log import Logger, Meter, duration
 from iddpm.places import place
+from iddpm.quality import Quality
+from iddpm.saves import Saves, Store
 from iddpm.state import TrainState, copy_weights, initialise
 from iddpm.watch import watch
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
-
-
-class Store(Protocol):
-    """Where the checkpoints of a run are."""
-
-    def newest(self) -> tuple[Any, list[str]]:
-        """The newest state that can be read (a Saved, or Held), and a line for each newer one that was passed over."""
-        ...
-
-    def save(self, config: Config, saved: checkpoint.Saved) -> Path:
-        """Keep a state; complete or absent, whatever happens."""
-        ...
 
 
 class Log(Protocol):
@@ -155,10 +145,11 @@ def train(
     denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, t.precision))
     order, meter, draws = Order(len(data), t.seed), Meter(), sheets and config.model.network != "classifier"
     validation = Validation(config, held_out) if held_out else None
+    quality = Quality(config, device, say) if t.eval_every else None
     first = logged = state.step
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
-    with _Saves(store, config, state, say) as saves, _stop_signal() as stopping, watch(t.timeout) as tell:
+    with Saves(store, run, config, state, say) as saves, _stop_signal() as stopping, watch(t.timeout) as tell:
         if save_start and not first:
             saves.begin()
         began = last = time.monotonic()
@@ -174,6 +165,13 @@ def train(
             if state.step > first:
                 if validation and state.step % t.validation_interval == 0:
                     validation(state, meter)
+                if quality and state.step % t.eval_every == 0:
+                    tell(state.step, "measuring samples")
+                    measured = _quality(config, state, device, quality)
+                    if logger:
+                        logger.row(step=state.step, images=state.images, time=time.time(), **measured)
+                    say(f"step {state.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+                    saves.rank(measured)
                 if state.step % t.log_interval == 0 or ending:
                     now = time.monotonic()
                     rate = (state.step - logged) * t.batch_size / (now - last)
@@ -184,7 +182,7 @@ def train(
                         logger.row(**row)
                     say(_line(row, state.step, end, left))
                 tell(state.step, "saving")
-                if (ending or state.step % t.save_interval == 0) and not diverged:
+                if (ending or saves.due() or state.step % t.save_interval == 0) and not diverged:
                     saves.begin()
                 saves.settle(wait=ending)
             if broken:
@@ -227,41 +225,6 @@ def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
 def _first_fault(fault: UserError | None) -> UserError:
     """What was wrong with the data, the same on every process."""
     return UserError(next(text for text in distributed.every(str(fault) if fault else None) if text))
-
-
-class _Saves:
-    """The saves of a run: in the background where the store can, else at once; says which are complete."""
-
-    def __init__(self, store: Store, config: Config, state: TrainState, say: Callable[[str], None]):
-        self.store, self.config, self.state, self.say = store, config, state, say
-        self.path: Path | None = None
-
-    def begin(self) -> None:
-        """Save the present state."""
-        if isinstance(self.store, checkpoint.Folder):
-            self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
-            return
-        saved = self.state.to_saved()
-        path = self.store.save(self.config, saved) if distributed.rank() == 0 else None
-        distributed.barrier()
-        self._done(path)
-
-    def settle(self, wait: bool) -> None:
-        """Look after a save that is under way; with `wait`, see it complete."""
-        if isinstance(self.store, checkpoint.Folder):
-            self._done(self.store.settle(wait))
-
-    def __enter__(self) -> "_Saves":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if isinstance(self.store, checkpoint.Folder):
-            self.store.close()
-
-    def _done(self, path: Path | None) -> None:
-        if path:
-            self.path = path
-            self.say(f"saved {path}")
 
 
 class Validation:
@@ -335,22 +298,34 @@ def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
     return f"step {step}/{end}  {values}{skipped}  {speed}  {duration(left)} left"
 
 
+@contextmanager
+def _averaged(config: Config, state: TrainState, device: torch.device) -> Iterator[Network]:
+    """The network with its averaged weights, ready to draw; afterwards the run's own are back."""
+    live = {name: p.detach().clone() for name, p in state.params.items()}
+    average = next(iter(state.ema.averages.values()), live)
+    net = build.in_precision(state.net.eval(), device, config.train.precision)
+    try:
+        copy_weights(average, state.params)
+        with distributed.gathered(state.net):
+            yield net
+    finally:
+        copy_weights(live, state.params)
+
+
+def _quality(config: Config, state: TrainState, device: torch.device, quality: Quality) -> dict[str, float]:
+    with _averaged(config, state, device) as net:
+        return quality(net)
+
+
 def _sample_sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path) -> Path:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png; leaves the run's randomness alone.
 
     A super-resolution model shows what it makes of the first images of the data.
     """
-    live = {name: p.detach().clone() for name, p in state.params.items()}
-    average = next(iter(state.ema.averages.values()), live)
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    net = build.in_precision(state.net.eval(), device, config.train.precision)
-    try:
-        copy_weights(average, state.params)
-        with distributed.gathered(state.net):
-            _draw_sheet(config, net, device, data, path)
-    finally:
-        copy_weights(live, state.params)
+    with _averaged(config, state, device) as net:
+        _draw_sheet(config, net, device, data, path)
     return path
 
 

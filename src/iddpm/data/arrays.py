@@ -6,25 +6,54 @@ from pathlib import Path
 import numpy as np
 
 from iddpm.errors import UserError
-from iddpm.places import opened
+from iddpm.places import opened, remote
 
 
-def read_npz(path: Path, size: tuple[int, int], channels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images (N, C, H, W) uint8 and labels (N,) int64 of an .npz; UserError where they are not of this size and type."""
+def open_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images (N, H, W, C) uint8 and labels (N,) int64 of an .npz; UserError where they are of another type or shape.
+
+    Images that are not compressed stay on the disk until they are indexed.
+    """
     try:
         with opened(path) as raw, np.load(raw) as file:
             if "arr_0" not in file:
                 raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
-            images = file["arr_0"]
             labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+            mapped = None if remote(path) else _mapped(path, "arr_0.npy")
+            images = file["arr_0"] if mapped is None else mapped
     except UserError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a readable .npz ({error})") from None
-    wanted = (*size, channels)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted or not len(images):
-        shape = " x ".join(map(str, images.shape))
-        raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x {' x '.join(map(str, wanted))} are needed")
+    shape = " x ".join(map(str, images.shape))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
+        raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x H x W x C (1, 3 or 4 channels) are needed")
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
         raise UserError(f"{path}: arr_1 must hold one label from 0 for each of the {len(images)} images")
+    return images, labels
+
+
+def read_npz(path: Path, size: tuple[int, int], channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images (N, C, H, W) uint8 and labels (N,) int64 of an .npz; UserError where they are not of this size and type."""
+    images, labels = open_npz(path)
+    if images.shape[1:] != (*size, channels):
+        shape, wanted = (" x ".join(map(str, s)) for s in (images.shape, (*size, channels)))
+        raise UserError(f"{path} holds uint8 {shape}; uint8 images N x {wanted} are needed")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
+
+
+def _mapped(path: Path, member: str) -> np.ndarray | None:
+    """An array of an .npz in its place on the disk; None where it is compressed."""
+    with zipfile.ZipFile(path) as held, open(path, "rb") as file:
+        info = held.getinfo(member)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+        file.seek(info.header_offset + 26)  # in the member's own header, the lengths of its name and of what follows that
+        lengths = np.frombuffer(file.read(4), "<u2")
+        file.seek(info.header_offset + 30 + int(lengths.sum()))
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject or fortran or not np.prod(shape):
+            return None
+        return np.memmap(path, dtype, "r", file.tell(), shape)

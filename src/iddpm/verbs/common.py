@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iddpm.config import Config, Sample, Which, check, fields_of
+from iddpm.errors import UserError
 from iddpm.flags import make
 from iddpm.places import place
 
@@ -29,7 +30,7 @@ def open_weights(run: str, given: dict[str, Any]) -> Opened:
     which = make(Which, given)
     from iddpm import build, checkpoint, distributed, sample
 
-    step = which.checkpoint_step if which.checkpoint_step >= 0 else None
+    step = _step(place(run), which)
     device = distributed.place(build.device(which.device))
     weights = checkpoint.read_weights(place(run), step, which.ema_rate if which.ema_rate >= 0 else None)
     config = weights.config.updated({k: v for k, v in given.items() if k in fields_of(Sample)})
@@ -38,6 +39,19 @@ def open_weights(run: str, given: dict[str, Any]) -> Opened:
     check(config)
     build.chain(config.diffusion, config.sample.sampling_steps)
     return Opened(weights, config, sample.restore(weights, device, which.precision), device, which)
+
+
+def _step(run: Path, which: Which) -> int | None:
+    """The step of the checkpoint asked for; None: the newest."""
+    if not which.best:
+        return which.checkpoint_step if which.checkpoint_step >= 0 else None
+    from iddpm.storage import best
+
+    if which.checkpoint_step >= 0:
+        raise UserError("--best and --checkpoint_step both name a checkpoint: give one")
+    if (step := best(run)) is None:
+        raise UserError(f"--best: {run} names no best checkpoint; train it with --eval_every N")
+    return step
 
 
 def beside(weights: Path) -> Path:

@@ -1,0 +1,224 @@
+"""The features of a set of images, kept on the disk: made block by block by all processes, and a killed job goes on.
+
+A block is drawn or read, and put through the extractor, by one process: so the blocks, and with them the features, are the same
+for any number of processes, and of the images nothing stays.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iddpm import distributed
+from iddpm.errors import UserError
+from iddpm.extractors import Extractor, rgb
+from iddpm.image_sets import ImageSet
+from iddpm.metrics.frechet import Gaussian
+from iddpm.metrics.moments import Moments
+from iddpm.places import remote, replace
+
+SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at work
+
+
+class Rows:
+    """An (n, d) float32 array in a file, of which only the rows asked for are read."""
+
+    def __init__(self, path: Path, n: int, width: int):
+        self.path, self.shape = path, (n, width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self.shape[0])
+        assert step == 1
+        n, width = max(0, stop - start), self.shape[1]
+        return np.fromfile(self.path, np.float32, n * width, offset=4 * start * width).reshape(n, width)
+
+
+class Features:
+    """What an extractor makes of the chosen images of a set: `rows(tap)`, (n, width) each, and their moments."""
+
+    def __init__(self, folder: Path, images: ImageSet, chosen: np.ndarray, extractor: Extractor):
+        self.folder, self.images, self.chosen, self.extractor = folder, images, chosen, extractor
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.images.labels is None else self.images.labels[self.chosen]
+
+    def rows(self, tap: str) -> Rows:
+        return Rows(self.folder / f"{tap}.f32", len(self), self.extractor.widths[tap])
+
+    def gaussian(self, tap: str) -> Gaussian:
+        """Mean and covariance, kept beside the rows."""
+        path = self.folder / f"{tap}.moments.npz"
+        if not path.exists():
+            moments = Moments.of(self.rows(tap))
+            replace(path, lambda file: np.savez(file, mu=moments.mean, sigma=moments.covariance))
+        with np.load(path) as held:
+            return Gaussian(held["mu"], held["sigma"])
+
+
+def extract(
+    images: ImageSet,
+    chosen: np.ndarray,
+    extractor: Extractor,
+    *,
+    block: int = 64,
+    say: Callable[[str], None] = print,
+    tick: Callable[[int], Any] = lambda images: None,
+) -> Features:
+    """The features of the chosen images, those of an earlier call where it was of the same content and settings.
+
+    Every process calls this; the files are the first one's. `tick` hears how many images were done.
+    """
+    leads = distributed.rank() == 0
+    key, folder, done = "", Path(), 0
+    if leads:
+        key = _key(images, chosen, extractor)
+        folder = home(images.home, key, say)
+    folder = Path(distributed.same(str(folder)))
+    held = Features(folder, images, chosen, extractor)
+    with _alone(folder, say) if leads else _nothing():
+        if leads:
+            done = _done(folder)
+        done = distributed.same(done)
+        if 0 < done < len(chosen):
+            say(f"going on: the features of {done} of {len(chosen)} images are there")
+        tick(done)
+        if done < len(chosen):
+            files = _Files(folder, extractor, done) if leads else None
+            for a, b, taps in _rounds(images, chosen, extractor, done, block):
+                if files:
+                    files.append(taps, b - a)
+                tick(b - a)
+            if files:
+                files.close()
+    return held
+
+
+def _rounds(
+    images: ImageSet, chosen: np.ndarray, extractor: Extractor, start: int, block: int
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """Blocks in order, as many at a time as there are processes: (first, end, features by name)."""
+    world, rank = distributed.world(), distributed.rank()
+    for a in range(start, len(chosen), block * world):
+        b = min(a + block * world, len(chosen))
+        mine = chosen[a + rank * block : min(a + (rank + 1) * block, b)]
+        found = features_of(images.take(mine.tolist()), extractor) if len(mine) else _none(extractor)
+        faults = distributed.every(_fault(images, mine, found))
+        if fault := next(filter(None, faults), None):
+            raise UserError(fault)
+        yield a, b, {name: distributed.gather(found[name]).numpy() for name in extractor.widths}
+
+
+def features_of(images: np.ndarray, extractor: Extractor) -> dict[str, Tensor]:
+    """The features of images (n, C, H, W) uint8, by name, each (n, width) float32 on the CPU."""
+    found = extractor.network(rgb(torch.from_numpy(np.ascontiguousarray(images))).to(extractor.device))
+    return {name: found[name].float().cpu() for name in extractor.widths}
+
+
+def _none(extractor: Extractor) -> dict[str, Tensor]:
+    return {name: torch.zeros(0, width) for name, width in extractor.widths.items()}
+
+
+def _fault(images: ImageSet, numbers: np.ndarray, found: dict[str, Tensor]) -> str:
+    for tensor in found.values():
+        bad = (~torch.isfinite(tensor).all(dim=1)).nonzero()
+        if len(bad):
+            title = images.title(int(numbers[int(bad[0])]))
+            return f"{images.name}: the features of {title} are not finite: are these the extractor's weights?"
+    return ""
+
+
+# ---- files
+
+
+class _Files:
+    """Appends rows, and now and then, once they are on the disk, says so in about.json."""
+
+    def __init__(self, folder: Path, extractor: Extractor, done: int):
+        self.folder, self.done, self.saved = folder, done, time.monotonic()
+        self.files = {}
+        for name, width in extractor.widths.items():
+            file = open(folder / f"{name}.f32", "ab")  # noqa: SIM115
+            file.truncate(4 * width * done)  # what came after the last word is from a job that was killed
+            self.files[name] = file
+
+    def append(self, taps: dict[str, np.ndarray], images: int) -> None:
+        for name, rows in taps.items():
+            self.files[name].write(np.ascontiguousarray(rows, np.float32).tobytes())
+        self.done += images
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        about = json.dumps({"done": self.done})
+        replace(self.folder / "about.json", lambda file: file.write(about.encode()))
+        self.saved = time.monotonic()
+
+    def close(self) -> None:
+        self.save()
+        for file in self.files.values():
+            file.close()
+
+
+def _done(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "about.json").read_text())["done"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _key(images: ImageSet, chosen: np.ndarray, extractor: Extractor) -> str:
+    """Names what decides the features: the images' content, how they were read, and the extractor."""
+    settings = [images.digest(chosen.tolist()), images.size, images.channels, extractor.identity, dict(extractor.widths)]
+    return f"{extractor.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+
+
+def home(beside: Path, key: str, say: Callable[[str], None]) -> Path:
+    """The folder BESIDE/.iddpm/KEY; below the user's cache where that is remote or read-only, and says so."""
+    if not remote(beside):
+        folder = beside / ".iddpm" / key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            pass
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iddpm" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{beside} cannot keep features: they are kept in {folder}")
+    return folder
+
+
+@contextmanager
+def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a folder; waits for another job that makes the same features, and finds them made."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"another job makes the same features in {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,79 @@
+"""Label consistency: whether a conditional model's samples show the class that was asked for, by a linear classifier."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from iddpm.errors import UserError
+from iddpm.metrics.moments import Moments
+from iddpm.metrics.rows import Estimate, Rows, blocks, require
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Linear discriminant analysis: the class c of the largest x.w_c + b_c."""
+
+    weight: np.ndarray  # (d, classes)
+    bias: np.ndarray  # (classes,)
+
+    @staticmethod
+    def fit(features: Rows, labels: np.ndarray, classes: int) -> "Probe":
+        """w_c = S^-1 mu_c, b_c = -mu_c.w_c/2, for features (n, d) of labels (n,) in [0, classes); rows labelled -1 are left out.
+
+        mu_c are the classes' means and S = (1 - rho) W + rho tr(W)/d I, where W is the covariance within classes and rho
+        follows from n, d and W alone ("oracle approximating shrinkage", Chen et al. 2010, eq. 23), so nothing is tuned. Classes
+        count alike, however common; one without images is never predicted. UserError without 2 images in some class.
+        """
+        within, count, total = Moments.blank(features.shape[1]), np.zeros(classes), np.zeros((classes, features.shape[1]))
+        for at, x in blocks(features):
+            member = labels[at, None] == np.arange(classes)
+            count += member.sum(0)
+            total += member.T.astype(np.float64) @ x
+        mean = total / np.maximum(count, 1)[:, None]
+        for at, x in blocks(features):
+            known = labels[at] >= 0
+            within.add(x[known] - mean[labels[at][known]])
+        degrees = within.n - int((count > 0).sum())
+        if degrees < 1:
+            raise UserError(f"{within.n} labelled images are too few for a classifier: give at least 2 of a class")
+        return _discriminant(mean, within.outer / degrees, degrees, count > 0)
+
+    def predict(self, features: Rows) -> np.ndarray:
+        """The class (n,) of each of features (n, d)."""
+        predicted = np.empty(len(features), np.int64)
+        for at, x in blocks(features):
+            predicted[at] = (x @ self.weight + self.bias).argmax(1)
+        return predicted
+
+
+def _discriminant(mean: np.ndarray, within: np.ndarray, degrees: int, present: np.ndarray) -> Probe:
+    d = len(within)
+    trace, squares = np.trace(within), (within**2).sum()
+    spread = (degrees + 1 - 2 / d) * (squares - trace**2 / d)  # 0 where W is a multiple of I already
+    rho = min(1.0, ((1 - 2 / d) * squares + trace**2) / spread) if spread > 0 else 1.0
+    shrunk = (1 - rho) * within + rho * trace / d * np.eye(d)
+    weight = np.linalg.solve(shrunk, mean.T)
+    return Probe(weight, np.where(present, -(mean.T * weight).sum(0) / 2, -np.inf))
+
+
+class Consistency(NamedTuple):
+    """Shares in [0, 1]."""
+
+    samples: Estimate  # of samples in which the probe sees the class that was asked for
+    ceiling: Estimate  # of held-out reference images in which it sees theirs: what real images would get
+
+
+def consistency(samples: Rows, wanted: np.ndarray, reference: Rows, labels: np.ndarray) -> Consistency:
+    """How often samples (n, d) look like the class wanted (n,), by a probe on one half of the reference (m, d) with labels (m,).
+
+    Every second image of each class fits the probe, which then judges the others and the samples. The first error is over a new
+    draw of samples, the second of held-out images. UserError where the halves are too small.
+    """
+    require(1, "label consistency", samples, reference)
+    classes = int(max(labels.max(), wanted.max())) + 1
+    held_out = np.empty(len(labels), bool)
+    held_out[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 2 == 1
+    probe = Probe.fit(reference, np.where(held_out, -1, labels), classes)
+    right, ceiling = probe.predict(samples) == wanted, (probe.predict(reference) == labels)[held_out]
+    return Consistency(Estimate.mean(right.astype(np.float64)), Estimate.mean(ceiling.astype(np.float64)))
