@@ -139,9 +139,11 @@ def test_the_bound_of_a_trained_model_is_a_second_computations(trained, config, 
     np.testing.assert_allclose(bound.mean["vb"], terms.mean(0), rtol=0, atol=1e-4)
     np.testing.assert_allclose(bound.error["vb"], terms.std(0, ddof=1) / 5**0.5, rtol=1e-3, atol=1e-5)
     assert bound.kept.tolist() == kept
+    np.testing.assert_allclose(bound.rest, terms[:, 1:].sum(1), rtol=0, atol=1e-4)
     total = summary(bound)
     assert total["bits_per_dim"] == pytest.approx((priors + terms.sum(1)).mean(), abs=1e-4)
     assert total["standard_error"] == pytest.approx((priors + terms.sum(1)).std(ddof=1) / 5**0.5, rel=1e-3)
+    assert total["rest"] == pytest.approx(terms[:, 1:].sum(1).mean(), abs=1e-4)
 
 
 def test_every_image_counts_once_and_equally_and_the_last_partial_batch_too(config, data, net):
@@ -197,9 +199,13 @@ def test_a_measurement_broken_off_anywhere_goes_on_to_the_very_same_numbers(eage
     whole = measure(config, net, data, CPU, **job)
     with pytest.raises(Cut):
         measure(config, net, data, CPU, **job, state=tmp_path / "s", tick=cut_after(terms))
-    said, ticks = [], []
+    said, ticks, spent = [], [], 0.0
+    if terms:
+        with np.load(tmp_path / "s") as file:
+            spent = float(file["seconds"][0])
     rest = measure(config, net, data, CPU, **(job | dict(say=said.append)), state=tmp_path / "s", tick=ticks.append)
     assert sum(ticks) == 5 * 22
+    assert (terms > 0) == (spent > 0) and rest.seconds > spent
     assert any("going on" in line for line in said) == (terms > 0)
     for name in ("total", "prior", "decoder"):
         assert np.array_equal(getattr(rest, name), getattr(whole, name))

@@ -1,4 +1,4 @@
-"""The picture of the terms: well-formed, and its curves lie where the tick marks say their values are."""
+"""The pictures of bounds: well-formed, and their curves lie where the tick marks say their values are."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from iddpm.plot import Curve, bound
+from iddpm.plot import Curve, Points, against_steps, bound
 
 SVG = "{http://www.w3.org/2000/svg}"
 POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -90,3 +90,58 @@ def test_it_says_what_it_shows():
         assert part in words
     even = " ".join(t[2] for t in texts(ET.fromstring(bound([curve(range(10), [1.0] * 10, prior=0)], "x"))))
     assert "steps 0 to 4" in even
+
+
+def points(steps, total, error=0.1, name="a"):
+    return Points(name, np.asarray(steps), np.asarray(total, dtype=float), np.full(len(steps), error))
+
+
+def bars(root):
+    """Upper and lower end of each error bar, in pixels."""
+    found = [e.get("d") for e in root.iter(f"{SVG}path") if e.get("stroke-width") == "1.5"]
+    numbers = [[float(n) for n in re.findall(r"-?[0-9.]+", d)] for d in found]  # M x top h8 m-4 0 V bottom m-4 0 h8
+    return np.array([[row[1], row[5]] for row in numbers])
+
+
+def test_bits_per_dim_against_steps_lie_where_the_ticks_say_and_so_do_their_bars():
+    steps, total = [10, 25, 100, 4000], np.array([6.2, 5.1, 4.4, 3.75])
+    root = ET.fromstring(against_steps([points(steps, total)], "learned variances"))
+    (y, v), (x, n) = ticks(root, 76, 1090)
+    assert n.tolist() == steps
+    spacing = np.diff(x) / np.diff(np.log(n))
+    assert np.ptp(spacing) < 0.01 * spacing.mean()  # the logarithm of the steps
+    slope, offset = np.polyfit(y, v, 1)
+    assert np.abs(slope * y + offset - v).max() < 1e-3
+    (curve,) = strokes(root)
+    np.testing.assert_allclose(curve[0], x, atol=0.1)
+    np.testing.assert_allclose(slope * curve[1] + offset, total, atol=0.01)
+    np.testing.assert_allclose(slope * bars(root) + offset, np.stack([total + 0.1, total - 0.1], axis=1), atol=0.01)
+    words = " ".join(t[2] for t in texts(root))
+    assert all(part in words for part in ("learned variances", "6.200", "3.750", "steps of the chain"))
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [points([20], [3.0], np.nan)],
+        [points([1, 2], [3.0, 3.0], 0.0)],
+        [points([10, 11, 12, 4000], [30, 29, 5, 4], 3.0), points([1, 1000], [8, 3], name="<b> & co")],
+    ],
+    ids=["one point of one image", "no difference", "two runs, steps close to each other"],
+)
+def test_bits_per_dim_against_steps_stay_inside_and_can_be_read(curves):
+    text = against_steps(curves, "a < b", "c & d")
+    root = ET.fromstring(text)
+    assert "nan" not in text and "inf" not in text
+    for x, y in strokes(root):
+        assert x.min() >= 76 and x.max() <= 1090 and y.min() >= 118 and y.max() <= 408
+    assert bars(root).min() >= 118 and bars(root).max() <= 408
+    along = sorted(x for x, y, text, anchor in texts(root) if anchor == "middle" and y == 428)
+    assert len(along) > 0 and np.diff(along).min(initial=99) > 34
+
+
+@pytest.mark.parametrize("high", [1.0, 1.3, 2.2, 3.9])
+def test_the_ticks_say_exactly_where_they_are(high):
+    (y, v), _ = ticks(ET.fromstring(bound([curve([0, 1], [high, 0.0], prior=0)], "x")), 636, 1090)
+    slope, offset = np.polyfit(y, v, 1)
+    assert np.abs(slope * y + offset - v).max() < 1e-3 * v.max()

@@ -36,7 +36,7 @@ def command(run, pictures, folder, **more):
 def numbers(folder):
     """All that was written, and nothing of it half done."""
     assert {p.name for p in folder.iterdir()} == {
-        "n.json", "n.svg", "n_vb_terms.npz", "n_mse_terms.npz", "n_xstart_mse_terms.npz", "each.npz",
+        "n.json", "n.svg", "n_vb_terms.npz", "n_mse_terms.npz", "n_xstart_mse_terms.npz", "each.npz", "metrics.json",
     }  # fmt: skip
     result = json.loads((folder / "n.json").read_text())
     with np.load(folder / "each.npz") as file:
@@ -83,3 +83,28 @@ def test_several_processes_find_the_same_numbers(long_run, pictures, tmp_path, u
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("bits/dim (22 images") == 1
     assert numbers(tmp_path) == undisturbed
+
+
+def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
+    def line(folder):
+        settings = dict(curve="10,all", batch_size=4, device="cpu", out=folder / "c.json")
+        return ["nll", str(long_run), str(pictures), *(str(token) for k, v in settings.items() for token in (f"--{k}", v))]
+
+    assert main(line(tmp_path / "whole")) == 0
+    partial, began = tmp_path / "cut" / "c.json.all.partial", time.monotonic()
+    killed = [sys.executable, "-c", SAVING_EVERY_TERM, *line(tmp_path / "cut")]
+    with subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while done(partial) < STEPS * 22 // 4 and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        process.kill()
+        assert partial.exists(), process.stderr.read()
+    assert STEPS * 22 // 4 <= done(partial) < STEPS * 22
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "iddpm"]
+    out = subprocess.run([*torchrun, *line(tmp_path / "cut")], capture_output=True, text=True, env=ENV, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("going on: ") == 2 and out.stdout.count(" bits/dim") == 2
+    for name in ("c.json", "c.svg"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    figures = json.loads((tmp_path / "cut" / "metrics.json").read_text())["figures"]
+    assert [f["steps"] for f in figures] == [k for k in (10, STEPS) for _ in range(3)]
+    assert figures[-1]["machine"].startswith("2 processes, each ")

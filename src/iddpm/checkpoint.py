@@ -203,8 +203,12 @@ class Folder:
     def save(self, config: Config, saved: Saved) -> Path:
         """Keep a state, at once."""
         path = save(self.run, config, saved)
-        storage.prune(self.run, self.keep, self.keep_every, saved.step)
+        self.prune(saved.step)
         return path
+
+    def prune(self, last: int) -> None:
+        """Delete the checkpoints up to step `last` that are not to be kept."""
+        storage.prune(self.run, self.keep, self.keep_every, last)
 
     def begin(self, config: Config, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path | None:
         """Copy a state, whose tensors may be sharded, and have it written; every process calls this.
@@ -262,7 +266,7 @@ class Folder:
 
     def _commit(self, draft: Draft, entries: Mapping[str, Entry]) -> None:
         draft.commit(entries)
-        storage.prune(self.run, self.keep, self.keep_every, draft.state["step"])
+        self.prune(draft.state["step"])
 
     def _fail(self, draft: Draft, future: "Future[Any]") -> None:
         error = future.exception()

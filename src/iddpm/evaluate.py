@@ -142,7 +142,7 @@ def memorisation(c: Comparison) -> list[Finding]:
     _, ours = nearest(samples, reference, device=c.extractor.device)
     _, theirs = nearest(reference, reference, exclude_self=True, device=c.extractor.device)
     found = memorised(ours[:, 0], theirs[:, 0])
-    return [Finding("copies", found.share), Finding("nearest distance ratio", Estimate(found.ratio, None))]
+    return [Finding("near copies (1 % expected)", found.share), Finding("nearest distance ratio", Estimate(found.ratio, None))]
 
 
 class Metric(NamedTuple):

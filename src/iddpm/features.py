@@ -99,13 +99,11 @@ def extract(
             say(f"going on: the features of {done} of {len(chosen)} images are there")
         tick(done)
         if done < len(chosen):
-            files = _Files(folder, extractor, done) if leads else None
-            for a, b, taps in _rounds(images, chosen, extractor, done, block):
-                if files:
-                    files.append(taps, b - a)
-                tick(b - a)
-            if files:
-                files.close()
+            with _Files(folder, extractor, done) if leads else _nothing() as files:
+                for a, b, taps in _rounds(images, chosen, extractor, done, block):
+                    if files:
+                        files.append(taps, b - a)
+                    tick(b - a)
     return held
 
 
@@ -172,7 +170,10 @@ class _Files:
         replace(self.folder / "about.json", lambda file: file.write(about.encode()))
         self.saved = time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.save()
         for file in self.files.values():
             file.close()
@@ -221,4 +222,5 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def _nothing() -> Iterator[None]:
+    """For the processes that write nothing."""
     yield

@@ -1,13 +1,23 @@
 """metrics.json: every figure measured of a run or of a file of samples, each with all that decides it."""
 
+import fcntl
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import iddpm
+from iddpm import distributed
 from iddpm.errors import UserError
-from iddpm.places import replace
+from iddpm.places import remote, replace
+
+if TYPE_CHECKING:
+    import torch
 
 OUTCOME = {
     "value",
@@ -49,12 +59,37 @@ class Figure(NamedTuple):
 
 def record(path: Path, figures: Iterable[Figure]) -> None:
     """Put figures in a file, each in the place of one measured before under the same conditions; UserError for a foreign file."""
-    rows = {_conditions(row): row for row in read(path)}
-    for figure in figures:
-        row = figure.row()
-        rows[_conditions(row)] = row
-    text = json.dumps({"figures": list(rows.values())}, indent=1, allow_nan=False)
-    replace(path, lambda file: file.write(text.encode()))
+    with _alone(path):
+        rows = {_conditions(row): row for row in read(path)}
+        for figure in figures:
+            row = figure.row()
+            rows[_conditions(row)] = row
+        text = json.dumps({"figures": list(rows.values())}, indent=1, allow_nan=False)
+        replace(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of the commands that write a file at one time on this machine, one after the other."""
+    if remote(path):
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def circumstances(device: "torch.device") -> dict[str, Any]:
+    """When, by what version and on what a figure was measured."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    each = f"{distributed.world()} processes, each " if distributed.world() > 1 else ""
+    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), iddpm=iddpm.__version__, machine=f"{each}{platform.machine()} {name}")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import tarfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +14,11 @@ from iddpm import sample
 from iddpm.checkpoint import Weights
 from iddpm.config import Config, image_size
 from iddpm.data import Images, decode, open_npz, prepare
-from iddpm.data.folder import is_image
+from iddpm.data.archive import ENDINGS, Archive
 from iddpm.data.labels import from_prefix_or_folder, number
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.places import fetch, opened, place, sha256
-
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 
 
 class Like(NamedTuple):
@@ -64,7 +60,7 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
     path = place(name)
     if path.suffix == ".npz":
         return _npz(name, path, like)
-    if path.name.lower().endswith(ARCHIVES):
+    if path.name.lower().endswith(ENDINGS):
         return _archive(name, path, like)
     if path.is_dir():
         return _folder(name, path, like)
@@ -116,14 +112,13 @@ def _folder(name: str, path: Path, like: Like | None) -> ImageSet:
 
 
 def _archive(name: str, path: Path, like: Like | None) -> ImageSet:
-    names, read = _members(path)
-    if not names:
-        raise UserError(f"{name} holds no images")
-    first = _header(io.BytesIO(read(names[0])), names[0])
+    archive = Archive(path)
+    names = archive.names
+    first = _header(io.BytesIO(archive.read(names[0])), names[0])
     size, channels = (like.size, like.channels) if like else first
 
     def load(k: int) -> np.ndarray:
-        file = io.BytesIO(read(names[k]))
+        file = io.BytesIO(archive.read(names[k]))
         file.name = f"{name}:{names[k]}"
         image = decode(file, channels)
         if not like:
@@ -134,38 +129,12 @@ def _archive(name: str, path: Path, like: Like | None) -> ImageSet:
         return np.stack([load(int(k)) for k in numbers])
 
     def digest(numbers: Sequence[int]) -> str:
-        return _digest(read(names[int(k)]) for k in numbers)
+        return _digest(archive.read(names[int(k)]) for k in numbers)
 
     found, _ = from_prefix_or_folder(path, names)
     labels, classes = number(found, None) if found else (None, ())
     home, kind = path.parent, KINDS[first[1]]
     return ImageSet(name, len(names), size, channels, take, digest, home, labels, classes, names.__getitem__, kind=kind)
-
-
-def _members(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of the images in an archive, sorted, and a function that reads one."""
-
-    def wanted(names: Sequence[str]) -> list[str]:
-        parts = [(name, name.strip("/").split("/")) for name in names]
-        return sorted(
-            name for name, p in parts if is_image(p[-1]) and not any(part.startswith((".", "__MACOSX")) for part in p[:-1])
-        )
-
-    try:
-        if path.suffix == ".zip":
-            held = zipfile.ZipFile(opened(path))
-            return wanted(held.namelist()), held.read
-        tar = tarfile.open(fileobj=opened(path))  # noqa: SIM115
-        members = {m.name: m for m in tar.getmembers() if m.isfile()}
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as e:
-        raise UserError(f"{path} is not a readable archive ({e})") from None
-
-    def read(name: str) -> bytes:
-        file = tar.extractfile(members[name])
-        assert file
-        return file.read()
-
-    return wanted(list(members)), read
 
 
 def drawn(
@@ -207,7 +176,7 @@ def _digest(parts: Any) -> str:
 def _header(source: Any, name: str = "") -> tuple[tuple[int, int], int]:
     """(height, width) and channels (1, 3 or 4) of an image file, from its first bytes."""
     try:
-        with Image.open(opened(source) if isinstance(source, Path) else source) as image:
+        with opened(source) if isinstance(source, Path) else source as file, Image.open(file) as image:
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return (image.size if turned else image.size[::-1]), channels

@@ -54,6 +54,12 @@ class Bound(NamedTuple):
     seed: int
     mean: dict[str, np.ndarray]
     error: dict[str, np.ndarray]
+    seconds: float  # what measuring took, breaks left out
+
+    @property
+    def rest(self) -> np.ndarray:
+        """(n,) the terms between decoder and prior, of all steps but 0."""
+        return self.total - self.prior - self.decoder
 
 
 @dataclass
@@ -68,10 +74,12 @@ class Progress:
     prior: np.ndarray  # (n,) float64
     decoder: np.ndarray  # (n,) float64
     sums: np.ndarray  # (2, 3, K) float64: over images, of each step's vb, x0_mse and eps_mse, and of their squares
+    seconds: np.ndarray  # (1,) float64: what this took
 
     @staticmethod
     def blank(n: int, steps: int) -> "Progress":
-        return Progress(np.zeros(n, np.int64), np.zeros(n), np.zeros(n), np.zeros(n), np.zeros((2, len(TABLES), steps)))
+        sums = np.zeros((2, len(TABLES), steps))
+        return Progress(np.zeros(n, np.int64), np.zeros(n), np.zeros(n), np.zeros(n), sums, np.zeros(1))
 
     def add(self, images: slice, rows: np.ndarray) -> None:
         """Take in the next j terms (b, 3, j) float32 of b neighbouring images that are equally far."""
@@ -170,14 +178,17 @@ def measure(
 
 
 class _Keeper:
-    """Writes the progress to a file, now and then."""
+    """Keeps the time, and writes the progress to a file now and then."""
 
     def __init__(self, progress: Progress, path: Path | None, job: str):
         self.progress, self.path, self.job = progress, path, job
-        self.due = time.monotonic() + SAVE_EVERY
+        self.seen = time.monotonic()
+        self.due = self.seen + SAVE_EVERY
 
     def __call__(self, at_once: bool = False) -> None:
         began = time.monotonic()
+        self.progress.seconds += began - self.seen
+        self.seen = began
         if self.path and (at_once or began > self.due):
             self.progress.save(self.path, self.job)
             ended = time.monotonic()
@@ -269,8 +280,9 @@ def _bound(progress: Progress, chosen: np.ndarray, kept: np.ndarray, schedule_st
     n = len(chosen)
     mean = progress.sums[0] / n
     error = np.sqrt(np.maximum(progress.sums[1] / n - mean**2, 0) / (n - 1)) if n > 1 else np.full_like(mean, np.nan)
-    tables = (dict(zip(TABLES, rows)) for rows in (mean, error))
-    return Bound(chosen, progress.total, progress.prior, progress.decoder, kept, schedule_steps, seed, *tables)
+    tables = [dict(zip(TABLES, rows)) for rows in (mean, error)]
+    each = progress.total, progress.prior, progress.decoder
+    return Bound(chosen, *each, kept, schedule_steps, seed, tables[0], tables[1], float(progress.seconds[0]))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
@@ -281,26 +293,35 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
 # ---- what is kept of it
 
 
-def summary(bound: Bound) -> dict[str, Any]:
-    """The numbers of a bound, as JSON holds them; tables from step 0 upwards."""
-    (total, total_error), (prior, prior_error), (decoder, decoder_error) = map(
-        mean_and_error, (bound.total, bound.prior, bound.decoder)
-    )
-    several = len(bound.total) > 1
-    tables = {name: bound.mean[name].tolist() for name in TABLES}
-    errors = {f"{name}_error": bound.error[name].tolist() if several else None for name in TABLES}
+def parts(bound: Bound) -> dict[str, tuple[float, float | None]]:
+    """The bound and what it is made of, in bits/dim: the mean over images and its standard error of each."""
+    values = {"total": bound.total, "prior": bound.prior, "decoder": bound.decoder, "rest": bound.rest}
+    return {name: mean_and_error(v) for name, v in values.items()}
+
+
+def scalars(bound: Bound) -> dict[str, Any]:
+    """The numbers of a bound without its tables, as JSON holds them."""
+    (total, total_error), *others = parts(bound).values()
+    named = zip(("prior", "decoder", "rest"), others)
     return {
         "bits_per_dim": total,
         "standard_error": total_error,
-        "prior": prior,
-        "prior_error": prior_error,
-        "decoder": decoder,
-        "decoder_error": decoder_error,
+        **{key: value for name, pair in named for key, value in zip((name, f"{name}_error"), pair)},
         "images": len(bound.total),
         "steps": len(bound.kept),
         "chain_steps": bound.schedule_steps,
         "respaced": len(bound.kept) < bound.schedule_steps,
         "seed": bound.seed,
+    }
+
+
+def summary(bound: Bound) -> dict[str, Any]:
+    """The numbers of a bound, as JSON holds them; tables from step 0 upwards."""
+    several = len(bound.total) > 1
+    tables = {name: bound.mean[name].tolist() for name in TABLES}
+    errors = {f"{name}_error": bound.error[name].tolist() if several else None for name in TABLES}
+    return {
+        **scalars(bound),
         "order": "entry i of each table is step kept_steps[i] of the schedule: from the data (0) to the noise",
         "kept_steps": bound.kept.tolist(),
         **tables,

@@ -1,4 +1,4 @@
-"""The terms of a bound as a picture: an SVG, for which a browser is enough."""
+"""Bounds as pictures: their terms, and what they are on fewer steps. An SVG, for which a browser is enough."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ PANELS = ((76, 530), (636, 1090))  # left and right edge of each
 COLOURS = ("#3b5bdb", "#e8590c", "#2b8a3e", "#9c36b5")
 INK, SOFT, GRID = "#212529", "#868e96", "#edf0f3"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
+STEP = "step t (0: the data)"
 DECADES = 7  # at most, below the largest term: smaller ones are rounding
 
 
@@ -27,12 +28,67 @@ class Curve(NamedTuple):
     total_error: float | None
 
 
+class Points(NamedTuple):
+    """What one run gets on respaced chains of several lengths."""
+
+    name: str
+    steps: np.ndarray  # (P,) how many, ascending
+    total: np.ndarray  # (P,) bits/dim
+    error: np.ndarray  # (P,) and its standard error; nan where there is none
+
+
 Scale = Callable[[np.ndarray], np.ndarray]  # values -> pixels
+Marks = Sequence[tuple[float, str]]  # pixels along an axis, and what is written there
 
 
 def bound(curves: Sequence[Curve], title: str, note: str = "") -> str:
     """An SVG of each step's term (both axes logarithmic), and of their running sum from the data upwards."""
     last = max(int(c.t[-1]) for c in curves)
+    margins = [f" ± {c.total_error:.4f}" if c.total_error is not None else "" for c in curves]
+    names = [f"{c.name}: {c.total:.4f}{margin} bits/dim" for c, margin in zip(curves, margins)]
+    return _page(title, note, names, [*_terms(curves, last), *_sums(curves, last)])
+
+
+def against_steps(curves: Sequence[Points], title: str, note: str = "") -> str:
+    """An SVG of bits/dim against the number of steps (logarithmic), with bars of one standard error."""
+    left, right = PANELS[0][0], PANELS[1][1]
+    steps = np.unique(np.concatenate([c.steps for c in curves]))
+    margins = [np.nan_to_num(c.error) for c in curves]
+    low = min(float((c.total - e).min()) for c, e in zip(curves, margins))
+    high = max(float((c.total + e).max()) for c, e in zip(curves, margins))
+    _, unit = _round_up(max(high - low, 0.02 * high))
+    low, high = unit * math.floor(low / unit - 0.2), unit * math.ceil(high / unit + 0.2)  # with some air
+    span = math.log10(steps[-1] / steps[0]) or 1.0
+
+    def x(n: np.ndarray) -> np.ndarray:
+        return left + 40 + (right - left - 110) * np.log10(np.asarray(n) / steps[0]) / span
+
+    def y(v: np.ndarray) -> np.ndarray:
+        return BOTTOM - (BOTTOM - TOP) * (np.asarray(v) - low) / (high - low)
+
+    ticks = _linear(y, low, high, unit)
+    marks = _apart([(float(x(n)), str(n)) for n in steps])
+    out = _frame(left, right, "bits/dim (bars: one standard error)", ticks, marks, "steps of the chain")
+    upper = max(range(len(curves)), key=lambda k: float(curves[k].total.mean()))
+    for k, c in reversed(list(enumerate(curves))):
+        out += _with_bars(x(c.steps), y(c.total), y(c.total + margins[k]), c.total, COLOURS[k], above=k == upper)
+    return _page(title, note, [c.name for c in curves], out)
+
+
+def _with_bars(x: np.ndarray, y: np.ndarray, top: np.ndarray, values: np.ndarray, colour: str, above: bool) -> list[str]:
+    """A curve of points with bars, symmetric, up to `top`, and their values beside them, where the curve does not run."""
+    out = [_line(x, y, colour)]
+    for at, middle, end, value in zip(x, y, top, values):
+        bar = f"M{at - 4:.1f} {end:.1f}h8m-4 0V{2 * middle - end:.1f}m-4 0h8"
+        out.append(f'<path d="{bar}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        out.append(_dot(at, middle, colour))
+        right_of, below = (7, -9) if above else (-7, 19)
+        out.append(_text(at + right_of, middle + below, f"{value:.3f}", fill=colour, anchor="start" if above else "end"))
+    return out
+
+
+def _page(title: str, note: str, names: Sequence[str], body: Sequence[str]) -> str:
+    """The whole SVG: title, note, the curves' names, and what is drawn below them."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'font-family="{FONT}" font-size="12">',
@@ -40,22 +96,12 @@ def bound(curves: Sequence[Curve], title: str, note: str = "") -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         _text(PANELS[0][0], 34, title, size=18, weight=600),
         *([_text(PANELS[1][1], 34, note, fill=SOFT, anchor="end", size=13)] if note else []),
-        *_legend(curves),
-        *_terms(curves, last),
-        *_sums(curves, last),
-        "</svg>",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _legend(curves: Sequence[Curve]) -> list[str]:
-    out, y = [], 60
-    for k, c in enumerate(curves):
-        x = PANELS[min(k, 1)][0]
-        margin = f" ± {c.total_error:.4f}" if c.total_error is not None else ""
-        out.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" stroke="{COLOURS[k]}" stroke-width="3"/>')
-        out.append(_text(x + 26, y, f"{c.name}: {c.total:.4f}{margin} bits/dim", size=13))
-    return out
+    for k, name in enumerate(names):
+        x, y = PANELS[min(k, 1)][0], 60
+        lines.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" stroke="{COLOURS[k]}" stroke-width="3"/>')
+        lines.append(_text(x + 26, y, name, size=13))
+    return "\n".join([*lines, *body, "</svg>"]) + "\n"
 
 
 def _terms(curves: Sequence[Curve], last: int) -> list[str]:
@@ -67,8 +113,9 @@ def _terms(curves: Sequence[Curve], last: int) -> list[str]:
     low = min(max(low, high / 10**DECADES), high / 10)
     x, y = _steps(left, right, last), _log(low, high)
     decades = round(math.log10(high / low))
-    ticks = [(float(10.0**k), _power(k)) for k in range(round(math.log10(low)), round(math.log10(high)) + 1, 1 + decades // 6)]
-    out = [*_frame(left, right, "bits/dim of each step", x, y, last, ticks)]
+    powers = range(round(math.log10(low)), round(math.log10(high)) + 1, 1 + decades // 6)
+    ticks = [(float(y(np.array(10.0**k))), _power(k)) for k in powers]
+    out = _frame(left, right, "bits/dim of each step", ticks, _along(x, last), STEP)
     for k, c in reversed(list(enumerate(curves))):  # the first on top
         at, value, error = (_thin(x(c.t), a) for a in (x(c.t), c.vb, c.error))
         value = value.clip(low, high)
@@ -94,9 +141,7 @@ def _sums(curves: Sequence[Curve], last: int) -> list[str]:
     def y(v: np.ndarray) -> np.ndarray:
         return BOTTOM - (BOTTOM - TOP) * np.asarray(v) / high
 
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    ticks = [(step * k, f"{step * k:.{digits}f}") for k in range(round(high / step) + 1)]
-    out = [*_frame(left, right, "bits/dim up to each step", x, y, last, ticks)]
+    out = _frame(left, right, "bits/dim up to each step", _linear(y, 0.0, high, step), _along(x, last), STEP)
     for k, c in reversed(list(enumerate(curves))):
         summed = c.vb.cumsum()
         pixels = x(c.t)
@@ -167,19 +212,38 @@ def _thin(pixels: np.ndarray, values: np.ndarray, last: bool = False) -> np.ndar
     return values[starts + counts - 1] if last else np.add.reduceat(values, starts) / counts
 
 
-def _frame(left: float, right: float, title: str, x: Scale, y: Scale, last: int, ticks: Sequence[tuple[float, str]]) -> list[str]:
+def _linear(y: Scale, low: float, high: float, step: float) -> Marks:
+    digits = next(d for d in range(20) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
+    values = [low + step * k for k in range(round((high - low) / step) + 1)]
+    return [(float(y(np.array(v))), f"{v:.{digits}f}") for v in values]
+
+
+def _along(x: Scale, last: int) -> Marks:
+    """Steps 0, 1, 3, 10 and so on up to the last."""
+    steps = [0] + [m * 10**k for k in range(5) for m in (1, 3) if m * 10**k < 0.75 * last] + [last] * (last > 0)
+    return [(float(x(np.array(step))), str(step)) for step in steps]
+
+
+def _apart(marks: Marks) -> Marks:
+    """Those marks that can be read beside each other."""
+    kept: list[tuple[float, str]] = []
+    for at, name in marks:
+        if not kept or at - kept[-1][0] > 34:
+            kept.append((at, name))
+    return kept
+
+
+def _frame(left: float, right: float, title: str, ticks: Marks, marks: Marks, below: str) -> list[str]:
+    """A panel: `ticks` up its left side, `marks` along its foot, and what these are."""
     out = [_text(left, TOP - 20, title, size=13, weight=600)]
-    for value, name in ticks:
-        at = float(y(np.array([value]))[0])
+    for at, name in ticks:
         out.append(f'<line x1="{left}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}" stroke="{GRID}"/>')
         out.append(_text(left - 10, at + 4, name, fill=SOFT, anchor="end"))
-    steps = [0] + [m * 10**k for k in range(5) for m in (1, 3) if m * 10**k < 0.75 * last] + [last] * (last > 0)
-    for step in steps:
-        at = float(x(np.array([step]))[0])
+    for at, name in marks:
         out.append(f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{BOTTOM}" stroke="{GRID}"/>')
-        out.append(_text(at, BOTTOM + 20, str(step), fill=SOFT, anchor="middle"))
+        out.append(_text(at, BOTTOM + 20, name, fill=SOFT, anchor="middle"))
     out.append(f'<line x1="{left}" y1="{BOTTOM}" x2="{right}" y2="{BOTTOM}" stroke="#adb5bd"/>')
-    out.append(_text((left + right) / 2, BOTTOM + 42, "step t (0: the data)", fill=SOFT, anchor="middle"))
+    out.append(_text((left + right) / 2, BOTTOM + 42, below, fill=SOFT, anchor="middle"))
     return out
 
 

@@ -74,4 +74,6 @@ class Saves:
             self.best, self._better = best, None
             if distributed.rank() == 0:
                 write_best(self.run, best)
+                if isinstance(self.store, checkpoint.Folder):
+                    self.store.prune(best.step)  # of the one that was the best before
         self.say(f"saved {path}" + (f", the best by {best.metric}" if best else ""))

@@ -31,9 +31,9 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: int | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # each b h n 64
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q[:, :, :first], k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -72,8 +72,9 @@ class Block(nn.Module):
         self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, 1e-6), Attention(width), Scale(width)
         self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, 1e-6), mlp(), Scale(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """Tokens (b, n, d) to as many, or to the `first` of them alone."""
+        x = x[:, :first] + self.ls1(self.attn(self.norm1(x), first))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -90,7 +91,7 @@ class DINOv2(nn.Module):
         registers = state.get("register_tokens")
         self.register_tokens = None if registers is None else nn.Parameter(torch.empty(registers.shape))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.blocks = nn.Sequential(*[Block(width, mlp) for _ in range(depth(state))])
+        self.blocks = nn.ModuleList([Block(width, mlp) for _ in range(depth(state))])
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +100,10 @@ class DINOv2(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         if self.register_tokens is not None:  # which have no place
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
-        return self.norm(self.blocks(x)[:, 0])
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.norm(last(x, first=1)[:, 0])  # nobody sees the other tokens
 
 
 def depth(state: dict[str, Tensor]) -> int:
@@ -129,7 +133,7 @@ def pillow_bicubic(images: Tensor, size: int) -> Tensor:
     """Images (n, c, H, W) uint8 to (n, c, size, size) float in 0..255, as Pillow does: rows first, rounded, then columns."""
     x = images.float()
     for shape in ((x.shape[2], size), (size, size)):
-        x = F.interpolate(x, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+        x = F.interpolate(x, shape, mode="bicubic", antialias=True).add_(0.5).floor_().clamp_(0, 255)
     return x
 
 

@@ -19,7 +19,7 @@ from iddpm.extractors.resize import tensorflow_bilinear
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-SAME = "weights-inception-2015-12-05-6726825d.pth"  # the same file, as torch-fidelity keeps it
+ALIAS = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name of the same file
 VERSION = 1  # of what is computed here; another one makes cached statistics void
 SIDE = 299
 WIDTHS = {"pool": 2048, "spatial": 7 * 17 * 17}
@@ -219,7 +219,7 @@ def open(weights: str = "", device: torch.device | str = "cpu", pipeline: str = 
     Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as in
     every implementation since the first (Salimans et al. 2016). UserError for no file, or one of another network.
     """
-    path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception")
+    path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
     net, last = load(files.read(path), weights or str(path))
     net = net.to(device)
     prepare = PIPELINES[pipeline]
@@ -227,7 +227,7 @@ def open(weights: str = "", device: torch.device | str = "cpu", pipeline: str = 
     @torch.inference_mode()
     def network(images: Tensor) -> dict[str, Tensor]:
         assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would cost three of six digits
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 has 10 bits of mantissa
             return net(prepare(images.to(device)).contiguous(memory_format=torch.channels_last))
 
     return Extractor(

@@ -53,25 +53,25 @@ def open(weights: str = "", device: torch.device | str = "cpu", size: int = 128)
     if weights:
         raise UserError(f"{name} has its weights from a package and would ignore {weights}: leave it out")
     file = _package()
-    state = {key: value.to(device) for key, value in files.read(file).items()}
+    state = files.read(file)
     return Extractor(
         name,
         identity=f"{name} bicubic v{VERSION} {files.digest(file)}",
         widths={"pool": 1280},
-        network=partial(_features, network(state), size),
+        network=partial(_features, network(state, device), size),
         device=torch.device(device),
         probabilities=partial(_probabilities, state["_fc.weight"].double(), state["_fc.bias"].double()),
     )
 
 
-def network(state: dict[str, Tensor]) -> list[Step]:
-    """The network of the published weights by name."""
+def network(state: dict[str, Tensor], device: torch.device | str) -> list[Step]:
+    """The network of the published weights by name, for a device."""
 
     def conv(name: str, norm: str, stride: int = 1, clip: bool = True) -> Conv:
         scale = state[f"{norm}.weight"].double() * (state[f"{norm}.running_var"].double() + EPS).rsqrt()
         weight = (state[f"{name}.weight"].double() * scale[:, None, None, None]).float()
         bias = (state[f"{norm}.bias"].double() - state[f"{norm}.running_mean"].double() * scale).float()
-        return Conv(weight.contiguous(memory_format=torch.channels_last), bias, stride, clip)
+        return Conv(weight.to(device, memory_format=torch.channels_last), bias.to(device), stride, clip)
 
     steps: list[Step] = [([conv("_conv_stem", "_bn0", 2)], False)]
     for i in range(16):
@@ -104,7 +104,7 @@ def _pool(steps: list[Step], size: int, images: Tensor) -> Tensor:
 
 
 def _probabilities(weight: Tensor, bias: Tensor, pool: Tensor) -> Tensor:
-    """The softmax over ImageNet's classes: (n, 1280) to (n, 1000) float64. A score of them is IS-lite0."""
+    """The softmax over ImageNet's classes: (n, 1280) to (n, 1000) float64 on the CPU. A score of them is IS-lite0."""
     return (pool.to(weight) @ weight.T + bias).softmax(1)
 
 

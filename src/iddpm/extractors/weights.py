@@ -20,11 +20,12 @@ from iddpm.places import fetch, place, sha256
 digest = sha256  # of a file that `find` found: the extractor's identity holds it
 
 
-def find(given: str, environment: str, file_name: str, address: str, what: str) -> Path:
+def find(given: str, environment: str, file_name: str, address: str, what: str, *aliases: str) -> Path:
     """The file of weights on this machine; `what` names the network for the user ("Inception", say).
 
     It is the one the user gave (a path, or an address of any storage), else the one the environment variable names, else
-    file_name where torch's hub, and so other tools, keep theirs. UserError where there is none: it says where to get it.
+    file_name, or an alias of it, where torch's hub, and so other tools, keep theirs. UserError where there is none: it says
+    where to get it.
     """
     flag = f"--{what.lower()}-weights"
     for name, source in ((given, flag), (os.environ.get(environment, ""), environment)):
@@ -35,10 +36,11 @@ def find(given: str, environment: str, file_name: str, address: str, what: str) 
             found = fetch(path)
             assert found is not None  # without a digest a copy is always made
             return found
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    if not cached.is_file():
-        raise UserError(f"{what}'s weights are missing: get {address} and give {flag} PATH, or put it at {cached}")
-    return cached
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in (file_name, *aliases):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{what}'s weights are missing: get {address} and give {flag} PATH, or put it at {folder / file_name}")
 
 
 def read(path: Path) -> dict[str, Tensor]:

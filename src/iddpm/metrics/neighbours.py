@@ -51,9 +51,7 @@ class Manifold(NamedTuple):
     coverage: Estimate
 
 
-def manifold(
-    samples: Rows, reference: Rows, k: int = 5, *, block: int = BLOCK, device: torch.device | str = "cpu"
-) -> Manifold:
+def manifold(samples: Rows, reference: Rows, k: int = 5, *, block: int = BLOCK, device: torch.device | str = "cpu") -> Manifold:
     """Balls around rows, each reaching to its k-th nearest other row; a row on the edge is outside, as in Naeem et al.'s code.
 
     precision: share of samples in any reference ball; recall: share of reference rows in any sample's (Kynkaanniemi et al. 2019,

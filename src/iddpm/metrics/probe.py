@@ -21,9 +21,9 @@ class Probe:
     def fit(features: Rows, labels: np.ndarray, classes: int) -> "Probe":
         """w_c = S^-1 mu_c, b_c = -mu_c.w_c/2, for features (n, d) of labels (n,) in [0, classes); rows labelled -1 are left out.
 
-        mu_c are the classes' means and S = (1 - rho) W + rho tr(W)/d I, where W is the covariance within classes and rho
-        follows from n, d and W alone ("oracle approximating shrinkage", Chen et al. 2010, eq. 23), so nothing is tuned. Classes
-        count alike, however common; one without images is never predicted. UserError without 2 images in some class.
+        mu_c are the classes' means and S = W + tr(W)/d I, where W is the covariance within classes: shrunk halfway to a multiple
+        of I (Friedman 1989), whatever the data, so nothing is tuned. Classes count alike, however common; one without images is
+        never predicted. UserError where no class has 2 images.
         """
         within, count, total = Moments.blank(features.shape[1]), np.zeros(classes), np.zeros((classes, features.shape[1]))
         for at, x in blocks(features):
@@ -37,7 +37,10 @@ class Probe:
         degrees = within.n - int((count > 0).sum())
         if degrees < 1:
             raise UserError(f"{within.n} labelled images are too few for a classifier: give at least 2 of a class")
-        return _discriminant(mean, within.outer / degrees, degrees, count > 0)
+        d = len(within.mean)
+        w = within.outer / degrees
+        weight = np.linalg.solve(w + (np.trace(w) / d or 1.0) * np.eye(d), mean.T)
+        return Probe(weight, np.where(count > 0, -(mean.T * weight).sum(0) / 2, -np.inf))
 
     def predict(self, features: Rows) -> np.ndarray:
         """The class (n,) of each of features (n, d)."""
@@ -45,16 +48,6 @@ class Probe:
         for at, x in blocks(features):
             predicted[at] = (x @ self.weight + self.bias).argmax(1)
         return predicted
-
-
-def _discriminant(mean: np.ndarray, within: np.ndarray, degrees: int, present: np.ndarray) -> Probe:
-    d = len(within)
-    trace, squares = np.trace(within), (within**2).sum()
-    spread = (degrees + 1 - 2 / d) * (squares - trace**2 / d)  # 0 where W is a multiple of I already
-    rho = min(1.0, ((1 - 2 / d) * squares + trace**2) / spread) if spread > 0 else 1.0
-    shrunk = (1 - rho) * within + rho * trace / d * np.eye(d)
-    weight = np.linalg.solve(shrunk, mean.T)
-    return Probe(weight, np.where(present, -(mean.T * weight).sum(0) / 2, -np.inf))
 
 
 class Consistency(NamedTuple):
@@ -74,6 +67,7 @@ def consistency(samples: Rows, wanted: np.ndarray, reference: Rows, labels: np.n
     classes = int(max(labels.max(), wanted.max())) + 1
     held_out = np.empty(len(labels), bool)
     held_out[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 2 == 1
+    held_out &= labels >= 0
     probe = Probe.fit(reference, np.where(held_out, -1, labels), classes)
     right, ceiling = probe.predict(samples) == wanted, (probe.predict(reference) == labels)[held_out]
     return Consistency(Estimate.mean(right.astype(np.float64)), Estimate.mean(ceiling.astype(np.float64)))

@@ -1,7 +1,5 @@
 """`iddpm evaluate`: how good samples are, by the metrics of the field, against real images."""
 
-import platform
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,19 +141,15 @@ def _about(
     images: "ImageSet", extractor: "Extractor", settings: Evaluate, reference_n: int | None, device: "torch.device"
 ) -> dict[str, Any]:
     """What every figure carries."""
-    import torch
+    from iddpm.figures import circumstances
 
-    import iddpm
-
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     made = {
         k: images.about.get(k) for k in ("solver", "steps", "sampling_steps", "eta", "weights", "checkpoint_step", "ema_rate")
     }
     return dict(
         samples=images.name, **made, extractor=extractor.name, extractor_identity=extractor.identity,
         reference=settings.reference, reference_n=reference_n, seed=settings.seed, labels=settings.labels or None,
-        neighbours=settings.neighbours, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), iddpm=iddpm.__version__,
-        machine=f"{platform.machine()} {machine}",
+        neighbours=settings.neighbours, **circumstances(device),
     )  # fmt: skip
 
 
@@ -236,8 +230,9 @@ def _write_neighbours(drawn: "Features", real: "Features", extractor: "Extractor
     """For each sample its nearest real images, as a table; and a picture of the nearest pairs."""
     from iddpm import neighbours
 
-    table, picture = (out.with_name(out.name.removesuffix("metrics.json").removesuffix(".json") + end)
-                      for end in ("neighbours.csv", "neighbours.png"))  # fmt: skip
+    stem = out.name.removesuffix(".json")
+    start = "" if stem == "metrics" else f"{stem.removesuffix('.metrics')}."
+    table, picture = (out.with_name(f"{start}neighbours{end}") for end in (".csv", ".png"))
     neighbours.write(drawn, real, table, picture)
     print(f"nearest real images: {table}; the nearest pairs: {picture}")
 

@@ -1,9 +1,8 @@
 """`iddpm nll`: bits per dimension of a data set, alone or against another run on the same images and noise."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from iddpm.config import Config, Measure, Sample, Which
 from iddpm.errors import UserError
@@ -16,15 +15,6 @@ if TYPE_CHECKING:
 
     from iddpm.data import Images
     from iddpm.nll import Bound
-    from iddpm.plot import Curve
-
-
-class Measured(NamedTuple):
-    """What was measured of one run."""
-
-    opened: Opened
-    images: "Images"
-    bound: "Bound"
 
 
 def _parser(parser: Parser) -> None:
@@ -37,35 +27,79 @@ def _parser(parser: Parser) -> None:
 
 def _nll(run: str, data: str, **given: Any) -> None:
     measure, which = make(Measure, given), make(Which, given)
-    _check_names(measure)
-    from iddpm import build, distributed
+    _check_names(measure, given)
+    from iddpm import build, distributed, figures
+    from iddpm.verbs import nll_report as report
 
     with distributed.session(build.device(which.device)) as device:
         given = {**given, "device": str(device)}
         runs = [open_weights(source, given) for source in (run, measure.against) if source]
         _check_networks(runs)
-        out = place(measure.out) if measure.out else beside(runs[0].weights.path) / "nll.json"
+        chains = _chains(measure.curve, runs)
+        name = "nll_curve.json" if measure.curve else "nll.json"
+        out = place(measure.out) if measure.out else beside(runs[0].weights.path) / name
+        figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         every_class = bool(measure.per_image)
         images = [_open_images(opened.config, data, every_class, measure.num_samples == 0) for opened in runs]
-        states = [out.with_name(out.name + end) for end in (".partial", ".against.partial")]
         leads = distributed.rank() == 0
         if leads:
             print(images[0].describe() + _scaling(images[0]))
             for path in filter(None, (out, place(measure.per_image) if measure.per_image else None)):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        done = [Measured(o, i, _measure(o, i, measure, device, p, leads)) for o, i, p in zip(runs, images, states)]
+        points: list[list[report.Measured]] = []
+        states: list[Path] = []
+        for spec, chain in chains.items():
+            own = [out.with_name(f"{out.name}{spec}{end}.partial") for end in ("", ".against")]
+            done = [report.Measured(o, i, _measure(o, i, measure, device, p, leads)) for o, i, p in zip(chain, images, own)]
+            if leads:
+                report.say(done, data, out)
+            points.append(done)
+            states += own
         if leads:
-            _write(done, out, data, measure.per_image)
+            if measure.curve:
+                report.write_curve(points, out, data)
+            else:
+                report.write(points[0], out, data, measure.per_image)
             for path in states:
                 path.unlink(missing_ok=True)
 
 
-def _check_names(measure: Measure) -> None:
+def _check_names(measure: Measure, given: dict[str, Any]) -> None:
     out, per_image = place(measure.out), place(measure.per_image)
     if measure.out and (out.suffix not in (".json", "") or out.is_dir()):
         raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
     if measure.per_image and (per_image.suffix not in (".csv", ".npz") or per_image.is_dir()):
         raise UserError(f"--per_image {per_image}: give a name that ends in .csv or .npz")
+    if measure.curve and "sampling_steps" in given:
+        raise UserError("--curve and --sampling_steps both say how many steps: give one")
+    if measure.curve and measure.per_image:
+        raise UserError("--per_image is of one chain, and --curve of several: give one")
+
+
+def _chains(curve: str, runs: list[Opened]) -> dict[str, list[Opened]]:
+    """The runs on each chain of --curve, by what is added to the name of its state; on their own where that is empty.
+
+    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
+    """
+    from iddpm import build
+
+    if not curve:
+        return {"": runs}
+    chains: dict[str, list[Opened]] = {}
+    lengths: list[dict[int, str]] = [{} for _ in runs]
+    for spec in map(str.strip, curve.split(",")):
+        if not spec:
+            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
+        chains[f".{spec}"] = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
+        for opened, seen in zip(chains[f".{spec}"], lengths):
+            try:
+                steps = build.chain(opened.config.diffusion, spec).steps
+            except UserError as e:
+                raise UserError(str(e).replace("--sampling_steps", f"--curve {curve}:", 1)) from None
+            if steps in seen:
+                raise UserError(f"--curve {curve}: {seen[steps]} and {spec} are both {steps} steps: leave one out")
+            seen[steps] = spec
+    return chains
 
 
 def _check_networks(runs: list[Opened]) -> None:
@@ -154,73 +188,6 @@ def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.
             num_samples=n, batch_size=opened.which.batch_size, seed=measure.seed,
             state=state, identity=identity, say=bar.write, tick=bar.update,
         )  # fmt: skip
-
-
-def _write(done: list[Measured], out: Path, data: str, per_image: str) -> None:
-    """All the files, and the lines that say what they hold."""
-    from iddpm import nll, plot
-
-    main, other = done[0], done[1] if len(done) > 1 else None
-    numbers, note = dict(_about(main), data=data, **nll.summary(main.bound)), ""
-    for m in done:
-        print(_line(m))
-    if other:
-        mean, error = nll.mean_and_error(main.bound.total - other.bound.total)
-        summary = {k: v for k, v in nll.summary(other.bound).items() if not isinstance(v, list)}
-        numbers["against"] = {**_about(other), **summary, "difference": mean, "difference_error": error}
-        note = f"difference {mean:+.4f}{_margin(error)} bits/dim"
-        print(f"{note} (paired: the same images and noise; negative where {_name(main)} is better)")
-    nll.replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-    tables = nll.write_tables(main.bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
-    picture, where = out.with_suffix(".svg"), "/".join(place(data).resolve().parts[-2:])
-    title = f"{where}: {len(main.bound.total)} images{_respaced(main.bound)}".replace("the bound of the ", "")
-    svg = plot.bound([_curve(m) for m in done], title, note.replace("+-", "±"))
-    nll.replace(picture, lambda file: file.write(svg.encode()))
-    if per_image:
-        against = other.bound if other else None
-        nll.write_per_image(place(per_image), main.bound, main.images, place(data), against)
-        print(f"each image: {per_image}")
-    print(f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}")
-
-
-def _curve(m: Measured) -> "Curve":
-    from iddpm.nll import mean_and_error
-    from iddpm.plot import Curve
-
-    b = m.bound
-    return Curve(_name(m), b.kept, b.mean["vb"], b.error["vb"], float(b.prior.mean()), *mean_and_error(b.total))
-
-
-def _about(m: Measured) -> dict[str, Any]:
-    weights = m.opened.weights
-    return dict(weights=str(weights.path), step=weights.about["step"], ema_rate=weights.about.get("ema_rate", 0))
-
-
-def _name(m: Measured) -> str:
-    about = m.opened.weights.about
-    rate = about.get("ema_rate", 0)
-    return (
-        f"{beside(m.opened.weights.path).resolve().name} (step {about['step']}, {f'average {rate}' if rate else 'raw weights'})"
-    )
-
-
-def _margin(error: float | None, form: str = ".4f") -> str:
-    return f" +- {error:{form}}" if error is not None else ""
-
-
-def _line(m: Measured) -> str:
-    from iddpm.nll import mean_and_error
-
-    (total, error), (prior, prior_error), (decoder, decoder_error) = map(
-        mean_and_error, (m.bound.total, m.bound.prior, m.bound.decoder)
-    )
-    parts = f"prior {prior:.2g}{_margin(prior_error, '.1g')}, decoder {decoder:.4f}{_margin(decoder_error)}"
-    return f"{_name(m)}: {total:.4f}{_margin(error)} bits/dim{_respaced(m.bound)} ({len(m.bound.total)} images; {parts})"
-
-
-def _respaced(bound: "Bound") -> str:
-    steps = len(bound.kept)
-    return f", the bound of the chain respaced to {steps} steps" if steps < bound.schedule_steps else ""
 
 
 VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound")
