@@ -205,7 +205,9 @@ class Evaluate:
     """What to measure, and against what."""
 
     reference: str = opt("", "real images: a folder, an .npz or archive of them; or an .npz of their statistics (mu, sigma)")
-    extractor: str = opt("lite0-128", "the network whose features are compared: lite0-128, lite0-224, inception, dinov2")
+    extractor: str = opt(
+        "lite0-128", "whose features are compared: lite0-128, lite0-224, inception, inception-pytorch-fid (its scaling), dinov2"
+    )
     inception_weights: str = opt("", "the file of Inception's weights; empty: where torch keeps what it downloads")
     dinov2_weights: str = opt("", "the file of DINOv2's weights; empty: where torch keeps what it downloads")
     metrics: str = opt("", "some of fd, sfd, is, kd, prdc, labels, memorisation, comma-separated; empty: all that apply")

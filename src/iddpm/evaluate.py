@@ -218,12 +218,12 @@ class Result(NamedTuple):
     floor_of: tuple[int, int] | None  # how many real images against how many others, where it is that
 
 
-def compare(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str], None]) -> list[Result]:
-    """Each metric of a comparison. Fewer than SMALL samples get the floor: one half of the reference against the other.
+def compare(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str], None], floor: bool = True) -> list[Result]:
+    """Each metric of a comparison. Fewer than SMALL samples get the floor, too: one half of the reference against the other.
 
     Of what cannot be computed `say` hears why; UserError where it was `asked` for by name.
     """
-    halves = _halves(c)
+    halves = _halves(c) if floor else None
     results = []
     for name in names:
         if why := METRICS[name].lacks(c):
@@ -234,8 +234,8 @@ def compare(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str
         real = {f.name: f.estimate.value for f in METRICS[name].run(halves)} if halves and not METRICS[name].lacks(halves) else {}
         sizes = (halves.samples.n or 0, halves.reference.n or 0) if halves else None
         for found in METRICS[name].run(c):
-            floor = found.real if found.real is not None else real.get(found.name)
-            results.append(Result(found.name, found.estimate, floor, sizes if found.real is None and floor is not None else None))
+            least = found.real if found.real is not None else real.get(found.name)
+            results.append(Result(found.name, found.estimate, least, sizes if found.real is None and least is not None else None))
     return results
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,26 +101,43 @@ def extract(
         tick(done)
         if done < len(chosen):
             with _Files(folder, extractor, done) if leads else _nothing() as files:
-                for a, b, taps in _rounds(images, chosen, extractor, done, block):
+                for count, taps in _rounds(images, chosen, extractor, done, block):
                     if files:
-                        files.append(taps, b - a)
-                    tick(b - a)
+                        files.append(taps, count)
+                    tick(count)
     return held
 
 
 def _rounds(
     images: ImageSet, chosen: np.ndarray, extractor: Extractor, start: int, block: int
-) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """Blocks in order, as many at a time as there are processes: (first, end, features by name)."""
-    world, rank = distributed.world(), distributed.rank()
-    for a in range(start, len(chosen), block * world):
-        b = min(a + block * world, len(chosen))
-        mine = chosen[a + rank * block : min(a + (rank + 1) * block, b)]
-        found = features_of(images.take(mine.tolist()), extractor) if len(mine) else _none(extractor)
-        faults = distributed.every(_fault(images, mine, found))
-        if fault := next(filter(None, faults), None):
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Blocks in order, as many at a time as there are processes: how many images, and their features by name."""
+    together = block * distributed.world()
+    for a, (numbers, pixels) in zip(range(start, len(chosen), together), _taken(images, chosen, start, block)):
+        found = features_of(pixels, extractor) if numbers else _none(extractor)
+        if fault := next(filter(None, distributed.every(_fault(images, numbers, found))), None):
             raise UserError(fault)
-        yield a, b, {name: distributed.gather(found[name]).numpy() for name in extractor.widths}
+        yield min(together, len(chosen) - a), {name: distributed.gather(found[name]).numpy() for name in extractor.widths}
+
+
+def _taken(images: ImageSet, chosen: np.ndarray, start: int, block: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The numbers and pixels of this process's block of each round; the last may be empty."""
+
+    def take(a: int) -> tuple[list[int], np.ndarray]:
+        numbers = chosen[a : a + block].tolist()
+        return numbers, images.take(numbers) if numbers else np.empty(0, np.uint8)
+
+    starts = range(start + distributed.rank() * block, len(chosen) + distributed.rank() * block, block * distributed.world())
+    if images.about:
+        yield from map(take, starts)
+        return
+    with ThreadPoolExecutor(1, "images") as pool:  # reads while the extractor is at work on the block before
+        coming = pool.submit(take, starts[0])
+        for k in range(len(starts)):
+            now = coming.result()
+            if k + 1 < len(starts):
+                coming = pool.submit(take, starts[k + 1])
+            yield now
 
 
 def features_of(images: np.ndarray, extractor: Extractor) -> dict[str, Tensor]:
@@ -132,11 +150,11 @@ def _none(extractor: Extractor) -> dict[str, Tensor]:
     return {name: torch.zeros(0, width) for name, width in extractor.widths.items()}
 
 
-def _fault(images: ImageSet, numbers: np.ndarray, found: dict[str, Tensor]) -> str:
+def _fault(images: ImageSet, numbers: list[int], found: dict[str, Tensor]) -> str:
     for tensor in found.values():
         bad = (~torch.isfinite(tensor).all(dim=1)).nonzero()
         if len(bad):
-            title = images.title(int(numbers[int(bad[0])]))
+            title = images.title(numbers[int(bad[0])])
             return f"{images.name}: the features of {title} are not finite: are these the extractor's weights?"
     return ""
 

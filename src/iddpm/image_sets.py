@@ -148,7 +148,7 @@ def drawn(
     about = dict(
         solver=s.solver, steps=build.chain(config.diffusion, s.sampling_steps).steps, sampling_steps=s.sampling_steps, eta=s.eta,
         clip_denoised=s.clip_denoised, weights=str(weights.path), checkpoint_step=weights.about["step"],
-        ema_rate=weights.about.get("ema_rate", 0), precision=precision,
+        ema_rate=weights.about.get("ema_rate", 0), precision=precision, trained_on=config.data.path,
     )  # fmt: skip
 
     def take(numbers: Sequence[int]) -> np.ndarray:
@@ -157,7 +157,7 @@ def drawn(
 
     def digest(numbers: Sequence[int]) -> str:
         seeds = [(job.seeds[int(k)], job.labels[int(k)]) for k in numbers]
-        return _digest([f"{model} {about | {'weights': ''}} {seeds}".encode()])
+        return _digest([f"{model} {about | {'weights': '', 'trained_on': ''}} {seeds}".encode()])
 
     labels = np.array(job.labels, np.int64) if m.class_cond else None
     return ImageSet(

@@ -37,5 +37,6 @@ EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {  # from the 
     "lite0-128": partial(lite0.open, size=128),
     "lite0-224": partial(lite0.open, size=224),
     "inception": inception.open,
+    "inception-pytorch-fid": partial(inception.open, pipeline="pytorch-fid"),
     "dinov2": dinov2.open,
 }

@@ -31,26 +31,36 @@ def _evaluate(samples: str, **given: Any) -> None:
     settings, which = make(Evaluate, given), make(Which, given)
     if not settings.reference:
         raise UserError("--reference says which real images to compare with: a folder, an .npz or an archive")
-    from iddpm import build, distributed, evaluate, extractors
+    if settings.save_statistics and place(settings.save_statistics).suffix != ".npz":
+        raise UserError(f"--save_statistics {settings.save_statistics}: give a name that ends in .npz")
+    from iddpm import build, distributed, evaluate, extractors, figures
 
     with distributed.session(build.device(which.device)) as device:
-        weights = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}
-        for name, file in weights.items():
-            if file and name != settings.extractor:
-                raise UserError(f"--{name}_weights has no effect with --extractor {settings.extractor}")
-        extractor = extractors.open(settings.extractor, weights.get(settings.extractor, ""), device)
+        extractor = extractors.open(settings.extractor, _weights(settings), device)
         names = evaluate.wanted(settings.metrics)
         sets = _sample_sets(samples, settings, given, device)
+        out = _out(place(samples), sets[0], settings)
+        figures.read(out)  # what cannot be written to is refused before the work
         reference, real = _reference(settings, sets[0], extractor)
         drawn = [_extract(images, extractor, which.batch_size, settings.num_samples, settings.seed) for images in sets]
         if distributed.rank() == 0:
-            out = _out(place(samples), sets[0], settings)
             about = _about(sets[0], extractor, settings, reference.n, device)
             _measure(drawn, reference, extractor, settings, names, about, out)
             if real:
                 _write_neighbours(drawn[0], real, extractor, out)
             if settings.save_statistics:
-                _write_statistics(reference, real, extractor, settings)
+                _write_statistics(reference, extractor, settings)
+            if sets[0].about:
+                print(f"next: iddpm nll {samples} HELD_OUT_IMAGES, whose bits/dim join {out.name}")
+
+
+def _weights(settings: Evaluate) -> str:
+    """The file of the extractor's weights, where one is named."""
+    files = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}
+    kind = settings.extractor.partition("-")[0]
+    if useless := next((name for name, file in files.items() if file and name != kind), None):
+        raise UserError(f"--{useless}_weights has no effect with --extractor {settings.extractor}")
+    return files.get(kind, "")
 
 
 # ---- what is compared
@@ -234,15 +244,16 @@ def _write_neighbours(drawn: "Features", real: "Features", extractor: "Extractor
     start = "" if stem == "metrics" else f"{stem.removesuffix('.metrics')}."
     table, picture = (out.with_name(f"{start}neighbours{end}") for end in (".csv", ".png"))
     neighbours.write(drawn, real, table, picture)
+    trained_on = drawn.images.about.get("trained_on")
+    if trained_on and place(trained_on).resolve() != place(real.images.name).resolve():
+        print(f"note: the run was trained on {trained_on}; whether it copies is told by --reference {trained_on}")
     print(f"nearest real images: {table}; the nearest pairs: {picture}")
 
 
-def _write_statistics(reference: "Side", real: "Features | None", extractor: "Extractor", settings: Evaluate) -> None:
+def _write_statistics(reference: "Side", extractor: "Extractor", settings: Evaluate) -> None:
     from iddpm import statistics
 
     path = place(settings.save_statistics)
-    if path.suffix != ".npz":
-        raise UserError(f"--save_statistics {path}: give a name that ends in .npz")
     gaussians = {tap: g for tap in extractor.widths if (g := reference.gaussian(tap))}
     statistics.write(
         path, gaussians, dict(extractor=extractor.name, identity=extractor.identity, n=reference.n, of=settings.reference)
