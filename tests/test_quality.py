@@ -3,15 +3,19 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
-from conftest import TINY
+from conftest import TINY, flags
 from iddpm import checkpoint, storage
-from iddpm.config import Config
+from iddpm.cli import main
+from iddpm.config import Config, check
 from iddpm.data import Images
+from iddpm.errors import UserError
 from iddpm.log import read_rows
 from iddpm.quality import read_best
 from iddpm.train import train
+from test_distributed import torchrun
 
 SETTINGS = dict(
     TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), dropout=0.1, random_flip=True,
@@ -46,15 +50,13 @@ def test_the_best_checkpoint_is_kept_and_named(pictures, tmp_path):
     assert storage.verify(storage.step_dir(run, best["step"])) is None
 
 
-def test_the_measurement_is_that_of_evaluate(pictures, tmp_path, monkeypatch):
+def test_the_measurement_is_that_of_evaluate(pictures, tmp_path):
     """The kernel distance in the log is what `iddpm evaluate` finds for the same checkpoint, seeds and reference."""
-    from iddpm import cli
-
     run = run_of(tmp_path / "r", pictures, eval_every=12, eval_samples=8)
     from iddpm.verbs.train import write_config
 
     write_config(run, Config().updated({**SETTINGS, "path": str(pictures)}))
-    assert cli.main(["evaluate", str(run), "--reference", str(pictures), "--num_samples", "8", "--metrics", "kd,fd"]) == 0
+    assert main(["evaluate", str(run), "--reference", str(pictures), "--num_samples", "8", "--metrics", "kd,fd"]) == 0
     row = next(row for row in read_rows(run) if "kd_lite0_128" in row)
     figures = {f["name"]: f["value"] for f in json.loads((run / "metrics.json").read_text())["figures"]}
     np.testing.assert_allclose(row["kd_lite0_128"], figures["KD-lite0-128"], rtol=1e-6)
@@ -68,3 +70,39 @@ def test_a_killed_run_measures_the_same_when_it_goes_on(pictures, tmp_path):
     a, b = ([row for row in read_rows(run) if "kd_lite0_128" in row] for run in (whole, halves))
     assert [(row["step"], row["kd_lite0_128"]) for row in a] == [(row["step"], row["kd_lite0_128"]) for row in b]
     assert read_best(whole) == read_best(halves)
+
+
+@pytest.mark.parametrize("shard", [0, -1])
+def test_two_processes_measure_what_one_does(pictures, tmp_path, shard):
+    settings = dict(TINY, class_cond=True, steps=4, eval_every=2, eval_samples=7, sampling_steps="4")
+    for run, processes in (("one", 1), ("two", 2)):
+        sharded = {"shard": shard} if processes == 2 else {}
+        process = torchrun(processes, "train", pictures, "--run", tmp_path / run, *flags(**settings, **sharded))
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    one, two = ([row for row in read_rows(tmp_path / run) if "kd_lite0_128" in row] for run in ("one", "two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [2, 4]
+    for a, b in zip(one, two):  # a level of 255 that rounding turns moves them by as little
+        assert b["kd_lite0_128"] == pytest.approx(a["kd_lite0_128"], rel=1e-3)
+        assert b["fd_lite0_128"] == pytest.approx(a["fd_lite0_128"], rel=1e-3)
+
+
+def test_what_draws_nothing_is_not_measured(config):
+    with pytest.raises(UserError, match="--eval_every has no effect with --network classifier: it draws samples"):
+        check(config.updated(dict(eval_every=5, network="classifier", learn_sigma=False)))
+
+
+def test_the_best_checkpoint_is_sampled_from_by_name(pictures, run, tmp_path, capsys):
+    measured = tmp_path / "measured"
+    line = ["train", str(pictures), "--run", str(measured), *flags(**TINY | dict(sampling_steps=4), eval_every=2, eval_samples=8)]
+    assert main(line) == 0
+    best = read_best(measured)
+    capsys.readouterr()
+    assert main(["sample", str(measured), "--best", "--num_samples", "2", "--out", str(tmp_path / "s.png")]) == 0
+    assert f"2 images of step {best.step}" in capsys.readouterr().out
+    for source, flag, said in (
+        (run, [], "names no best checkpoint"),
+        (measured, ["--checkpoint_step", "2"], "both name a checkpoint"),
+    ):
+        assert main(["sample", str(source), "--best", *flag, "--out", str(tmp_path / "t.png")]) == 2
+        assert said in capsys.readouterr().err

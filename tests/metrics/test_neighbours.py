@@ -20,6 +20,12 @@ def test_precision_recall_density_and_coverage_are_prdcs(k, block, pair):
     assert values(manifold(x, y, k, block=block)) == pytest.approx(compute_prdc(y, x, nearest_k=k), rel=1e-12)
 
 
+def test_blocks_change_neither_the_four_nor_their_errors(pair):
+    x, y = pair[0], pair[1][:210]
+    for found, expected in zip(manifold(x, y, 3, block=37), manifold(x, y, 3)):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
 def test_with_three_neighbours_precision_and_recall_are_torch_fidelitys(pair, fidelity):
     module = fidelity("metric_prc")
     theirs = module.prc_features_to_metric(*map(torch.from_numpy, pair), prc_neighborhood=3, verbose=False)
