@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,7 +176,7 @@ def _digest(parts: Any) -> str:
 def _header(source: Any, name: str = "") -> tuple[tuple[int, int], int]:
     """(height, width) and channels (1, 3 or 4) of an image file, from its first bytes."""
     try:
-        with opened(source) if isinstance(source, Path) else source as file, Image.open(file) as image:
+        with opened(source) if isinstance(source, PurePath) else source as file, Image.open(file) as image:
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return (image.size if turned else image.size[::-1]), channels

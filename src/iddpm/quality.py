@@ -16,7 +16,6 @@ from iddpm.features import extract, features_of
 from iddpm.image_sets import Like, open_images
 from iddpm.metrics.frechet import Gaussian, frechet_distance
 from iddpm.metrics.kernel import kernel_distance
-from iddpm.metrics.moments import Moments
 from iddpm.places import replace
 
 REFERENCE = 2000  # real images that samples are compared with, at the most
@@ -48,7 +47,7 @@ class Quality:
     def _compare(self, drawn: np.ndarray, began: float) -> dict[str, float]:
         name = self.extractor.name.replace("-", "_")
         kd = kernel_distance(drawn, self.reference.rows("pool"), device=self.device)
-        fd = frechet_distance(Gaussian.of(Moments.of(drawn)), self.reference.gaussian("pool"))
+        fd = frechet_distance(Gaussian.of_few(drawn), self.reference.gaussian("pool"))
         error = {f"kd_{name}_error": kd.error} if kd.error is not None else {}
         return {f"kd_{name}": kd.value, **error, f"fd_{name}": fd, "eval_seconds": time.monotonic() - began}
 

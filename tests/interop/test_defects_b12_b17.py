@@ -16,8 +16,8 @@ from iddpm.batches import Batch, make_batch
 from iddpm.config import Config
 from iddpm.data import Images, Order, folder, labels
 from iddpm.data.labels import Found, Label
-from iddpm.nll import Bound
 from iddpm.interop.openai import commands, flags, script_util
+from iddpm.nll import Bound
 from interop.test_defects import TINY, TRAIN, command, red_with
 
 CLASSES = TINY | dict(class_cond=True)

@@ -70,6 +70,15 @@ def test_of_two_samples_without_full_rank_every_digit_is_right():
     assert frechet_distance(of(x), of(y)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("n", [5, 20, 30])
+def test_a_few_rows_as_they_are_give_the_gaussian_of_their_moments(n):
+    rng = np.random.default_rng(n)
+    x, y = rng.standard_normal((n, 20)) + 0.3, rng.standard_normal((50, 20)) @ np.diag(np.linspace(0.1, 2, 20))
+    few = Gaussian.of_few(x)
+    np.testing.assert_allclose(few.factor @ few.factor.T, few.covariance, atol=1e-12)
+    assert frechet_distance(few, of(y)) == pytest.approx(frechet_distance(of(x), of(y)), rel=1e-9)
+
+
 def test_gaussians_that_share_their_axes_have_a_closed_form():
     rng = np.random.default_rng(5)
     axes = np.linalg.qr(rng.normal(size=(7, 7)))[0]

@@ -21,6 +21,15 @@ class Gaussian:
         """UserError for fewer than 2 rows."""
         return Gaussian(moments.mean, moments.covariance)
 
+    @staticmethod
+    def of_few(rows: np.ndarray) -> "Gaussian":
+        """As `of`, of rows (n, d) in memory; where n <= d the factor is the centred rows, and no eigenproblem is solved."""
+        moments = Moments.of(rows)
+        gaussian = Gaussian.of(moments)
+        if moments.n <= rows.shape[1]:
+            gaussian.__dict__["factor"] = (rows - moments.mean).T / np.sqrt(moments.n - 1)  # where cached_property keeps it
+        return gaussian
+
     @cached_property
     def factor(self) -> np.ndarray:
         """F (d, rank) with covariance = F F^T; eigenvalues that are rounding of the largest are left out."""
