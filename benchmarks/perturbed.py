@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 
 from iddpm import extractors
 from iddpm.data import Order
-from iddpm.evaluate import Comparison, Side, compare
-from iddpm.features import extract
-from iddpm.image_sets import ImageSet, open_images
+from iddpm.evaluate.comparison import Comparison, Side, compare
+from iddpm.evaluate.features import extract
+from iddpm.evaluate.image_sets import ImageSet, open_images
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 

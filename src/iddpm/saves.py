@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from iddpm import checkpoint, distributed, storage
 from iddpm.config import Config
-from iddpm.quality import Best, read_best, write_best
+from iddpm.evaluate.quality import Best, read_best, write_best
 from iddpm.state import TrainState
 
 

@@ -20,9 +20,9 @@ from iddpm.config import ENDLESS, Config, Train, total_steps
 from iddpm.data import Images, Order
 from iddpm.diffusion.denoiser import Denoiser, Network
 from iddpm.errors import UserError
+from iddpm.evaluate.quality import Quality
 from iddpm.log import Logger, Meter, duration
 from iddpm.places import place
-from iddpm.quality import Quality
 from iddpm.saves import Saves, Store
 from iddpm.state import TrainState, copy_weights, initialise
 from iddpm.watch import watch

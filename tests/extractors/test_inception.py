@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from inception_oracles import fidelity, pytorch_fid, torch_fidelity, weights_by_rule
 from torch import Tensor, nn
 
 from iddpm.errors import UserError
 from iddpm.extractors import inception, weights
 from iddpm.extractors.interface import Extractor
 from iddpm.extractors.resize import tensorflow_bilinear
+from inception_oracles import fidelity, pytorch_fid, torch_fidelity, weights_by_rule
 
 SIZES = [(32, 32), (64, 48), (299, 299), (340, 410)]
 

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from iddpm import batches, nll, sample, train
+from iddpm import batches, sample, train
 from iddpm.batches import Batch, make_batch
 from iddpm.config import Config
 from iddpm.data import Images, Order, folder, labels
 from iddpm.data.labels import Found, Label
+from iddpm.evaluate import nll
+from iddpm.evaluate.nll import Bound
 from iddpm.interop.openai import commands, flags, script_util
-from iddpm.nll import Bound
 from interop.test_defects import TINY, TRAIN, command, red_with
 
 CLASSES = TINY | dict(class_cond=True)

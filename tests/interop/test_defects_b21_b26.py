@@ -21,10 +21,11 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from conftest import flags as typed
 from golden_rules import load
-from iddpm import distributed, nll, sample, train
+from iddpm import distributed, sample, train
 from iddpm.cli import VERBS, main
 from iddpm.config import Config
 from iddpm.errors import UserError
+from iddpm.evaluate import nll
 from iddpm.flags import Parser
 from iddpm.interop.openai import commands, dist_util, files, flags, guided, logger, script_util, unet
 from iddpm.interop.openai import nn as pieces

@@ -12,10 +12,10 @@ from iddpm.verbs.common import beside, open_weights
 if TYPE_CHECKING:
     import torch
 
-    from iddpm.evaluate import Result, Side
+    from iddpm.evaluate.comparison import Result, Side
+    from iddpm.evaluate.features import Features
+    from iddpm.evaluate.image_sets import ImageSet
     from iddpm.extractors import Extractor
-    from iddpm.features import Features
-    from iddpm.image_sets import ImageSet
 
 OF_A_RUN = 2048  # samples drawn unless told otherwise
 
@@ -33,11 +33,12 @@ def _evaluate(samples: str, **given: Any) -> None:
         raise UserError("--reference says which real images to compare with: a folder, an .npz or an archive")
     if settings.save_statistics and place(settings.save_statistics).suffix != ".npz":
         raise UserError(f"--save_statistics {settings.save_statistics}: give a name that ends in .npz")
-    from iddpm import build, distributed, evaluate, extractors, figures
+    from iddpm import build, distributed, extractors
+    from iddpm.evaluate import comparison, figures
 
     with distributed.session(build.device(which.device)) as device:
         extractor = extractors.open(settings.extractor, _weights(settings), device)
-        names = evaluate.wanted(settings.metrics)
+        names = comparison.wanted(settings.metrics)
         sets = _sample_sets(samples, settings, given, device)
         out = _out(place(samples), sets[0], settings)
         figures.read(out)  # what cannot be written to is refused before the work
@@ -75,7 +76,7 @@ def _is_run(path: Path) -> bool:
 def _sample_sets(name: str, settings: Evaluate, given: dict[str, Any], device: "torch.device") -> "list[ImageSet]":
     """The samples: of a run, a set for each draw."""
     from iddpm import sample
-    from iddpm.image_sets import drawn, open_images
+    from iddpm.evaluate.image_sets import drawn, open_images
 
     if not _is_run(place(name)):
         only = {**fields_of(Sample), **fields_of(Which), "labels": 0, "draws": 0}
@@ -97,20 +98,20 @@ def _sample_sets(name: str, settings: Evaluate, given: dict[str, Any], device: "
 
 def _reference(settings: Evaluate, samples: "ImageSet", extractor: "Extractor") -> "tuple[Side, Features | None]":
     """The real images' side, from a file of statistics, from images, or both; and their features, where there are images."""
-    from iddpm import evaluate, statistics
-    from iddpm.image_sets import open_images
+    from iddpm.evaluate import comparison, statistics
+    from iddpm.evaluate.image_sets import open_images
 
     path, held = place(settings.reference), {}
     if path.suffix in (".npz", ".pt") and path.exists():
         held = statistics.read(path, extractor.name, extractor.widths)
         if held and not (path.suffix == ".npz" and statistics.has_images(path)):
-            return evaluate.Side.of_statistics(held), None
+            return comparison.Side.of_statistics(held), None
     images = open_images(settings.reference, samples.like())
     if images.kind != samples.kind:
         how = f"are read as {samples.kind}" if images.channels == samples.channels else "are compared as colour"
         print(f"note: the samples are {samples.kind}, and the images of {images.name}, which are {images.kind}, {how}")
     features = _extract(images, extractor, 64, settings.num_reference, settings.seed)
-    side = evaluate.Side.of(features)
+    side = comparison.Side.of(features)
     return (side.with_statistics(held) if held else side), features
 
 
@@ -119,8 +120,9 @@ def _extract(images: "ImageSet", extractor: "Extractor", block: int, n: int = 0,
     import numpy as np
     from tqdm import tqdm
 
-    from iddpm import distributed, features
+    from iddpm import distributed
     from iddpm.data import Order
+    from iddpm.evaluate import features
 
     if images.n < 2:
         raise UserError(f"{images.name} holds {images.n} image: metrics need at least 2, and mean little below 1,000")
@@ -151,7 +153,7 @@ def _about(
     images: "ImageSet", extractor: "Extractor", settings: Evaluate, reference_n: int | None, device: "torch.device"
 ) -> dict[str, Any]:
     """What every figure carries."""
-    from iddpm.figures import circumstances
+    from iddpm.evaluate.figures import circumstances
 
     made = {
         k: images.about.get(k) for k in ("solver", "steps", "sampling_steps", "eta", "weights", "checkpoint_step", "ema_rate")
@@ -168,22 +170,22 @@ def _measure(
     about: dict[str, Any], out: Path,
 ) -> None:  # fmt: skip
     """Compute, print and record every figure, of each draw and of all."""
-    from iddpm import evaluate, figures
+    from iddpm.evaluate import comparison, figures
 
-    sides = [evaluate.Side.of(features) for features in drawn]
+    sides = [comparison.Side.of(features) for features in drawn]
     for line in _warnings(sides[0].n or 0, reference.n, extractor):
         print(line)
     every = []
     for k, side in enumerate(sides):
-        comparison = evaluate.Comparison(side, reference, extractor, settings.neighbours)
-        every.append(evaluate.compare(comparison, names, bool(settings.metrics), print if k == 0 else _silence))
+        both = comparison.Comparison(side, reference, extractor, settings.neighbours)
+        every.append(comparison.compare(both, names, bool(settings.metrics), print if k == 0 else _silence))
     rows, n = [], len(drawn[0])
     for k, results in enumerate(every):
         own = dict(about, n=n, seeds=_seeds(drawn[k]), draws=None)
         rows += [_figure(result, own) for result in results]
     final = every[0]
     if len(every) > 1:
-        final = evaluate.over_draws(every)
+        final = comparison.over_draws(every)
         rows += [_figure(result, dict(about, n=n, seeds=None, draws=len(every))) for result in final]
     if sizes := next((result.floor_of for result in final if result.floor_of), None):
         print(f"beside each figure, that of real images: {sizes[0]} of the reference against its {sizes[1]} others")
@@ -200,7 +202,7 @@ def _silence(line: str) -> None: ...
 
 
 def _figure(result: "Result", about: dict[str, Any]) -> Any:
-    from iddpm.figures import Figure
+    from iddpm.evaluate.figures import Figure
 
     n, m = result.floor_of or (None, None)
     floor = None if result.floor is None else {"value": result.floor, "n": n, "reference_n": m}
@@ -222,7 +224,7 @@ def _line(result: "Result", draws: list[float]) -> str:
 
 def _warnings(n: int, reference_n: int | None, extractor: "Extractor") -> list[str]:
     """What a reader of the figures must know of their n."""
-    from iddpm.evaluate import SMALL
+    from iddpm.evaluate.comparison import SMALL
 
     width, lines = extractor.widths["pool"], []
     least = min(n, reference_n or n)
@@ -238,7 +240,7 @@ def _warnings(n: int, reference_n: int | None, extractor: "Extractor") -> list[s
 
 def _write_neighbours(drawn: "Features", real: "Features", extractor: "Extractor", out: Path) -> None:
     """For each sample its nearest real images, as a table; and a picture of the nearest pairs."""
-    from iddpm import neighbours
+    from iddpm.evaluate import neighbours
 
     stem = out.name.removesuffix(".json")
     start = "" if stem == "metrics" else f"{stem.removesuffix('.metrics')}."
@@ -251,7 +253,7 @@ def _write_neighbours(drawn: "Features", real: "Features", extractor: "Extractor
 
 
 def _write_statistics(reference: "Side", extractor: "Extractor", settings: Evaluate) -> None:
-    from iddpm import statistics
+    from iddpm.evaluate import statistics
 
     path = place(settings.save_statistics)
     gaussians = {tap: g for tap in extractor.widths if (g := reference.gaussian(tap))}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from iddpm.data import Images
-    from iddpm.nll import Bound
+    from iddpm.evaluate.nll import Bound
 
 
 def _parser(parser: Parser) -> None:
@@ -28,7 +28,8 @@ def _parser(parser: Parser) -> None:
 def _nll(run: str, data: str, **given: Any) -> None:
     measure, which = make(Measure, given), make(Which, given)
     _check_names(measure, given)
-    from iddpm import build, distributed, figures
+    from iddpm import build, distributed
+    from iddpm.evaluate import figures
     from iddpm.verbs import nll_report as report
 
     with distributed.session(build.device(which.device)) as device:
@@ -176,7 +177,8 @@ def _numbered(images: "Images", known: int, path: str) -> "Images":
 def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.device", state: Path, leads: bool) -> "Bound":
     from tqdm import tqdm
 
-    from iddpm import build, nll
+    from iddpm import build
+    from iddpm.evaluate import nll
 
     config, n = opened.config, min(measure.num_samples or len(images), len(images))
     total = build.chain(config.diffusion, config.sample.sampling_steps).steps

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iddpm import nll, plot
+from iddpm import plot
 from iddpm.data import Images
-from iddpm.figures import Figure, circumstances, record
-from iddpm.nll import Bound, mean_and_error
+from iddpm.evaluate import nll
+from iddpm.evaluate.figures import Figure, circumstances, record
+from iddpm.evaluate.nll import Bound, mean_and_error
 from iddpm.places import place, replace
 from iddpm.verbs.common import Opened, beside
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from iddpm import build, distributed, nll, rng, sample, train
+from iddpm import build, distributed, rng, sample, train
 from iddpm.batches import open_data, open_validation
 from iddpm.checkpoint import Weights
 from iddpm.config import ENDLESS, Config, check, image_size, small_size
 from iddpm.data import read_npz
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
+from iddpm.evaluate import nll
 from iddpm.interop.openai import files, flags, logger
 
 Given = dict[str, Any]

@@ -12,8 +12,8 @@ from iddpm import distributed, extractors, sample
 from iddpm.config import Config, image_size
 from iddpm.data import Order
 from iddpm.diffusion.denoiser import Network
-from iddpm.features import extract, features_of
-from iddpm.image_sets import Like, open_images
+from iddpm.evaluate.features import extract, features_of
+from iddpm.evaluate.image_sets import Like, open_images
 from iddpm.metrics.frechet import Gaussian, frechet_distance
 from iddpm.metrics.kernel import kernel_distance
 from iddpm.places import replace

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from iddpm.errors import UserError
-from iddpm.image_sets import Like, open_images
+from iddpm.evaluate.image_sets import Like, open_images
 
 
 @pytest.fixture(scope="module")

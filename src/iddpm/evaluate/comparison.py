@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from iddpm.errors import UserError
+from iddpm.evaluate.features import Features
 from iddpm.extractors import Extractor
-from iddpm.features import Features
 from iddpm.metrics.frechet import Gaussian, frechet_distance, frechet_error
 from iddpm.metrics.inception_score import Scores
 from iddpm.metrics.kernel import kernel_distance

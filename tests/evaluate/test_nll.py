@@ -10,11 +10,12 @@ from scipy.special import ndtr
 from torch.distributions import Normal, kl_divergence
 
 from golden_rules import Stub, load, noise
-from iddpm import build, checkpoint, nll, rng, sample
+from iddpm import build, checkpoint, rng, sample
 from iddpm.config import Config
 from iddpm.data import Order
 from iddpm.errors import UserError
-from iddpm.nll import Progress, measure, summary, write_original_tables, write_tables
+from iddpm.evaluate import nll
+from iddpm.evaluate.nll import Progress, measure, summary, write_original_tables, write_tables
 
 CPU = torch.device("cpu")
 LOOPS = {

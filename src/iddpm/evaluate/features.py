@@ -21,8 +21,8 @@ from torch import Tensor
 
 from iddpm import distributed
 from iddpm.errors import UserError
+from iddpm.evaluate.image_sets import ImageSet
 from iddpm.extractors import Extractor, rgb
-from iddpm.image_sets import ImageSet
 from iddpm.metrics.frechet import Gaussian
 from iddpm.metrics.moments import Moments
 from iddpm.places import remote, replace

@@ -13,7 +13,7 @@ import pytest
 from iddpm.cli import main
 
 STEPS = 60
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def undisturbed(long_run, pictures, tmp_path_factory):
     return numbers(folder)
 
 
-SAVING_EVERY_TERM = "import sys, iddpm.nll as e, iddpm.cli as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
+SAVING_EVERY_TERM = "import sys, iddpm.evaluate.nll as e, iddpm.cli as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
 
 
 def done(partial):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iddpm.features import Features
+from iddpm.evaluate.features import Features
 from iddpm.metrics.neighbours import nearest
 from iddpm.pictures import comparison
 from iddpm.places import replace

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from conftest import flags, start
-from iddpm import extractors, features, figures
+from iddpm import extractors
 from iddpm.cli import main
+from iddpm.evaluate import features, figures
+from iddpm.evaluate.figures import Figure
+from iddpm.evaluate.image_sets import ImageSet
 from iddpm.extractors import Extractor
-from iddpm.figures import Figure
-from iddpm.image_sets import ImageSet
 
 WIDTH = 12
 PROJECTION = torch.from_numpy(np.random.default_rng(5).standard_normal((3 * 4 * 4, WIDTH)))
@@ -266,7 +267,7 @@ def test_any_number_of_processes_finds_the_figures_of_one(run, pictures, tmp_pat
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".iddpm"))
     shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(".iddpm"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     line = [*torchrun, "iddpm", *real_command(tmp_path / "run", tmp_path / "pictures", tmp_path / "m.json")]
     out = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120)
     assert out.returncode == 0, out.stderr
@@ -279,8 +280,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, pictures, tmp_path
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".iddpm"))
     shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(".iddpm"))
     line = real_command(tmp_path / "run", tmp_path / "pictures", tmp_path / "m.json")
-    program = "import sys, iddpm.features as f, iddpm.cli as c; f.SAVE_EVERY = 0; c.main(sys.argv[1:])"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    program = "import sys, iddpm.evaluate.features as f, iddpm.cli as c; f.SAVE_EVERY = 0; c.main(sys.argv[1:])"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     began = time.monotonic()
 
     def done() -> int:
@@ -417,7 +418,7 @@ def test_fewer_images_than_features_are_warned_of(sets, tmp_path, capsys):
 
 
 def test_a_run_that_draws_no_images_by_itself_is_refused(tmp_path, config, pictures, capsys):
-    from test_nll_verb import untrained
+    from evaluate.test_nll_verb import untrained
 
     judge = untrained(config, tmp_path / "judge", network="classifier", learn_sigma=False, objective="auto")
     assert evaluate(judge, pictures) == 2

@@ -3,8 +3,8 @@
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def _folder(name: str, path: Path, like: Like | None) -> ImageSet:
     def open_with(rule: str, size: tuple[int, int], channels: int) -> Images:
         return Images.open(path, size, channels, on_broken="fail", cache_bytes=0, labels=rule)
 
-    first = _header(open_with("none", (8, 8), 3).files[0])
+    first = _header_of(open_with("none", (8, 8), 3).files[0])
     size, channels = (like.size, like.channels) if like else first
     try:
         data = open_with("auto", size, channels)
@@ -98,7 +98,7 @@ def _folder(name: str, path: Path, like: Like | None) -> ImageSet:
         data = open_with("none", size, channels)
     if not like:
         for file in data.files:
-            _require(str(file), _header(file)[0], size, str(data.files[0]))
+            _require(str(file), _header_of(file)[0], size, str(data.files[0]))
 
     def digest(numbers: Sequence[int]) -> str:
         return _digest(data.files[int(k)].read_bytes() for k in numbers)
@@ -173,15 +173,19 @@ def _digest(parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _header(source: Any, name: str = "") -> tuple[tuple[int, int], int]:
+def _header(file: BinaryIO, name: str) -> tuple[tuple[int, int], int]:
     """(height, width) and channels (1, 3 or 4) of an image file, from its first bytes."""
     try:
-        with opened(source) if isinstance(source, PurePath) else source as file, Image.open(file) as image:
+        with file, Image.open(file) as image:
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return (image.size if turned else image.size[::-1]), channels
     except Exception as e:  # damaged files make Pillow raise almost anything
-        raise UserError(f"{name or source} is not a readable image ({e}): repair or remove it") from None
+        raise UserError(f"{name} is not a readable image ({e}): repair or remove it") from None
+
+
+def _header_of(path: Path) -> tuple[tuple[int, int], int]:
+    return _header(opened(path), str(path))
 
 
 def _require(name: str, found: tuple[int, int], size: tuple[int, int], first: str) -> None:

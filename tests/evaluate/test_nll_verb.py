@@ -95,7 +95,7 @@ def test_paired_differences_are_surer_than_the_runs_themselves(run, pictures, tm
 
 
 def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, config, pictures, tmp_path, capsys):
-    from iddpm import nll as measuring
+    from iddpm.evaluate import nll as measuring
 
     monkeypatch.setattr(measuring, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(measuring, "SAVE_COST", 0)
@@ -171,7 +171,7 @@ def test_two_runs_give_two_curves_and_the_paired_difference_at_each_point(run, c
 def test_a_curve_broken_off_keeps_its_points_and_goes_on_in_the_midst_of_one(
     monkeypatch, run, config, pictures, tmp_path, capsys
 ):
-    from iddpm import nll as measuring
+    from iddpm.evaluate import nll as measuring
 
     monkeypatch.setattr(measuring, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(measuring, "SAVE_COST", 0)

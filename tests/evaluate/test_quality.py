@@ -12,8 +12,8 @@ from iddpm.cli import main
 from iddpm.config import Config, check
 from iddpm.data import Images
 from iddpm.errors import UserError
+from iddpm.evaluate.quality import read_best
 from iddpm.log import read_rows
-from iddpm.quality import read_best
 from iddpm.train import train
 from test_distributed import torchrun
 
