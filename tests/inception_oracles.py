@@ -38,7 +38,10 @@ def _package(name: str) -> ModuleType:
 
 
 def torch_fidelity(module: str) -> ModuleType:
-    with _standing_in(torch_fidelity=_package("torch_fidelity")):
+    """A module of torch-fidelity; its utils, which want torchvision and which arithmetic does not call, stay out."""
+    utils = ModuleType("torch_fidelity.utils")
+    utils.__getattr__ = lambda name: None
+    with _standing_in(torch_fidelity=_package("torch_fidelity"), torch_fidelity__utils=utils):
         return importlib.import_module(f"torch_fidelity.{module}")
 
 

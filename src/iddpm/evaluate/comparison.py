@@ -1,6 +1,7 @@
 """How good samples are: every metric of two sets of features, with its error and what real images get in its place."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,13 @@ class Side(NamedTuple):
         """Rows start .. stop - 1."""
         rows = {tap: _Part(held, start, stop - start) for tap, held in self.rows.items()}
         labels = None if self.labels is None else self.labels[start:stop]
-        return Side(stop - start, rows, lambda tap: Gaussian.of(Moments.of(rows[tap])), labels, self.classes)
+
+        @cache
+        def gaussian(tap: str) -> Gaussian:
+            few = stop - start <= rows[tap].shape[1]
+            return Gaussian.of_few(rows[tap][:]) if few else Gaussian.of(Moments.of(rows[tap]))
+
+        return Side(stop - start, rows, gaussian, labels, self.classes)
 
 
 class _Part:

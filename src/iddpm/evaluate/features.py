@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Features:
 
     def __init__(self, folder: Path, images: ImageSet, chosen: np.ndarray, extractor: Extractor):
         self.folder, self.images, self.chosen, self.extractor = folder, images, chosen, extractor
+        self.gaussian = cache(self._gaussian)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -62,11 +64,13 @@ class Features:
     def rows(self, tap: str) -> Rows:
         return Rows(self.folder / f"{tap}.f32", len(self), self.extractor.widths[tap])
 
-    def gaussian(self, tap: str) -> Gaussian:
-        """Mean and covariance, kept beside the rows."""
-        path = self.folder / f"{tap}.moments.npz"
+    def _gaussian(self, tap: str) -> Gaussian:
+        """Mean and covariance; of more rows than features, kept beside them."""
+        rows, path = self.rows(tap), self.folder / f"{tap}.moments.npz"
+        if len(rows) <= rows.shape[1]:
+            return Gaussian.of_few(rows[:])
         if not path.exists():
-            moments = Moments.of(self.rows(tap))
+            moments = Moments.of(rows)
             replace(path, lambda file: np.savez(file, mu=moments.mean, sigma=moments.covariance))
         with np.load(path) as held:
             return Gaussian(held["mu"], held["sigma"])
