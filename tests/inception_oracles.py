@@ -20,14 +20,15 @@ ORACLES = Path(__file__).parents[1] / ".venv" / "oracles"  # `make .venv/oracles
 @contextmanager
 def _standing_in(**names: ModuleType) -> Iterator[None]:
     """Modules for a moment: what is imported meanwhile from these packages is forgotten too."""
-    before = dict(sys.modules)
+    ours = ("torchvision", "torch_fidelity", "pytorch_fid")
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ours}
     sys.modules |= {name.replace("__", "."): module for name, module in names.items()}
     try:
         yield
     finally:
-        for name in set(sys.modules) - set(before):
-            if name.partition(".")[0] in ("torchvision", "torch_fidelity", "pytorch_fid"):
-                del sys.modules[name]
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[name]
+        sys.modules |= before
 
 
 def _package(name: str) -> ModuleType:

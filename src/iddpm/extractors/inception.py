@@ -180,7 +180,7 @@ def load(state: Mapping[str, Tensor], source: str) -> tuple[Inception, Tensor]:
         gamma, beta, mean, var = (state[f"{name}.bn.{n}"].double() for n in NORM)
         gain = gamma / (var + 0.001).sqrt()
         weight = (state[f"{name}.conv.weight"].double() * gain.view(-1, 1, 1, 1)).float()
-        tensors[f"{name}.weight"] = weight.contiguous(memory_format=torch.channels_last)  # 1.5 times as fast on CPUs
+        tensors[f"{name}.weight"] = weight.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
         tensors[f"{name}.bias"] = (beta - mean * gain).float()
     net.load_state_dict(tensors, assign=True)
     return net.eval().requires_grad_(False), state["fc.weight"].double()
@@ -216,8 +216,8 @@ def _pytorch_fid(images: Tensor) -> Tensor:
 def open(weights: str = "", device: torch.device | str = "cpu", pipeline: str = "tensorflow") -> Extractor:
     """The extractor "inception" (or "inception-pytorch-fid", by the pipeline), with weights from a file.
 
-    Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as in
-    every implementation since the first (Salimans et al. 2016). UserError for no file, or one of another network.
+    Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as the
+    first implementation (Salimans et al. 2016), OpenAI's and torch-fidelity do. UserError for no file, or another network's.
     """
     path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
     net, last = load(files.read(path), weights or str(path))
