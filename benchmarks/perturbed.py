@@ -19,9 +19,10 @@ from PIL import Image, ImageFilter
 
 from iddpm import extractors
 from iddpm.data import Order
-from iddpm.evaluate.comparison import Comparison, Side, compare
+from iddpm.evaluate.comparison import Comparison, compare, possible
 from iddpm.evaluate.features import extract
 from iddpm.evaluate.image_sets import ImageSet, open_images
+from iddpm.evaluate.sides import Side
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -82,10 +83,10 @@ def main() -> None:
         rows = {}
         for name, (damage, chosen) in sets.items():
             features = extract(damaged(images, damage, name, Path(folder)), chosen, extractor)
-            names = ["fd", "sfd", "is", "kd", "prdc", "memorisation"]
-            # as many as there are in practice: without the floor, which is the first row
-            found = compare(Comparison(Side.of(features), reference, extractor, 5), names, False, lambda line: None, floor=False)
-            rows[name] = {r.name: r.estimate for r in found}
+            both = Comparison(Side.of(features), reference, extractor, 5)
+            names = possible(both, ["fd", "sfd", "is", "kd", "prdc", "memorisation"], False, lambda line: None)
+            found = compare(both, names, None)  # without a floor: that is the first row
+            rows[name] = {r.finding.name: r.finding.estimate for r in found}
         columns = list(rows["other real images"])
         print(f"| {args.n} against {args.n} images | " + " | ".join(columns) + " |")
         print("|---" * (len(columns) + 1) + "|")

@@ -187,28 +187,33 @@ class Folder:
     def newest(self) -> tuple[Held | None, list[str]]:
         """The newest state that verifies, and one line for each newer one that was passed over; the first process looks.
 
-        It also clears away what saves cut short have left: the folder is taken to be this trainer's alone.
+        It also clears away what saves cut short have left, and sets best.json right: the folder is this trainer's alone.
         """
-        found: tuple[str | None, list[str]] = (None, [])
+        found: tuple[str | None, list[str], Any] = (None, [], None)
         if distributed.rank() == 0:
             storage.sweep(self.run)
             folder, passed_over = newest(self.run)
-            found = (folder.name if folder else None, passed_over)
-        name, passed_over = distributed.same(found)
+            best = _state(folder).get("best") if folder else None
+            if folder and (fault := storage.mend_best(self.run, best, storage.step_of(folder))):
+                passed_over, best = [*passed_over, fault], None
+            found = (folder.name if folder else None, passed_over, best)
+        name, passed_over, best = distributed.same(found)
         if name is None:
             return None, passed_over
         folder = self.run / "checkpoints" / name
-        return Held(folder, json.loads((folder / "state" / "state.json").read_text())), passed_over
+        return Held(folder, _state(folder) | {"best": best}), passed_over
 
     def save(self, config: Config, saved: Saved) -> Path:
         """Keep a state, at once."""
         path = save(self.run, config, saved)
-        self.prune(saved.step)
+        self._tidy(saved.state)
         return path
 
-    def prune(self, last: int) -> None:
-        """Delete the checkpoints up to step `last` that are not to be kept."""
-        storage.prune(self.run, self.keep, self.keep_every, last)
+    def _tidy(self, state: Mapping[str, Any]) -> None:
+        """Name the best that a state in its place knows of; then delete the checkpoints that are not to be kept."""
+        if state.get("best"):
+            storage.name_best(self.run, state["best"])
+        storage.prune(self.run, self.keep, self.keep_every, state["step"])
 
     def begin(self, config: Config, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path | None:
         """Copy a state, whose tensors may be sharded, and have it written; every process calls this.
@@ -266,7 +271,7 @@ class Folder:
 
     def _commit(self, draft: Draft, entries: Mapping[str, Entry]) -> None:
         draft.commit(entries)
-        self.prune(draft.state["step"])
+        self._tidy(draft.state)
 
     def _fail(self, draft: Draft, future: "Future[Any]") -> None:
         error = future.exception()
@@ -303,7 +308,12 @@ def load(folder: Path) -> Saved:
     """All of a verified checkpoint."""
     from iddpm import dcp
 
-    return Saved.of(dcp.load(folder), json.loads((folder / "state" / "state.json").read_text()))
+    return Saved.of(dcp.load(folder), _state(folder))
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "state" / "state.json").read_text())
+    return state
 
 
 class Weights(NamedTuple):

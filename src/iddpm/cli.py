@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         return _say(str(e), getattr(e, "code", 2))
     except KeyboardInterrupt:
-        return _say("interrupted")
+        return _say("interrupted" + ("; the same command goes on from here" if VERBS[argv[0]].resumes else ""))
     except OSError as e:
         return _say(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
     except RuntimeError as e:

@@ -343,6 +343,9 @@ def check(config: Config) -> Config:
         raise UserError(f"--consistent has no effect with --network {model.network}: it belongs to super_res")
     if train.eval_every and model.network != "unet":
         raise UserError(f"--eval_every has no effect with --network {model.network}: it draws samples")
+    only = () if train.eval_every else ("eval_samples", "eval_reference", "eval_extractor", "eval_batch")
+    if useless := [k for k in only if getattr(train, k) != getattr(Train, k)]:
+        raise UserError(f"--{useless[0]} has no effect without --eval_every; its default is {getattr(Train, useless[0])!r}")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_sampling_steps(diffusion.diffusion_steps, sample.sampling_steps)

@@ -86,3 +86,4 @@ class Verb(NamedTuple):
     parser: Callable[[Parser], None]
     usage: str
     help: str
+    resumes: bool = False  # whether the same command goes on with what an interrupted one has done

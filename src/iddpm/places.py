@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, TypeVar, cast
 
@@ -275,9 +276,39 @@ def replace(path: Path, write: Callable[[Any], Any]) -> None:
         path.write_bytes(file.getvalue())
         return
     aside = path.with_name("." + path.name)
-    with open(aside, "wb") as local:
-        write(local)
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as local:
+            write(local)
+        os.replace(aside, path)
+    except OSError as e:  # a full disk names no file
+        aside.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, e.filename or str(path)) from e
+
+
+def lock(handle: int) -> bool:
+    """Whether an open local file or folder is now this process's alone, until it is closed; True where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # its file system knows none
+        return True
+    return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, if it is on this machine, while others wait."""
+    if remote(folder):
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        while not lock(handle):
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
 
 
 def opened(path: Path) -> BinaryIO:

@@ -1,13 +1,13 @@
 """The saves of a run under way."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from iddpm import checkpoint, distributed, storage
 from iddpm.config import Config
-from iddpm.evaluate.quality import Best, read_best, write_best
 from iddpm.state import TrainState
+from iddpm.storage import Best
 
 
 class Store(Protocol):
@@ -28,23 +28,26 @@ class Saves:
     def __init__(self, store: Store, run: Path, config: Config, state: TrainState, say: Callable[[str], None]):
         self.store, self.run, self.config, self.state, self.say = store, run, config, state, say
         self.path: Path | None = None
-        self.best = distributed.same(read_best(run))
-        self._better: Best | None = None  # than the best, once it is saved
+        self.first = state.step
 
-    def rank(self, measured: Mapping[str, float]) -> None:
-        """Take the present state for the best, once it is saved, where its samples are so far."""
-        self.settle(wait=True)
-        metric, value = next(iter(measured.items()))
-        if not self.best or self.best.metric != metric or value < self.best.value:
-            self._better = Best(self.state.step, value, metric)
+    def rank(self, found: Best) -> None:
+        """Take the present state for the best where its samples are, or where the best was measured under other conditions.
+
+        The save that is then `due` names it; of the state that the run began with, which is saved already, that is done here.
+        """
+        best, self.state.measured = self.state.best, found.step
+        if best and best.conditions == found.conditions and best.value <= found.value:
+            return
+        self.state.best = found
+        if found.step == self.first and distributed.rank() == 0:
+            storage.name_best(self.run, found._asdict())
 
     def due(self) -> bool:
-        """Whether the present state is better than the best, and yet to be saved."""
-        return self._better is not None and self._better.step == self.state.step
+        """Whether the present state is the best, and yet to be saved."""
+        return self.state.best is not None and self.state.best.step == self.state.step > self.first
 
     def begin(self) -> None:
         """Save the present state."""
-        self.settle(wait=True)  # and so say what is best before a new save prunes
         if isinstance(self.store, checkpoint.Folder):
             self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
             return
@@ -68,12 +71,6 @@ class Saves:
     def _done(self, path: Path | None) -> None:
         if not path:
             return
-        self.path = path
-        best = self._better if self._better and path.name == storage.step_dir(self.run, self._better.step).name else None
-        if best:
-            self.best, self._better = best, None
-            if distributed.rank() == 0:
-                write_best(self.run, best)
-                if isinstance(self.store, checkpoint.Folder):
-                    self.store.prune(best.step)  # of the one that was the best before
-        self.say(f"saved {path}" + (f", the best by {best.metric}" if best else ""))
+        self.path, best = path, self.state.best
+        is_best = best is not None and path == storage.step_dir(self.run, best.step)
+        self.say(f"saved {path}" + (f", the best by {best.metric}" if best and is_best else ""))

@@ -10,6 +10,7 @@ from iddpm import build, checkpoint, distributed
 from iddpm.config import Config, ema_rates
 from iddpm.ema import EMA
 from iddpm.errors import UserError
+from iddpm.storage import Best
 
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
@@ -52,6 +53,8 @@ class TrainState:
         self.images = 0  # images seen: the position in the data order
         self.skipped = 0  # steps skipped for a gradient that was not finite, in all
         self.skipped_in_a_row = 0
+        self.measured = 0  # the last step whose samples were measured (--eval_every)
+        self.best: Best | None = None  # of the steps measured
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, perhaps sharded, by its name in a checkpoint."""
@@ -66,7 +69,8 @@ class TrainState:
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, the same on every process."""
         counts = {name: getattr(self, name) for name in COUNTS}
-        return counts | dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
 
     def to_saved(self) -> checkpoint.Saved:
         """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
@@ -94,6 +98,8 @@ class TrainState:
         for name in COUNTS:
             setattr(self, name, saved.state[name])
         self.ema.updates = saved.state["ema_updates"]
+        self.measured = saved.state.get("measured", 0)
+        self.best = Best(**best) if (best := saved.state.get("best")) else None
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]
 

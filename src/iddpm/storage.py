@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -26,6 +26,7 @@ from iddpm.places import sha256
 
 STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
+BEST = "best.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -37,6 +38,15 @@ class Entry(NamedTuple):
 
     size: int
     digest: str
+
+
+class Best(NamedTuple):
+    """The checkpoint that was measured best, of those under equal conditions."""
+
+    step: int
+    value: float
+    metric: str
+    conditions: dict[str, Any]  # as JSON holds them
 
 
 # ---- where checkpoints lie
@@ -66,11 +76,36 @@ def step_dirs(run: Path) -> list[Path]:
 def best(run: Path) -> int | None:
     """The step that checkpoints/best.json names, where there is one."""
     try:
-        return int(json.loads((run / "checkpoints" / "best.json").read_text())["step"])
+        return int(json.loads((run / "checkpoints" / BEST).read_text())["step"])
     except UserError:  # no answer is not the same as none
         raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def name_best(run: Path, best: Mapping[str, Any] | None) -> None:
+    """Write a `Best` to checkpoints/best.json, or none."""
+    path = run / "checkpoints" / BEST
+    if best is None:
+        path.unlink(missing_ok=True)
+    else:
+        places.replace(path, lambda file: file.write(json.dumps(best).encode()))
+
+
+def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | None:
+    """Make best.json name the best `known` to the checkpoint of `step`, from which a run goes on, if that best is whole.
+
+    Returns what is wrong with it else, and names none. A kill may have left the file behind the checkpoint, or the checkpoint
+    was passed over that it names.
+    """
+    named, fault = best(run), None
+    if named == step or (known is None and (named or 0) < step):  # measured after it was saved, or before any checkpoint knew
+        return None
+    if known and known["step"] != step and (fault := verify(step_dir(run, known["step"]), MANIFEST)):
+        fault = f"the best checkpoint, of step {known['step']}, is lost: {fault}"
+        known = None
+    name_best(run, known)
+    return fault
 
 
 def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) -> None:

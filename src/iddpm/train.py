@@ -25,7 +25,7 @@ from iddpm.log import Logger, Meter, duration
 from iddpm.places import place
 from iddpm.saves import Saves, Store
 from iddpm.state import TrainState, copy_weights, initialise
-from iddpm.watch import watch
+from iddpm.watch import Tell, watch
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
 
@@ -124,6 +124,7 @@ def train(
     _check_processes(t)
     leads = distributed.rank() == 0
     say = say if leads else _silence
+    quality = Quality(config, run, device, say) if t.eval_every else None
     store = store or checkpoint.Folder(run, t.keep, t.keep_every, t.async_save)
     state = TrainState(config, device)
     saved, passed_over = store.newest()
@@ -145,7 +146,6 @@ def train(
     denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, t.precision))
     order, meter, draws = Order(len(data), t.seed), Meter(), sheets and config.model.network != "classifier"
     validation = Validation(config, held_out) if held_out else None
-    quality = Quality(config, device, say) if t.eval_every else None
     first = logged = state.step
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
@@ -161,17 +161,19 @@ def train(
             done = state.step >= end
             stop, broken = map(bool, distributed.count(stopping(), fault is not None))
             diverged = state.skipped_in_a_row >= MAX_SKIPS
+            unmeasured = quality and state.step % t.eval_every == 0 and state.measured < state.step
+            if quality and unmeasured and not (stop or broken or diverged):
+                if found := _measure(config, state, device, quality, tell, stopping):
+                    saves.rank(quality.best(state.step, found))
+                    if logger:
+                        logger.row(step=state.step, images=state.images, time=time.time(), **found)
+                        quality.record(state.step, found)
+                    say(f"step {state.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+                stop = found is None
             ending = done or stop or broken or diverged
             if state.step > first:
                 if validation and state.step % t.validation_interval == 0:
                     validation(state, meter)
-                if quality and state.step % t.eval_every == 0:
-                    tell(state.step, "measuring samples")
-                    measured = _quality(config, state, device, quality)
-                    if logger:
-                        logger.row(step=state.step, images=state.images, time=time.time(), **measured)
-                    say(f"step {state.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
-                    saves.rank(measured)
                 if state.step % t.log_interval == 0 or ending:
                     now = time.monotonic()
                     rate = (state.step - logged) * t.batch_size / (now - last)
@@ -195,8 +197,7 @@ def train(
             if stop:
                 raise Stopped(f"stopped at step {state.step}; all is saved: the same command goes on from here")
             if draws and state.step > first and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
-                tell(state.step, "drawing samples")
-                say(f"samples: {_sample_sheet(config, state, device, data, run)}")
+                say(f"samples: {_sample_sheet(config, state, device, data, run, tell)}")
             if batch is None:
                 break
             tell(state.step, "training")
@@ -299,32 +300,53 @@ def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
 
 
 @contextmanager
-def _averaged(config: Config, state: TrainState, device: torch.device) -> Iterator[Network]:
-    """The network with its averaged weights, ready to draw; afterwards the run's own are back."""
+def _averaged(config: Config, state: TrainState, device: torch.device, tick: Callable[[], None]) -> Iterator[Network]:
+    """The network with its averaged weights, ready to draw, and a `tick` before each call; afterwards the run's own are back."""
     live = {name: p.detach().clone() for name, p in state.params.items()}
     average = next(iter(state.ema.averages.values()), live)
     net = build.in_precision(state.net.eval(), device, config.train.precision)
+
+    def ticking(*x: Tensor, **cond: Tensor) -> Tensor:
+        tick()
+        return net(*x, **cond)
+
     try:
         copy_weights(average, state.params)
         with distributed.gathered(state.net):
-            yield net
+            yield ticking
     finally:
         copy_weights(live, state.params)
 
 
-def _quality(config: Config, state: TrainState, device: torch.device, quality: Quality) -> dict[str, float]:
-    with _averaged(config, state, device) as net:
-        return quality(net)
+class _Asked(Exception):
+    """A process was asked to stop while all were at work."""
 
 
-def _sample_sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path) -> Path:
+def _measure(
+    config: Config, state: TrainState, device: torch.device, quality: Quality, tell: Tell, stopping: Callable[[], bool]
+) -> dict[str, float] | None:
+    """What the averaged weights draw, measured; None where the run is asked to stop meanwhile: a resumed run does it then."""
+
+    def tick() -> None:
+        tell(state.step, "measuring samples")
+        if any(distributed.count(stopping())):  # the processes call the network equally often
+            raise _Asked
+
+    try:
+        with _averaged(config, state, device, tick) as net:
+            return quality(net)
+    except _Asked:
+        return None
+
+
+def _sample_sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path, tell: Tell) -> Path:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png; leaves the run's randomness alone.
 
     A super-resolution model shows what it makes of the first images of the data.
     """
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _averaged(config, state, device) as net:
+    with _averaged(config, state, device, lambda: tell(state.step, "drawing samples")) as net:
         _draw_sheet(config, net, device, data, path)
     return path
 

@@ -75,7 +75,8 @@ def test_every_metric_is_computed_and_carries_what_decides_it(sets, tmp_path, ca
         "label consistency", "near copies (1 % expected)", "nearest distance ratio",
     ]  # fmt: skip
     for row in rows:
-        assert (row["n"], row["reference_n"], row["extractor"], row["seed"]) == (80, 100, "pixels", 3)
+        against = None if row["name"].startswith("IS") else 100
+        assert (row["n"], row["reference_n"], row["extractor"], row["seed"]) == (80, against, "pixels", 3)
         assert row["reference"] == str(sets["real"]) and row["samples"] == str(sets["samples"])
         assert {"solver", "steps", "checkpoint_step", "ema_rate", "weights", "time", "machine", "iddpm", "floor"} <= row.keys()
         assert np.isfinite(row["value"])
@@ -151,10 +152,11 @@ def test_other_images_under_the_same_name_are_measured_anew(tmp_path):
 
 def test_data_that_cannot_be_written_beside_is_cached_in_the_users_cache(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(features.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(features.os, "access", lambda path, mode: ".iddpm" not in str(path))
     assert evaluate(sets["samples"], sets["real"], out=tmp_path / "m.json", metrics="fd") == 0
     assert len(list((tmp_path / "cache" / "iddpm").iterdir())) == 2
-    assert "cannot keep features" in capsys.readouterr().err + "cannot keep features"
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("cannot keep features: they are kept in") == 2
 
 
 def test_an_extraction_that_is_cut_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -244,6 +246,11 @@ def test_several_draws_tell_their_mean_and_spread(run, pictures, tmp_path, capsy
 REAL = dict(num_samples=20, batch_size=4, sampling_steps=3, metrics="fd,is,kd,prdc,memorisation,labels", device="cpu")
 
 
+def real_extractor() -> Extractor:
+    """Of which only the widths matter."""
+    return pixels("", torch.device("cpu"))._replace(widths={"pool": 1280})
+
+
 def real_command(run, pictures, out) -> list[str]:
     return ["evaluate", str(run), "--reference", str(pictures), *flags(**REAL, out=out)]
 
@@ -285,7 +292,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, pictures, tmp_path
     began = time.monotonic()
 
     def done() -> int:
-        return sum(features._done(folder) for folder in (tmp_path / "run").glob(".iddpm/*"))
+        return sum(features._done(folder, real_extractor()) for folder in (tmp_path / "run").glob(".iddpm/*"))
 
     with subprocess.Popen(
         [sys.executable, "-c", program, *line], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -307,7 +314,7 @@ def test_statistics_that_were_saved_give_the_figure_of_the_images(sets, tmp_path
     assert evaluate(sets["samples"], saved, metrics="fd", out=tmp_path / "b.json") == 0
     assert values(tmp_path / "a.json") == pytest.approx(values(tmp_path / "b.json"), rel=1e-12)
     row = json.loads((tmp_path / "b.json").read_text())["figures"][0]
-    assert row["reference_n"] is None and row["floor"] is None
+    assert row["reference_n"] == 100 and row["floor"] is None  # the file says how many
 
 
 def test_statistics_of_other_tools_are_read(sets, tmp_path, capsys):
@@ -329,6 +336,109 @@ def test_statistics_of_other_tools_are_read(sets, tmp_path, capsys):
     assert (
         found["FD-pixels"] > wanted + 1 and 0 < found["precision"] <= 1
     )  # the statistics from the file, the rest from the images
+
+
+def test_statistics_of_a_file_are_told_with_their_own_number_of_images(sets, tmp_path):
+    saved = tmp_path / "real.npz"
+    assert evaluate(sets["samples"], sets["real"], metrics="fd", out=tmp_path / "a.json", save_statistics=saved) == 0
+    with np.load(saved) as file, np.load(sets["real"]) as images:
+        np.savez(tmp_path / "both.npz", **dict(file), arr_0=images["arr_0"])
+    assert evaluate(sets["samples"], tmp_path / "both.npz", num_reference=30, metrics="fd,prdc", out=tmp_path / "b.json") == 0
+    rows = {row["name"]: row["reference_n"] for row in json.loads((tmp_path / "b.json").read_text())["figures"]}
+    assert rows["FD-pixels"] == 100 and rows["precision"] == 30
+    assert evaluate(sets["samples"], saved, num_reference=30) == 2
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(clip_denoised=False), dict(precision="bf16"), dict(solver="ddim"), dict(sampling_steps=3), dict(ema_rate=0),
+        dict(num_samples=10), dict(num_reference=15), dict(neighbours=3), dict(seed=1), dict(labels="disc"),
+    ],
+)  # fmt: skip
+def test_a_figure_of_other_conditions_stands_beside_the_first(run, pictures, tmp_path, changed):
+    settings = dict(num_samples=8, metrics="prdc", out=tmp_path / "m.json")
+    assert evaluate(run, pictures, **settings) == 0
+    first = figures.read(tmp_path / "m.json")
+    assert evaluate(run, pictures, **settings) == 0
+    assert len(figures.read(tmp_path / "m.json")) == len(first) == 4
+    assert evaluate(run, pictures, **settings | changed) == 0
+    rows = figures.read(tmp_path / "m.json")
+    assert len(rows) == 8 and [row["value"] for row in rows[:4]] == [row["value"] for row in first]
+
+
+def test_a_figure_without_a_value_loses_no_other(sets, tmp_path):
+    """Doubles in the reference: the distance of most real images to their nearest is 0."""
+    with np.load(sets["real"]) as file:
+        np.savez(tmp_path / "doubles.npz", np.concatenate([file["arr_0"][:30]] * 2))
+    assert evaluate(sets["samples"], tmp_path / "doubles.npz", out=tmp_path / "m.json") == 0
+    assert "FD-pixels" in values(tmp_path / "m.json") and "nearest distance ratio" not in values(tmp_path / "m.json")
+    figures.record(tmp_path / "m.json", [Figure("odd", float("inf"), 1.0, {})])
+    assert figures.read(tmp_path / "m.json")[-1] == {
+        "name": "odd",
+        "value": None,
+        "error": None,
+        "interval": None,
+        "note": "the value is inf",
+    }
+
+
+def test_a_reference_with_too_few_of_each_class_costs_label_consistency_alone(sets, tmp_path, capsys):
+    with np.load(sets["real"]) as file:
+        np.savez(tmp_path / "few.npz", file["arr_0"][:20], np.arange(20))
+        np.savez(tmp_path / "samples.npz", file["arr_0"][40:80], np.arange(40) % 10)
+    assert evaluate(tmp_path / "samples.npz", tmp_path / "few.npz", out=tmp_path / "m.json") == 0
+    assert "FD-pixels" in values(tmp_path / "m.json")
+    assert "without labels: " in capsys.readouterr().out
+
+
+def test_two_evaluations_at_once_make_the_features_of_a_reference_once(sets, tmp_path):
+    import shutil
+
+    shutil.copy(sets["real"], tmp_path / "real.npz")
+    both = []
+    for k in range(2):
+        np.savez(tmp_path / f"{k}.npz", images(30, 20 + k))
+        line = ["evaluate", tmp_path / f"{k}.npz", "--reference", tmp_path / "real.npz", "--metrics", "fd,kd", "--device", "cpu"]
+        both.append(start(*line))
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    kept = [folder for folder in (tmp_path / ".iddpm").iterdir() if (folder / "pool.f32").stat().st_size == 4 * 1280 * 100]
+    assert len(kept) == 1
+    assert all(len(values(tmp_path / f"{k}.npz.metrics.json")) == 2 for k in range(2))
+
+
+def test_a_file_system_without_locks_is_no_obstacle(sets, tmp_path, monkeypatch):
+    import errno
+
+    def refuses(handle, how):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr("iddpm.places.fcntl.flock", refuses)
+    assert evaluate(sets["samples"], sets["real"], metrics="fd", out=tmp_path / "m.json") == 0
+
+
+def test_damaged_features_are_made_anew(sets, tmp_path):
+    import shutil
+
+    for name in ("samples", "real"):
+        shutil.copy(sets[name], tmp_path / f"{name}.npz")
+    settings = dict(metrics="fd", out=tmp_path / "m.json")
+    assert evaluate(tmp_path / "samples.npz", tmp_path / "real.npz", **settings) == 0
+    first = values(tmp_path / "m.json")
+    for k, folder in enumerate(sorted((tmp_path / ".iddpm").iterdir())):
+        (folder / "pool.moments.npz").unlink()
+        if k:
+            (folder / "about.json").write_text("{")
+        else:
+            with open(folder / "pool.f32", "r+b") as file:
+                file.truncate(100)
+    assert evaluate(tmp_path / "samples.npz", tmp_path / "real.npz", **settings) == 0
+    assert values(tmp_path / "m.json") == first
 
 
 # ---- what cannot work
@@ -356,6 +466,9 @@ def line(capsys) -> str:
         (dict(metrics="sfd"), "--metrics sfd: pixels has no spatial features"),
         (dict(solver="ddim"), "--solver has no effect: .* holds images that are drawn already"),
         (dict(draws=2), "--draws has no effect"),
+        (dict(num_samples=500), "holds 80 images: 500 cannot be compared"),
+        (dict(num_reference=500), "holds 100 images: 500 cannot be compared"),
+        (dict(num_samples=1), "metrics need at least 2 images a side"),
         (dict(inception_weights="x.pth"), "--inception_weights has no effect with --extractor pixels"),
         (dict(out="figures.txt"), "--out figures.txt: the figures are one file of JSON"),
         (dict(save_statistics="x.pt"), "--save_statistics x.pt: give a name that ends in .npz"),

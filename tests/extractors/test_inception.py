@@ -131,6 +131,21 @@ def test_features_do_not_depend_on_the_batch_an_image_is_in(networks):
         torch.testing.assert_close(together[name][3:4], alone[name], rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_batch_is_taken_in_parts_and_comes_back_in_order(networks, monkeypatch):
+    sizes = []
+
+    def forward(net, x):
+        sizes.append(len(x))
+        return {name: x[:, :1, 0, 0].expand(-1, width) for name, width in inception.WIDTHS.items()}
+
+    monkeypatch.setattr(inception.Inception, "forward", forward)
+    images = torch.arange(37, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    found = networks.ours.network(images)
+    assert sum(sizes) == 37 and max(sizes) == 8  # of about 15 MB each
+    for name in inception.WIDTHS:
+        torch.testing.assert_close(found[name][:, 0] * 128 + 128, torch.arange(37.0))
+
+
 def test_the_identity_tells_other_weights(networks, tmp_path):
     path = tmp_path / "other.pth"
     torch.save(networks.state | {"fc.bias": torch.zeros(1008)}, path)

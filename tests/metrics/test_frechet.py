@@ -127,3 +127,9 @@ def test_shifted_shrunken_and_dropped_modes_are_farther_the_worse_they_are():
     for worse in (lambda s: x + s, lambda s: (1 - s) * x, lambda s: x[x.sum(1) < np.quantile(x.sum(1), 1 - s)]):
         distances = [frechet_distance(of(worse(s)), b) for s in (0.0001, 0.2, 0.5)]
         assert distances == sorted(distances) and distances[2] > 10 * distances[0]
+
+
+def test_a_matrix_that_is_no_covariance_is_refused():
+    eye = Gaussian(np.zeros(3), np.eye(3))
+    with pytest.raises(UserError, match="has the eigenvalue -1: that is none"):
+        frechet_distance(eye, Gaussian(np.zeros(3), np.diag([1.0, 1.0, -1.0])))

@@ -5,8 +5,11 @@ from prdc import compute_prdc
 from sklearn.neighbors import NearestNeighbors
 
 from iddpm.errors import UserError
+from iddpm.metrics import neighbours
+from iddpm.metrics.kernel import kernel_distance
 from iddpm.metrics.memorisation import memorised
-from iddpm.metrics.neighbours import Manifold, manifold, nearest
+from iddpm.metrics.neighbours import MANY, Manifold, manifold, nearest, squared_distances
+from iddpm.metrics.rows import exact
 
 
 def values(found: Manifold) -> dict[str, float]:
@@ -119,3 +122,40 @@ def test_copies_are_found_where_the_training_images_have_doubles():
     own = nearest(training, training, exclude_self=True)[1][:, 0]
     found = memorised(nearest(training[50:100], training)[1][:, 0], own)
     assert found.share.value == 1 and found.ratio == 0
+
+
+def test_there_is_no_ratio_where_half_of_the_training_images_are_doubles():
+    training = np.random.default_rng(6).normal(size=(200, 4))
+    training[:60] = training[60:120]
+    own = nearest(training, training, exclude_self=True)[1][:, 0]
+    assert np.median(own) == 0
+    for samples in (training[130:], np.random.default_rng(7).normal(size=(70, 4))):
+        assert memorised(nearest(samples, training)[1][:, 0], own).ratio is None
+
+
+@pytest.mark.parametrize("different", [1, 3, 40])  # images that a collapsed model draws: all pairs close, many, or few
+@pytest.mark.parametrize("noise", [0, 1e-7])
+def test_distances_of_rows_that_are_nearly_equal_are_those_of_the_pairs(different, noise):
+    rng = np.random.default_rng(8)
+    x = 5 + rng.normal(size=(different, 30))[np.arange(200) % different] + noise * rng.normal(size=(200, 30))
+    found = squared_distances(torch.from_numpy(x), torch.from_numpy(x)).numpy()
+    brute = ((x[:, None] - x[None]) ** 2).sum(2)
+    np.testing.assert_allclose(found, brute, rtol=1e-9, atol=0)
+
+
+def test_a_collapsed_models_block_is_computed_at_once(monkeypatch):
+    calls = []
+    cdist = torch.cdist
+    monkeypatch.setattr(neighbours.torch, "cdist", lambda *args, **how: calls.append(how) or cdist(*args, **how))
+    spread = torch.from_numpy(np.random.default_rng(9).normal(size=(64, 8)))
+    squared_distances(spread, spread)  # each is close to itself alone
+    assert 1 / len(spread) < MANY and not calls
+    same = spread[:1].repeat(64, 1)
+    assert (squared_distances(same, same) == 0).all() and len(calls) == 1
+
+
+def test_an_apple_gpu_which_has_no_float64_leaves_the_pairs_to_the_cpu(pair):
+    x, y = pair
+    assert manifold(x, y, device="mps") == manifold(x, y)
+    assert kernel_distance(x, y, device="mps") == kernel_distance(x, y)
+    assert exact("cuda:1") == torch.device("cuda:1")

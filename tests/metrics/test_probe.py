@@ -4,7 +4,7 @@ from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from iddpm.errors import UserError
-from iddpm.metrics.probe import Probe, consistency
+from iddpm.metrics.probe import Probe, consistency, too_few
 
 
 def clouds(n: int, classes: int = 4, d: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +63,30 @@ def test_reference_images_without_a_label_count_nowhere():
 
 def test_too_few_or_broken_images_are_refused():
     x, y = clouds(40)
-    with pytest.raises(UserError, match="2 labelled images are too few for a classifier"):
+    with pytest.raises(UserError, match="4 labelled images are too few to fit a classifier on half of them"):
         consistency(x, y, x[:4], y[:4])
+    with pytest.raises(UserError, match="4 labelled images are too few for a classifier: give at least 2 of a class"):
+        Probe.fit(x[:4], y[:4], 4)
     with pytest.raises(UserError, match="1 of 40 rows"):
         consistency(x, y, np.where(x < x.max(), x, np.nan), y)
     with pytest.raises(UserError, match=r"widths \[3, 10\]"):
         consistency(x[:, :3], y, x, y)
+
+
+@pytest.mark.parametrize("n", range(2, 26))
+@pytest.mark.parametrize("classes", [1, 3, 10])
+def test_too_few_foretells_whether_a_probe_can_be_fitted(n, classes):
+    x, y = clouds(n, classes)
+    labels = np.append(y, -1)  # an image without a label helps nowhere
+    if too_few(labels):
+        with pytest.raises(UserError, match=f"{n} labelled images"):
+            consistency(x, y, np.append(x, x[:1], 0), labels)
+    else:
+        assert 0 <= consistency(x, y, np.append(x, x[:1], 0), labels).ceiling.value <= 1
+    assert bool(too_few(labels)) == (n < (3 if classes == 1 else 2 * classes + 1))
+
+
+def test_a_class_of_one_image_is_fitted_and_not_judged():
+    (x, y), (one, _) = clouds(40), clouds(1, seed=1)
+    found = consistency(one + 50, np.array([4]), np.append(x, one + 50, 0), np.append(y, 4))
+    assert found.samples.value == 1

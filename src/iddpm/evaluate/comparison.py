@@ -1,75 +1,23 @@
 """How good samples are: every metric of two sets of features, with its error and what real images get in its place."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from iddpm.errors import UserError
-from iddpm.evaluate.features import Features
+from iddpm.evaluate.sides import Side
 from iddpm.extractors import Extractor
-from iddpm.metrics.frechet import Gaussian, frechet_distance, frechet_error
+from iddpm.metrics.frechet import frechet_distance, frechet_error
 from iddpm.metrics.inception_score import Scores
 from iddpm.metrics.kernel import kernel_distance
 from iddpm.metrics.memorisation import memorised
-from iddpm.metrics.moments import Moments
 from iddpm.metrics.neighbours import manifold, nearest
-from iddpm.metrics.probe import consistency
-from iddpm.metrics.rows import BLOCK, Estimate, Rows
+from iddpm.metrics.probe import consistency, too_few
+from iddpm.metrics.rows import BLOCK, Estimate
 
 SMALL = 10_000  # samples below which a figure is shown beside that of real images
-
-
-class Side(NamedTuple):
-    """One side of a comparison: rows (n, d) of features by tap, or for a file of statistics their Gaussians alone."""
-
-    n: int | None  # None where a file of statistics does not say
-    rows: Mapping[str, Rows]
-    gaussian: Callable[[str], Gaussian | None]
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-
-    @staticmethod
-    def of_statistics(held: Mapping[str, Gaussian]) -> "Side":
-        """A side of which only Gaussians are known."""
-        return Side(None, {}, held.get)
-
-    def with_statistics(self, held: Mapping[str, Gaussian]) -> "Side":
-        """This side with the Gaussians of a file, where it has them, in the place of those of its own rows."""
-        return self._replace(gaussian=lambda tap: held.get(tap) or self.gaussian(tap))
-
-    @staticmethod
-    def of(features: Features) -> "Side":
-        rows = {tap: features.rows(tap) for tap in features.extractor.widths}
-        return Side(len(features), rows, features.gaussian, features.labels, features.images.classes)
-
-    def part(self, start: int, stop: int) -> "Side":
-        """Rows start .. stop - 1."""
-        rows = {tap: _Part(held, start, stop - start) for tap, held in self.rows.items()}
-        labels = None if self.labels is None else self.labels[start:stop]
-
-        @cache
-        def gaussian(tap: str) -> Gaussian:
-            few = stop - start <= rows[tap].shape[1]
-            return Gaussian.of_few(rows[tap][:]) if few else Gaussian.of(Moments.of(rows[tap]))
-
-        return Side(stop - start, rows, gaussian, labels, self.classes)
-
-
-class _Part:
-    """Some consecutive rows of others."""
-
-    def __init__(self, rows: Rows, start: int, n: int):
-        self.rows, self.start, self.shape = rows, start, (n, rows.shape[1])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice, /) -> np.ndarray:
-        a, b, _ = rows.indices(len(self))
-        return self.rows[self.start + a : self.start + b]
 
 
 class Comparison(NamedTuple):
@@ -82,10 +30,15 @@ class Comparison(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A figure of a metric; `real` is what real images get in the place of the samples, where the metric knows itself."""
+    """A figure of a metric.
+
+    `real` is what real images get in the place of the samples, where the metric knows itself; `reference_n` how many real images
+    the samples were compared with, None where nobody says.
+    """
 
     name: str
     estimate: Estimate
+    reference_n: int | None
     real: float | None = None
 
 
@@ -97,7 +50,8 @@ def named(c: Comparison, metric: str, of_inception: str) -> str:
 def _frechet(c: Comparison, tap: str, name: str) -> list[Finding]:
     ours, theirs = c.samples.gaussian(tap), c.reference.gaussian(tap)
     assert ours and theirs
-    return [Finding(name, Estimate(frechet_distance(ours, theirs), frechet_error(c.samples.rows[tap], ours, theirs)))]
+    estimate = Estimate(frechet_distance(ours, theirs), frechet_error(c.samples.rows[tap], ours, theirs))
+    return [Finding(name, estimate, c.reference.behind(tap))]
 
 
 def fd(c: Comparison) -> list[Finding]:
@@ -121,26 +75,26 @@ def score(c: Comparison) -> list[Finding]:
         scores.add(np.arange(a, a + len(p)), p)
     assert scores
     found = scores.result()
-    return [Finding(name, found.score), Finding(f"{name} of all at once", Estimate(found.whole, None))]
+    return [Finding(name, found.score, None), Finding(f"{name} of all at once", Estimate(found.whole, None), None)]
 
 
 def kd(c: Comparison) -> list[Finding]:
     """The kernel distance."""
     found = kernel_distance(c.samples.rows["pool"], c.reference.rows["pool"], device=c.extractor.device)
-    return [Finding(named(c, "KD", "KID"), found)]
+    return [Finding(named(c, "KD", "KID"), found, c.reference.n)]
 
 
 def prdc(c: Comparison) -> list[Finding]:
     """Precision, recall, density and coverage."""
     found = manifold(c.samples.rows["pool"], c.reference.rows["pool"], c.neighbours, device=c.extractor.device)
-    return [Finding(name, estimate) for name, estimate in found._asdict().items()]
+    return [Finding(name, estimate, c.reference.n) for name, estimate in found._asdict().items()]
 
 
 def labels(c: Comparison) -> list[Finding]:
     """The share of samples that are of the class they were asked for."""
     assert c.samples.labels is not None and c.reference.labels is not None
     found = consistency(c.samples.rows["pool"], c.samples.labels, c.reference.rows["pool"], c.reference.labels)
-    return [Finding("label consistency", found.samples, found.ceiling.value)]
+    return [Finding("label consistency", found.samples, c.reference.n, found.ceiling.value)]
 
 
 def memorisation(c: Comparison) -> list[Finding]:
@@ -149,7 +103,10 @@ def memorisation(c: Comparison) -> list[Finding]:
     _, ours = nearest(samples, reference, device=c.extractor.device)
     _, theirs = nearest(reference, reference, exclude_self=True, device=c.extractor.device)
     found = memorised(ours[:, 0], theirs[:, 0])
-    return [Finding("near copies (1 % expected)", found.share), Finding("nearest distance ratio", Estimate(found.ratio, None))]
+    findings = [Finding("near copies (1 % expected)", found.share, c.reference.n)]
+    if found.ratio is not None:
+        findings.append(Finding("nearest distance ratio", Estimate(found.ratio, None), c.reference.n))
+    return findings
 
 
 class Metric(NamedTuple):
@@ -157,6 +114,7 @@ class Metric(NamedTuple):
 
     run: Callable[[Comparison], list[Finding]]
     lacks: Callable[[Comparison], str]  # "" where nothing is missing
+    knows_real: bool = False  # and so needs no floor
 
 
 def _gaussians(tap: str) -> Callable[[Comparison], str]:
@@ -193,8 +151,82 @@ def _classes(c: Comparison) -> str:
     if not theirs.rows or ours.labels is None or theirs.labels is None:
         return _images(4)(c) or "the samples or the reference have no classes"
     if ours.classes and theirs.classes and ours.classes != theirs.classes:
-        return "the samples have other classes than the reference"
-    return "" if ours.labels.max() <= theirs.labels.max() else "the samples have classes that the reference has not"
+        mine, others = (", ".join(names[:5]) + (" ..." if len(names) > 5 else "") for names in (ours.classes, theirs.classes))
+        return f"the samples have the classes {mine}, the reference {others}"
+    if ours.labels.max() > theirs.labels.max():
+        return "the samples have classes that the reference has not"
+    return too_few(theirs.labels)
+
+
+def wanted(text: str) -> list[str]:
+    """The names of --metrics, all where it is empty; UserError for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"--metrics {unknown[0]} is not one of: {', '.join(METRICS)}")
+    return list(dict.fromkeys(names or METRICS))
+
+
+class Floor(NamedTuple):
+    """What real images get in the place of the samples: `n` of the reference against its `reference_n` others."""
+
+    n: int
+    reference_n: int
+    values: Mapping[str, float]
+
+
+class Result(NamedTuple):
+    """A finding, and what real images get in its place: their figure, and how many against how many where it is a floor."""
+
+    finding: Finding
+    real: float | None
+    real_n: tuple[int, int] | None
+
+
+def possible(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str], None]) -> list[str]:
+    """Those metrics that can be computed; `say` hears why another cannot, UserError where it was `asked` for by name."""
+    out = []
+    for name in names:
+        if not (why := METRICS[name].lacks(c)):
+            out.append(name)
+        elif asked:
+            raise UserError(f"--metrics {name}: {why}")
+        else:
+            say(f"without {name}: {why}")
+    return out
+
+
+def floor(c: Comparison, names: Sequence[str]) -> Floor | None:
+    """Real images in the place of the samples, as many of them and at most half of the reference, against the others.
+
+    None for SMALL samples or more, and where the reference has no images.
+    """
+    n, total = c.samples.n or 0, c.reference.n or 0
+    if n >= SMALL or not c.reference.rows or total < 4:
+        return None
+    few = min(n, total // 2)
+    real = c._replace(samples=c.reference.part(0, few), reference=c.reference.part(few, total))
+    able = [METRICS[name] for name in names if not METRICS[name].knows_real and not METRICS[name].lacks(real)]
+    return Floor(few, total - few, {f.name: f.estimate.value for metric in able for f in metric.run(real)})
+
+
+def compare(c: Comparison, names: Sequence[str], beside: Floor | None) -> list[Result]:
+    """The figures of metrics that are `possible`."""
+    results = []
+    for found in (f for name in names for f in METRICS[name].run(c)):
+        if found.real is None and beside and found.name in beside.values:
+            results.append(Result(found, beside.values[found.name], (beside.n, beside.reference_n)))
+        else:
+            results.append(Result(found, found.real, None))
+    return results
+
+
+def over_draws(draws: Sequence[Sequence[Result]]) -> list[Result]:
+    """The mean of each figure over several draws, with the standard error that their spread gives it."""
+    means = []
+    for same in zip(*draws, strict=True):
+        mean = Estimate.mean(np.array([result.finding.estimate.value for result in same]))
+        means.append(same[0]._replace(finding=same[0].finding._replace(estimate=mean)))
+    return means
 
 
 METRICS: dict[str, Metric] = {
@@ -203,61 +235,6 @@ METRICS: dict[str, Metric] = {
     "is": Metric(score, _probabilities),
     "kd": Metric(kd, _images(4)),
     "prdc": Metric(prdc, _neighbours),
-    "labels": Metric(labels, _classes),
+    "labels": Metric(labels, _classes, knows_real=True),
     "memorisation": Metric(memorisation, _images(2)),
 }
-
-
-def wanted(text: str) -> list[str]:
-    """The names of --metrics, all where it is empty; UserError for an unknown one."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"--metrics {unknown[0]} is not one of: {', '.join(METRICS)}")
-    return names or list(METRICS)
-
-
-class Result(NamedTuple):
-    """A figure, and what real images get in the place of the samples."""
-
-    name: str
-    estimate: Estimate
-    floor: float | None
-    floor_of: tuple[int, int] | None  # how many real images against how many others, where it is that
-
-
-def compare(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str], None], floor: bool = True) -> list[Result]:
-    """Each metric of a comparison. Fewer than SMALL samples get the floor, too: one half of the reference against the other.
-
-    Of what cannot be computed `say` hears why; UserError where it was `asked` for by name.
-    """
-    halves = _halves(c) if floor else None
-    results = []
-    for name in names:
-        if why := METRICS[name].lacks(c):
-            if asked:
-                raise UserError(f"--metrics {name}: {why}")
-            say(f"without {name}: {why}")
-            continue
-        real = {f.name: f.estimate.value for f in METRICS[name].run(halves)} if halves and not METRICS[name].lacks(halves) else {}
-        sizes = (halves.samples.n or 0, halves.reference.n or 0) if halves else None
-        for found in METRICS[name].run(c):
-            least = found.real if found.real is not None else real.get(found.name)
-            results.append(Result(found.name, found.estimate, least, sizes if found.real is None and least is not None else None))
-    return results
-
-
-def _halves(c: Comparison) -> Comparison | None:
-    """As many real images as there are samples (at most half of them) against the others; None where that tells nothing."""
-    n, total = c.samples.n or 0, c.reference.n or 0
-    if n >= SMALL or not c.reference.rows or total < 4:
-        return None
-    few = min(n, total // 2)
-    return c._replace(samples=c.reference.part(0, few), reference=c.reference.part(few, total))
-
-
-def over_draws(results: Sequence[Sequence[Result]]) -> list[Result]:
-    """The mean of each figure over several draws, with the standard error that their spread gives it."""
-    return [
-        Result(same[0].name, Estimate.mean(np.array([r.estimate.value for r in same])), same[0].floor, same[0].floor_of)
-        for same in zip(*results, strict=True)
-    ]

@@ -4,14 +4,14 @@ A block is drawn or read, and put through the extractor, by one process: so the 
 for any number of processes, and of the images nothing stays.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from iddpm.evaluate.image_sets import ImageSet
 from iddpm.extractors import Extractor, rgb
 from iddpm.metrics.frechet import Gaussian
 from iddpm.metrics.moments import Moments
-from iddpm.places import remote, replace
+from iddpm.places import alone, lock, remote, replace
 
+READ = 1000  # images whose content is looked at in one go
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at work
 
 
@@ -69,11 +70,12 @@ class Features:
         rows, path = self.rows(tap), self.folder / f"{tap}.moments.npz"
         if len(rows) <= rows.shape[1]:
             return Gaussian.of_few(rows[:])
-        if not path.exists():
-            moments = Moments.of(rows)
-            replace(path, lambda file: np.savez(file, mu=moments.mean, sigma=moments.covariance))
-        with np.load(path) as held:
-            return Gaussian(held["mu"], held["sigma"])
+        with alone(self.folder):
+            if (kept := _kept(path, rows.shape[1])) is None:
+                moments = Moments.of(rows)
+                replace(path, lambda file: np.savez(file, mu=moments.mean, sigma=moments.covariance))
+                kept = Gaussian.of(moments)
+        return kept
 
 
 def extract(
@@ -89,22 +91,17 @@ def extract(
 
     Every process calls this; the files are the first one's. `tick` hears how many images were done.
     """
+    key = _key(images, chosen, extractor)
     leads = distributed.rank() == 0
-    key, folder, done = "", Path(), 0
-    if leads:
-        key = _key(images, chosen, extractor)
-        folder = home(images.home, key, say)
-    folder = Path(distributed.same(str(folder)))
+    folder = Path(distributed.same(str(home(images.home, key, say)) if leads else ""))
     held = Features(folder, images, chosen, extractor)
-    with _alone(folder, say) if leads else _nothing():
-        if leads:
-            done = _done(folder)
-        done = distributed.same(done)
-        if 0 < done < len(chosen):
+    with _alone(folder, say):
+        done = distributed.same(_done(folder, extractor) if leads else 0)
+        if leads and 0 < done < len(chosen):
             say(f"going on: the features of {done} of {len(chosen)} images are there")
         tick(done)
         if done < len(chosen):
-            with _Files(folder, extractor, done) if leads else _nothing() as files:
+            with _Files(folder, extractor, done) if leads else nullcontext() as files:
                 for count, taps in _rounds(images, chosen, extractor, done, block):
                     if files:
                         files.append(taps, count)
@@ -201,16 +198,34 @@ class _Files:
             file.close()
 
 
-def _done(folder: Path) -> int:
+def _done(folder: Path, extractor: Extractor) -> int:
+    """How many images' features are there: as many as about.json says, and as every file has. Of damaged files, none."""
     try:
-        return int(json.loads((folder / "about.json").read_text())["done"])
-    except (OSError, ValueError, KeyError):
+        said = int(json.loads((folder / "about.json").read_text())["done"])
+        there = [(folder / f"{tap}.f32").stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
+        return max(0, min(said, *there)) if said <= min(there) else 0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 
+def _kept(path: Path, width: int) -> Gaussian | None:
+    """The moments of a file, if it is there and whole."""
+    try:
+        with np.load(path) as held:
+            mu, sigma = held["mu"], held["sigma"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    whole = mu.shape == (width,) and sigma.shape == (width, width) and np.isfinite(mu).all() and np.isfinite(sigma).all()
+    return Gaussian(mu, sigma) if whole else None
+
+
 def _key(images: ImageSet, chosen: np.ndarray, extractor: Extractor) -> str:
-    """Names what decides the features: the images' content, how they were read, and the extractor."""
-    settings = [images.digest(chosen.tolist()), images.size, images.channels, extractor.identity, dict(extractor.widths)]
+    """Names what decides the features: the images' content, how they were read, the extractor. All processes read."""
+    slices = [chosen[a : a + READ].tolist() for a in range(0, len(chosen), READ)]
+    mine = [images.digest(numbers) for numbers in slices[distributed.rank() :: distributed.world()]]
+    every = distributed.every(mine)
+    digests = [every[k % distributed.world()][k // distributed.world()] for k in range(len(slices))]
+    settings = [digests, images.size, images.channels, extractor.identity, dict(extractor.widths)]
     return f"{extractor.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
 
 
@@ -232,17 +247,15 @@ def home(beside: Path, key: str, say: Callable[[str], None]) -> Path:
 
 @contextmanager
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a folder; waits for another job that makes the same features, and finds them made."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"another job makes the same features in {folder}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a folder, for all processes; waits for another job that makes the same features, and finds them made."""
+    handle, told = os.open(folder, os.O_RDONLY) if distributed.rank() == 0 else -1, False
+    try:
+        while not distributed.same(lock(handle) if handle >= 0 else None):
+            if handle >= 0 and not told:
+                say(f"another job makes the same features in {folder}: waiting for it")
+            told = True
+            time.sleep(0.5)
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    """For the processes that write nothing."""
-    yield
+    finally:
+        if handle >= 0:
+            os.close(handle)

@@ -1,20 +1,17 @@
 """metrics.json: every figure measured of a run or of a file of samples, each with all that decides it."""
 
-import fcntl
 import json
 import math
-import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import iddpm
 from iddpm import distributed
 from iddpm.errors import UserError
-from iddpm.places import remote, replace
+from iddpm.places import alone, replace
 
 if TYPE_CHECKING:
     import torch
@@ -39,48 +36,37 @@ class Figure(NamedTuple):
     `about` holds what JSON holds: n, seed, solver, steps, extractor, reference, weights and so on; None where it does not apply.
     """
 
-    name: str  # FID, FD-lite0-128, KID-..., bits/dim
+    name: str  # FID, FD-lite0-128, bits/dim ...
     value: float
     error: float | None
     about: Mapping[str, Any]
 
     def row(self) -> dict[str, Any]:
         """As JSON holds it, with the interval that holds the true value 95 times in 100 where the error is known."""
-        margin = None if self.error is None or not math.isfinite(self.error) else 1.96 * self.error
-        interval = None if margin is None else [self.value - margin, self.value + margin]
+        known = math.isfinite(self.value)
+        error = self.error if known and self.error is not None and math.isfinite(self.error) else None
+        interval = None if error is None else [self.value - 1.96 * error, self.value + 1.96 * error]
+        note = {} if known else {"note": f"the value is {self.value}"}
         return {
             "name": self.name,
-            "value": self.value,
-            "error": None if margin is None else self.error,
+            "value": self.value if known else None,
+            "error": error,
             "interval": interval,
             **self.about,
+            **note,
         }
 
 
 def record(path: Path, figures: Iterable[Figure]) -> None:
     """Put figures in a file, each in the place of one measured before under the same conditions; UserError for a foreign file."""
-    with _alone(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(path.parent):
         rows = {_conditions(row): row for row in read(path)}
         for figure in figures:
             row = figure.row()
             rows[_conditions(row)] = row
         text = json.dumps({"figures": list(rows.values())}, indent=1, allow_nan=False)
         replace(path, lambda file: file.write(text.encode()))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Of the commands that write a file at one time on this machine, one after the other."""
-    if remote(path):
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:
@@ -97,10 +83,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text())["figures"]
+        rows = json.loads(path.read_text(), parse_constant=_refuse)["figures"]
         return [dict(row) for row in rows]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not a file of figures ({e}): move it away, or give another --out") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _conditions(row: Mapping[str, Any]) -> str:

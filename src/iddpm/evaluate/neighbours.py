@@ -21,7 +21,7 @@ def write(samples: Features, real: Features, table: Path, picture: Path) -> None
     )
     order = np.argsort(distances[:, 0], kind="stable")
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["sample", "nearest real image", "distance"])
     for k in order:
         theirs = real.images.title(int(real.chosen[numbers[k, 0]]))

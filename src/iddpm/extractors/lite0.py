@@ -105,7 +105,7 @@ def _pool(steps: list[Step], size: int, images: Tensor) -> Tensor:
 
 def _probabilities(weight: Tensor, bias: Tensor, pool: Tensor) -> Tensor:
     """The softmax over ImageNet's classes: (n, 1280) to (n, 1000) float64 on the CPU. A score of them is IS-lite0."""
-    return (pool.to(weight) @ weight.T + bias).softmax(1)
+    return (pool.cpu().double() @ weight.T + bias).softmax(1)
 
 
 def _package() -> Path:

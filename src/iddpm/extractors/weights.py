@@ -17,6 +17,7 @@ from torch import Tensor
 from iddpm.errors import UserError
 from iddpm.places import fetch, place, sha256
 
+REFUSALS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error)  # of damaged files
 digest = sha256  # of a file that `find` found: the extractor's identity holds it
 
 
@@ -61,12 +62,14 @@ def read(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error) as e:
-        kind = re.search(r"GLOBAL ([\w.]+)", str(e))  # its text is a page long, and proposes to execute the file
-        held = (
-            f"holds a {kind[1]}, which is never loaded" if kind else "is damaged, or is no file that torch or safetensors wrote"
-        )
-        raise UserError(f"{path} {held}: give a file of tensors by name (a state dict)") from None
+    except REFUSALS as e:
+        raise UserError(f"{path} {fault(e)}: give a file of tensors by name (a state dict)") from None
     if not (isinstance(found, Mapping) and found and all(isinstance(t, Tensor) for t in found.values())):
         raise UserError(f"{path} holds no tensors by name but a {type(found).__name__}: give a state dict")
     return dict(found)
+
+
+def fault(refusal: Exception) -> str:
+    """What is wrong with a file that was refused, in words: torch's own are a page long, and propose to execute the file."""
+    kind = re.search(r"GLOBAL ([\w.]+)", str(refusal))
+    return f"holds a {kind[1]}, which is never loaded" if kind else "is damaged, or is no file that torch or safetensors wrote"

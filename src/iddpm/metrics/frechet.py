@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
+from iddpm.errors import UserError
 from iddpm.metrics.moments import Moments
 from iddpm.metrics.rows import BLOCK, Rows, blocks, require
 
@@ -32,8 +33,13 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """F (d, rank) with covariance = F F^T; eigenvalues that are rounding of the largest are left out."""
+        """F (d, rank) with covariance = F F^T; eigenvalues that are rounding of the largest are left out.
+
+        UserError for a matrix that is no covariance: one from a foreign file.
+        """
         values, vectors = np.linalg.eigh(self.covariance)
+        if values[0] < -1e-4 * abs(values[-1]):  # rounding of float32 stays above
+            raise UserError(f"a covariance has the eigenvalue {values[0]:.3g}: that is none; make its file anew")
         kept = values > np.finfo(float).eps * len(values) * values[-1]
         return vectors[:, kept] * np.sqrt(values[kept])
 

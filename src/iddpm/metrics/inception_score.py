@@ -43,7 +43,7 @@ class Scores:
         np.add.at(self.entropy, part, _p_log_p(p).sum(1))
 
     def merged(self, other: "Scores") -> "Scores":
-        """Of both, which took in different images of the same n."""
+        """Of both, which took in different images of the same n: in two processes, say, or of two files."""
         both = Scores(int(self.ends[-1]), self.mass.shape[1], len(self.ends))
         both.count, both.mass, both.entropy = self.count + other.count, self.mass + other.mass, self.entropy + other.entropy
         return both

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm.metrics.rows import BLOCK, Estimate, Rows, held, require
+from iddpm.metrics.rows import BLOCK, Estimate, Rows, exact, held, require
 
 LIMIT = 10_000  # rows a side; the cost is quadratic in it
 
@@ -24,7 +24,7 @@ def kernel_distance(
     that of new draws of both sides. UserError for fewer than 4 rows a side, or features that are not finite or of other widths.
     """
     require(4, "a kernel distance", samples, reference)
-    parts = -(-min(len(samples), len(reference)) // limit)
+    parts, device = -(-min(len(samples), len(reference)) // limit), exact(device)
     values, errors = np.empty(parts), np.empty(parts)
     for k in range(parts):
         x, y = (torch.from_numpy(held(rows, _part(len(rows), k, parts, limit))).to(device) for rows in (samples, reference))

@@ -42,7 +42,7 @@ class Moments:
             self._take(len(x), mean, (x - mean).T @ (x - mean))
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of both parts' rows; neither part changes."""
+        """Of both parts' rows, for who has them in two processes or files; neither part changes."""
         both = Moments(self.n, self.mean.copy(), self.outer.copy())
         both._take(other.n, other.mean, other.outer)
         return both

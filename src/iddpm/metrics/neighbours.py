@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm.metrics.rows import BLOCK, Estimate, Rows, blocks, require
+from iddpm.metrics.rows import BLOCK, Estimate, Rows, blocks, exact, require
 
 CLOSE = 1e-6  # of |x|^2 + |y|^2: a squared distance below it has lost too many digits in |x|^2 + |y|^2 - 2 x.y
+MANY = 1 / 16  # share of close pairs, as of a model that draws few images again and again, above which all at once is faster
 
 
 def nearest(
@@ -61,7 +62,7 @@ def manifold(samples: Rows, reference: Rows, k: int = 5, *, block: int = BLOCK, 
     fewer on a side, or features that are not finite or of other widths.
     """
     require(k + 1, f"precision and recall with {k} neighbours", samples, reference)
-    n, m = len(samples), len(reference)
+    n, m, device = len(samples), len(reference), exact(device)
     around_samples, around_reference = (
         torch.from_numpy(nearest(rows, rows, k, exclude_self=True, block=block, device=device)[1][:, -1]).to(device)
         for rows in (samples, reference)
@@ -95,11 +96,14 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """|x - y|^2 of each pair, (n, d), (m, d) -> (n, m); 0 for equal rows, and nearly equal ones keep their digits."""
     size = (x**2).sum(1)[:, None] + (y**2).sum(1)
     squares = torch.addmm(size, x, y.T, alpha=-2)
-    for i, j in (pairs.T for pairs in (squares <= CLOSE * size).nonzero().split(BLOCK)):
+    close = squares <= CLOSE * size
+    if close.sum() > MANY * close.numel():
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    for i, j in (pairs.T for pairs in close.nonzero().split(BLOCK)):
         squares[i, j] = ((x[i] - y[j]) ** 2).sum(1)
     return squares
 
 
 def _on(device: torch.device | str, rows: Rows, block: int) -> Iterator[tuple[slice, Tensor]]:
     for at, x in blocks(rows, block):
-        yield at, torch.from_numpy(x).to(device)
+        yield at, torch.from_numpy(x).to(exact(device))

@@ -61,13 +61,29 @@ def consistency(samples: Rows, wanted: np.ndarray, reference: Rows, labels: np.n
     """How often samples (n, d) look like the class wanted (n,), by a probe on one half of the reference (m, d) with labels (m,).
 
     Every second image of each class fits the probe, which then judges the others and the samples. The first error is over a new
-    draw of samples, the second of held-out images. UserError where the halves are too small.
+    draw of samples, the second of held-out images. UserError where there are `too_few`.
     """
     require(1, "label consistency", samples, reference)
-    classes = int(max(labels.max(), wanted.max())) + 1
-    held_out = np.empty(len(labels), bool)
-    held_out[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 2 == 1
-    held_out &= labels >= 0
+    if why := too_few(labels):
+        raise UserError(why)
+    classes, held_out = int(max(labels.max(), wanted.max())) + 1, _held_out(labels)
     probe = Probe.fit(reference, np.where(held_out, -1, labels), classes)
     right, ceiling = probe.predict(samples) == wanted, (probe.predict(reference) == labels)[held_out]
     return Consistency(Estimate.mean(right.astype(np.float64)), Estimate.mean(ceiling.astype(np.float64)))
+
+
+def too_few(labels: np.ndarray) -> str:
+    """Why `consistency` has too few reference images of labels (m,), -1 for none; "" where it has enough."""
+    known = labels[labels >= 0]
+    if np.bincount(known).max(initial=0) >= 3:  # two fit the probe, by their distance from each other, and one is judged
+        return ""
+    return f"{len(known)} labelled images are too few to fit a classifier on half of them: give at least 3 of a class"
+
+
+def _held_out(labels: np.ndarray) -> np.ndarray:
+    """Which images (m,) do not fit the probe: the second, fourth ... of each class."""
+    order = np.argsort(labels, kind="stable")
+    place = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])  # within the class
+    held_out = np.empty(len(labels), bool)
+    held_out[order] = place % 2 == 1
+    return held_out & (labels >= 0)

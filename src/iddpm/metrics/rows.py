@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from iddpm.errors import UserError
 
@@ -22,7 +23,10 @@ class Rows(Protocol):
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error over a new draw of the samples, the reference held fixed; None where there is none."""
+    """A number and its standard error (None where there is none).
+
+    The error is over a new draw of the samples, with the reference as it is, except where the function that gives it says more.
+    """
 
     value: float
     error: float | None
@@ -32,6 +36,11 @@ class Estimate(NamedTuple):
         """The mean of independent values (n,)."""
         n = len(values)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
+
+
+def exact(device: torch.device | str) -> torch.device:
+    """The device for float64 arithmetic: the CPU in the place of Apple's GPUs, which have none."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 def held(rows: Rows, at: slice) -> np.ndarray:

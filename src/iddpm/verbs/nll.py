@@ -192,4 +192,4 @@ def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.
         )  # fmt: skip
 
 
-VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound")
+VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound", resumes=True)

@@ -225,4 +225,4 @@ def _compare(config: Config, out: Path, drawn: "np.ndarray", inputs: Inputs, tas
     print(f"the numbers: {record}")
 
 
-VERB = Verb(_sample, _parser, "RUN", "draw images from a run")
+VERB = Verb(_sample, _parser, "RUN", "draw images from a run", resumes=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from iddpm.config import Config, check, fields_of
+from iddpm.config import Config, Train, check, fields_of
 from iddpm.errors import UserError
 from iddpm.flags import Parser, Verb, boolean
 from iddpm.mirror import mirrored
@@ -71,6 +71,8 @@ def _resolve(run: Path, data: str, preset: str, given: dict[str, Any]) -> tuple[
     """The config of a run: stored, else from its source or preset; then the flags. Also says what a resumed run changes."""
     if bool(given.get("steps")) != bool(given.get("images")):  # one of them replaces the other, wherever that came from
         given = {"steps": 0, "images": 0, **given}
+    if given.get("eval_every") == 0:  # what belongs to measuring goes with it
+        given = {k: getattr(Train, k) for k in ("eval_samples", "eval_reference", "eval_extractor", "eval_batch")} | given
     if preset and preset not in PRESETS:
         raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
     record = run / "config.json"
