@@ -1,6 +1,7 @@
 """Training: the gradient, the memory of a run, and what it does when things go wrong."""
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -209,6 +210,28 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures, tmp_path):
     assert rows[-1]["step"] == step + 3
     assert rows[-1]["lr"] == 0.0005
     assert any("changed on resume: lr 0.001 -> 0.0005" in r.get("event", "") for r in rows)
+
+
+def test_a_stop_is_not_kept_waiting_by_a_sheet_of_samples(config, data, tmp_path, monkeypatch):
+    from iddpm import train as training
+
+    draw, begun = training._draw_sheet, []
+
+    def stops(*args):
+        begun.append(args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*args)
+        raise AssertionError("drawn to its end")
+
+    monkeypatch.setattr(training, "_draw_sheet", stops)
+    said = []
+    with pytest.raises(training.Stopped, match="stopped at step 3; all is saved"):
+        train(config.updated(dict(steps=9, sample_interval=2)), data, tmp_path / "r", say=said.append)
+    assert len(begun) == 1 and "samples: none of this step: the run is to stop" in said
+    assert checkpoint.newest(tmp_path / "r")[0].name == "step_00000003" and not list((tmp_path / "r" / "samples").iterdir())
+    monkeypatch.undo()
+    train(config.updated(dict(steps=9, sample_interval=2)), data, tmp_path / "r", say=said.append)
+    assert [p.name for p in sorted((tmp_path / "r" / "samples").iterdir())] == [f"step_{k:08d}.png" for k in (4, 6, 8, 9)]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(pictures, tmp_path):

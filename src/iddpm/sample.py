@@ -113,14 +113,14 @@ def images(
 ) -> Iterator[np.ndarray]:
     """The images of a job in order, batch by batch, (n, H, W, C) uint8; the arguments are those of `painter`.
 
-    Several processes draw `batch_size` images each at a time, and all get all of them.
+    Several processes draw `batch_size` images each at a time, call the network equally often, and all get all images.
     """
     draw = painter(config, net, device, tick, guide, low_res_noise)
-    none = torch.empty(0, *image_size(config.model), config.model.image_channels, dtype=torch.uint8, device=device)
     for a in range(0, len(job.seeds), batch_size * distributed.world()):
         part = job.part(a, a + batch_size * distributed.world())
         mine = distributed.share(len(part.seeds))
-        yield distributed.gather(draw(part.part(mine.start, mine.stop)) if mine else none).cpu().numpy()
+        own = part.part(mine.start, mine.stop) if mine else part.part(0, 1)  # without a share, one goes along: as many calls
+        yield distributed.gather(draw(own)[: len(mine)]).cpu().numpy()
 
 
 def painter(

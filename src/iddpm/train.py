@@ -197,7 +197,7 @@ def train(
             if stop:
                 raise Stopped(f"stopped at step {state.step}; all is saved: the same command goes on from here")
             if draws and state.step > first and (done or (t.sample_interval and state.step % t.sample_interval == 0)):
-                say(f"samples: {_sample_sheet(config, state, device, data, run, tell)}")
+                say(f"samples: {_sample_sheet(config, state, device, data, run, tell, stopping)}")
             if batch is None:
                 break
             tell(state.step, "training")
@@ -322,33 +322,43 @@ class _Asked(Exception):
     """A process was asked to stop while all were at work."""
 
 
+def _watchful(state: TrainState, doing: str, tell: Tell, stopping: Callable[[], bool]) -> Callable[[], None]:
+    """A tick that gives a sign of life, and raises _Asked on all processes, which call it equally often, once one is to stop."""
+
+    def tick() -> None:
+        tell(state.step, doing)
+        if any(distributed.count(stopping())):
+            raise _Asked
+
+    return tick
+
+
 def _measure(
     config: Config, state: TrainState, device: torch.device, quality: Quality, tell: Tell, stopping: Callable[[], bool]
 ) -> dict[str, float] | None:
     """What the averaged weights draw, measured; None where the run is asked to stop meanwhile: a resumed run does it then."""
-
-    def tick() -> None:
-        tell(state.step, "measuring samples")
-        if any(distributed.count(stopping())):  # the processes call the network equally often
-            raise _Asked
-
     try:
-        with _averaged(config, state, device, tick) as net:
+        with _averaged(config, state, device, _watchful(state, "measuring samples", tell, stopping)) as net:
             return quality(net)
     except _Asked:
         return None
 
 
-def _sample_sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path, tell: Tell) -> Path:
+def _sample_sheet(
+    config: Config, state: TrainState, device: torch.device, data: Images, run: Path, tell: Tell, stopping: Callable[[], bool]
+) -> str:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png; leaves the run's randomness alone.
 
-    A super-resolution model shows what it makes of the first images of the data.
+    A super-resolution model shows what it makes of the first images of the data. Returns the path, or why there is none.
     """
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _averaged(config, state, device, lambda: tell(state.step, "drawing samples")) as net:
-        _draw_sheet(config, net, device, data, path)
-    return path
+    try:
+        with _averaged(config, state, device, _watchful(state, "drawing samples", tell, stopping)) as net:
+            _draw_sheet(config, net, device, data, path)
+    except _Asked:
+        return "none of this step: the run is to stop"
+    return str(path)
 
 
 def _draw_sheet(config: Config, net: Network, device: torch.device, data: Images, path: Path) -> None:
