@@ -4,4 +4,5 @@ set -euo pipefail
 iddpm data digits data/digits
 iddpm train data/digits/train --preset digits --run runs/digits
 iddpm sample runs/digits
+iddpm evaluate runs/digits --reference data/digits/train --num_samples 500
 iddpm nll runs/digits data/digits/test

@@ -198,7 +198,7 @@ def possible(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[st
 def floor(c: Comparison, names: Sequence[str]) -> Floor | None:
     """Real images in the place of the samples, as many of them and at most half of the reference, against the others.
 
-    None for SMALL samples or more, and where the reference has no images.
+    None for SMALL samples or more, and where the reference has no images or no metric needs it.
     """
     n, total = c.samples.n or 0, c.reference.n or 0
     if n >= SMALL or not c.reference.rows or total < 4:
@@ -206,6 +206,8 @@ def floor(c: Comparison, names: Sequence[str]) -> Floor | None:
     few = min(n, total // 2)
     real = c._replace(samples=c.reference.part(0, few), reference=c.reference.part(few, total))
     able = [METRICS[name] for name in names if not METRICS[name].knows_real and not METRICS[name].lacks(real)]
+    if not able:
+        return None
     return Floor(few, total - few, {f.name: f.estimate.value for metric in able for f in metric.run(real)})
 
 
