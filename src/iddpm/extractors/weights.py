@@ -41,7 +41,10 @@ def find(given: str, environment: str, file_name: str, address: str, what: str, 
     for name in (file_name, *aliases):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{what}'s weights are missing: get {address} and give {flag} PATH, or put it at {folder / file_name}")
+    raise UserError(
+        f"{what}'s weights are missing: get {address} and put it at {folder / file_name}, or name it by {environment} "
+        f"(iddpm evaluate: {flag} PATH)"
+    )
 
 
 def read(path: Path) -> dict[str, Tensor]:
