@@ -287,7 +287,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, pictures, tmp_path
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".iddpm"))
     shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(".iddpm"))
     line = real_command(tmp_path / "run", tmp_path / "pictures", tmp_path / "m.json")
-    program = "import sys, iddpm.evaluate.features as f, iddpm.cli as c; f.SAVE_EVERY = 0; c.main(sys.argv[1:])"
+    slowly = "g = f.features_of; f.features_of = lambda *a: (time.sleep(0.3), g(*a))[1]"  # so that there is a midst
+    program = f"import sys, time, iddpm.evaluate.features as f, iddpm.cli as c; {slowly}; f.SAVE_EVERY = 0; c.main(sys.argv[1:])"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     began = time.monotonic()
 
