@@ -18,6 +18,7 @@ from iddpm.data import Images, Order, folder, labels
 from iddpm.data.labels import Found, Label
 from iddpm.evaluate import nll
 from iddpm.evaluate.nll import Bound
+from iddpm.flags import Parser
 from iddpm.interop.openai import commands, flags, script_util
 from interop.test_defects import TINY, TRAIN, command, red_with
 
@@ -292,6 +293,19 @@ def low_res_as_it_comes(patch):
     patch.setattr(batches, "shrink", lambda x0, size: F.interpolate(x0, size, mode="area"))
 
 
+def sigma_small_is_no_flag(patch):
+    add = Parser.add_argument
+
+    def old(self: Parser, *names: str, **settings: Any) -> Any:
+        return None if names == ("--sigma_small",) else add(self, *names, **settings)
+
+    patch.setattr(Parser, "add_argument", old)
+
+
+def sigma_small_has_no_default(patch):
+    patch.setattr(script_util, "sr_model_and_diffusion_defaults", lambda: dict(flags.SUPER_RES))
+
+
 def enlarged(folder: Path, model: Path, **settings: object) -> dict[str, np.ndarray]:
     base = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "base.npz", base, np.array([2, 0, 1]))
@@ -301,6 +315,7 @@ def enlarged(folder: Path, model: Path, **settings: object) -> dict[str, np.ndar
 
 
 @pytest.mark.parametrize("name", ["super_res_train", "super_res_sample"])
+@red_with(sigma_small_is_no_flag, sigma_small_has_no_default, raises=(AssertionError, KeyError))
 def test_b16_super_resolution_knows_sigma_small(name, tmp_path, capsys):
     assert script_util.sr_model_and_diffusion_defaults()["sigma_small"] is False
     assert command(tmp_path, name, sigma_small=True) == 2

@@ -21,7 +21,7 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from conftest import flags as typed
 from golden_rules import load
-from iddpm import distributed, sample, train
+from iddpm import batches, distributed, sample, train
 from iddpm.cli import VERBS, main
 from iddpm.config import Config
 from iddpm.errors import UserError
@@ -178,6 +178,23 @@ def test_b24_a_run_may_end_without_lowering_its_rate(pictures, tmp_path, monkeyp
     assert set(rates) == {TRAIN["lr"]}
 
 
+def nothing_is_validated(patch):
+    patch.setattr(batches, "open_validation", lambda config: None)
+
+
+def nothing_is_drawn(patch):
+    patch.setattr(train, "_sample_sheet", lambda *args: "none")
+
+
+def nothing_is_clipped(patch):
+    patch.setattr(torch, "_foreach_mul_", lambda tensors, factor: None)
+
+
+def nothing_is_warmed_up(patch):
+    patch.setattr(train, "learning_rate", lambda config, step: config.train.lr)
+
+
+@red_with(nothing_is_validated, nothing_is_drawn, nothing_is_clipped, nothing_is_warmed_up)
 def test_b24_iddpm_train_validates_draws_clips_and_warms_up(pictures, data, tmp_path):
     held_out = tmp_path / "held"
     held_out.mkdir()

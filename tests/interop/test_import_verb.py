@@ -94,6 +94,10 @@ def test_no_flags_are_needed_after_an_import(tmp_path, command, pictures):
     assert command("sample", tmp_path / "run", "--num_samples", 2, "--device", "cpu")[0] == 0
     assert command("nll", tmp_path / "run", pictures, "--num_samples", 2, "--device", "cpu")[0] == 0
     assert np.isfinite(json.loads((tmp_path / "run" / "nll.json").read_text())["bits_per_dim"])
+    few = ("--num_samples", 6, "--num_reference", 6, "--metrics", "kd", "--device", "cpu")
+    assert command("evaluate", tmp_path / "run", "--reference", pictures, *few)[0] == 0
+    names = [figure["name"] for figure in json.loads((tmp_path / "run" / "metrics.json").read_text())["figures"]]
+    assert names == ["bits/dim", "bits/dim prior", "bits/dim decoder", "KD-lite0-128"]
 
 
 def test_weights_by_themselves_are_sampled_and_begun_from_but_not_resumed(tmp_path, command, pictures):
