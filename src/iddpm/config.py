@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from iddpm.errors import UserError
 
+EXTRACTORS = "lite0-128, lite0-224, inception, inception-pytorch-fid (its scaling of images), dinov2"
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
 
 
@@ -145,7 +146,7 @@ class Train:
     eval_reference: str = opt(
         "", "the real images they are compared with; empty: those of --validation, else the training images"
     )
-    eval_extractor: str = opt("lite0-128", "the network whose features are compared: lite0-128, lite0-224, inception, dinov2")
+    eval_extractor: str = opt("lite0-128", f"the network whose features are compared: {EXTRACTORS}")
     eval_batch: int = opt(64, "how many of them a process draws at a time", low=1)
 
 
@@ -205,9 +206,7 @@ class Evaluate:
     """What to measure, and against what."""
 
     reference: str = opt("", "real images: a folder, an .npz or archive of them; or an .npz of their statistics (mu, sigma)")
-    extractor: str = opt(
-        "lite0-128", "whose features are compared: lite0-128, lite0-224, inception, inception-pytorch-fid (its scaling), dinov2"
-    )
+    extractor: str = opt("lite0-128", f"the network whose features are compared: {EXTRACTORS}")
     inception_weights: str = opt("", "the file of Inception's weights; empty: where torch keeps what it downloads")
     dinov2_weights: str = opt("", "the file of DINOv2's weights; empty: where torch keeps what it downloads")
     metrics: str = opt("", "some of fd, sfd, is, kd, prdc, labels, memorisation, comma-separated; empty: all that apply")

@@ -58,3 +58,9 @@ def test_grey_is_repeated_and_colour_is_left_alone():
 def test_other_numbers_of_channels_and_types_are_a_programmers_error(images):
     with pytest.raises(AssertionError):
         extractors.rgb(images)
+
+
+def test_the_help_names_the_rows_of_the_table():
+    from iddpm.config import EXTRACTORS as named
+
+    assert [name.split(" ")[0] for name in named.split(", ")] == list(extractors.EXTRACTORS)

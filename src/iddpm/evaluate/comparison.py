@@ -42,11 +42,6 @@ class Finding(NamedTuple):
     real: float | None = None
 
 
-def named(c: Comparison, metric: str, of_inception: str) -> str:
-    """FID and its kin are names of Inception's features alone; on others a metric is called by theirs."""
-    return of_inception if c.extractor.name == "inception" else f"{metric}-{c.extractor.name}"
-
-
 def _frechet(c: Comparison, tap: str, name: str) -> list[Finding]:
     ours, theirs = c.samples.gaussian(tap), c.reference.gaussian(tap)
     assert ours and theirs
@@ -56,17 +51,17 @@ def _frechet(c: Comparison, tap: str, name: str) -> list[Finding]:
 
 def fd(c: Comparison) -> list[Finding]:
     """The Frechet distance."""
-    return _frechet(c, "pool", named(c, "FD", "FID"))
+    return _frechet(c, "pool", c.extractor.called("FD"))
 
 
 def sfd(c: Comparison) -> list[Finding]:
     """The Frechet distance on features that know where things are."""
-    return _frechet(c, "spatial", named(c, "sFD", "sFID"))
+    return _frechet(c, "spatial", c.extractor.called("sFD"))
 
 
 def score(c: Comparison) -> list[Finding]:
     """The Inception Score, which looks at the samples alone: the mean over ten parts, as papers have it, and of all as one."""
-    rows, classify, name = c.samples.rows["pool"], c.extractor.probabilities, named(c, "IS", "IS")
+    rows, classify, name = c.samples.rows["pool"], c.extractor.probabilities, c.extractor.called("IS")
     assert classify
     scores = None
     for a in range(0, len(rows), BLOCK):
@@ -81,7 +76,7 @@ def score(c: Comparison) -> list[Finding]:
 def kd(c: Comparison) -> list[Finding]:
     """The kernel distance."""
     found = kernel_distance(c.samples.rows["pool"], c.reference.rows["pool"], device=c.extractor.device)
-    return [Finding(named(c, "KD", "KID"), found, c.reference.n)]
+    return [Finding(c.extractor.called("KD"), found, c.reference.n)]
 
 
 def prdc(c: Comparison) -> list[Finding]:

@@ -32,7 +32,7 @@ READ = 1000  # images whose content is looked at in one go
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at work
 
 
-class Rows:
+class Stored:
     """An (n, d) float32 array in a file, of which only the rows asked for are read."""
 
     def __init__(self, path: Path, n: int, width: int):
@@ -62,8 +62,8 @@ class Features:
     def labels(self) -> np.ndarray | None:
         return None if self.images.labels is None else self.images.labels[self.chosen]
 
-    def rows(self, tap: str) -> Rows:
-        return Rows(self.folder / f"{tap}.f32", len(self), self.extractor.widths[tap])
+    def rows(self, tap: str) -> Stored:
+        return Stored(self.folder / f"{tap}.f32", len(self), self.extractor.widths[tap])
 
     def _gaussian(self, tap: str) -> Gaussian:
         """Mean and covariance; of more rows than features, kept beside them."""

@@ -159,17 +159,20 @@ def _archive(name: str, path: Path, like: Like | None) -> ImageSet:
     )  # fmt: skip
 
 
+def drawing(config: Config, precision: str, ema_rate: float) -> dict[str, Any]:
+    """What decides samples beside weights, seeds and classes, as a figure tells it."""
+    steps = build.chain(config.diffusion, config.sample.sampling_steps).steps
+    return dataclasses.asdict(config.sample) | dict(steps=steps, precision=precision, ema_rate=ema_rate)
+
+
 def drawn(
     config: Config, net: Network, weights: Weights, device: torch.device, job: sample.Job, home: Path, precision: str
 ) -> ImageSet:
     """What a run draws: image k is that of the job's k-th seed, and is drawn when it is asked for."""
     m, paint = config.model, sample.painter(config, net, device)
-    settings = dataclasses.asdict(config.sample)
-    about = settings | dict(
-        steps=build.chain(config.diffusion, config.sample.sampling_steps).steps, precision=precision, weights=str(weights.path),
-        checkpoint_step=weights.about["step"], ema_rate=weights.about.get("ema_rate", 0), trained_on=config.data.path,
-    )  # fmt: skip
-    made_by = [DRAWING, iddpm.__version__, _model(weights.path), settings, precision, about["ema_rate"]]
+    how = drawing(config, precision, weights.about.get("ema_rate", 0))
+    about = how | dict(weights=str(weights.path), checkpoint_step=weights.about["step"], trained_on=config.data.path)
+    made_by = [DRAWING, iddpm.__version__, _model(weights.path), how]
 
     def take(numbers: Sequence[int]) -> np.ndarray:
         part = sample.Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])

@@ -2,21 +2,20 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from iddpm import build, distributed, extractors, sample
+from iddpm import distributed, extractors, sample
 from iddpm.config import Config, ema_rates, image_size
 from iddpm.data import Order
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.evaluate import figures
 from iddpm.evaluate.features import extract, features_of
-from iddpm.evaluate.image_sets import Like, open_images
+from iddpm.evaluate.image_sets import Like, drawing, open_images
 from iddpm.metrics.frechet import Gaussian, frechet_distance
 from iddpm.metrics.kernel import kernel_distance
 from iddpm.storage import Best
@@ -41,9 +40,8 @@ class Quality:
         self.reference = extract(images, chosen, self.extractor, say=say)
         self.job = sample.job(config, range(t.eval_samples))
         self.conditions: dict[str, Any] = dict(  # under which numbers can be compared, as JSON holds them
-            n=t.eval_samples, seeds=f"0-{t.eval_samples - 1}", **asdict(config.sample),
-            steps=build.chain(config.diffusion, config.sample.sampling_steps).steps, precision=t.precision,
-            ema_rate=next(iter(ema_rates(t)), 0), extractor=self.extractor.name, extractor_identity=self.extractor.identity,
+            n=t.eval_samples, seeds=f"0-{t.eval_samples - 1}", **drawing(config, t.precision, next(iter(ema_rates(t)), 0)),
+            extractor=self.extractor.name, extractor_identity=self.extractor.identity,
             reference_key=self.reference.folder.name, reference_n=len(chosen),
         )  # fmt: skip
         self.about = self.conditions | dict(samples=str(run), reference=path, weights=None, seed=0, labels=None, draws=None)
@@ -80,10 +78,9 @@ class Quality:
         """Put the figures in the run's metrics.json; the run goes on where that cannot be."""
         about = self.about | dict(checkpoint_step=step, seconds=found["eval_seconds"], **figures.circumstances(self.device))
         rows = []
-        for kind, of_inception in (("KD", "KID"), ("FD", "FID")):
-            title = of_inception if self.name == "inception" else f"{kind}-{self.extractor.name}"
-            key = f"{kind.lower()}_{self.name}"
-            rows.append(figures.Figure(title, found[key], found.get(f"{key}_error"), about))
+        for metric in ("KD", "FD"):
+            key = f"{metric.lower()}_{self.name}"
+            rows.append(figures.Figure(self.extractor.called(metric), found[key], found.get(f"{key}_error"), about))
         try:
             figures.record(self.out, rows)
         except (OSError, UserError) as e:

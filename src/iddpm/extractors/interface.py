@@ -20,3 +20,9 @@ class Extractor(NamedTuple):
     network: Callable[[Tensor], Mapping[str, Tensor]]
     device: torch.device
     probabilities: Callable[[Tensor], Tensor] | None = None  # pool features (n, d) -> class probabilities (n, K), for IS
+
+    def called(self, metric: str) -> str:
+        """FD, sFD, KD or IS on these features: FID and its kin are names of Inception's alone, others bear their own."""
+        if self.name == "inception":
+            return {"FD": "FID", "sFD": "sFID", "KD": "KID", "IS": "IS"}[metric]
+        return f"{metric}-{self.name}"
