@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -127,6 +128,27 @@ def test_features_are_those_of_transformers(gated, grid, small, tmp_path):
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], place], 1)
     expected = theirs(state)(normalised(photographs()))
     assert difference(extractor.network(photographs())["pool"], expected) < 1e-5
+
+
+def test_the_command_takes_a_file_and_gives_fd_dinov2(small, tmp_path):
+    """From files to the figure; the expected one from transformers' features and numpy alone."""
+    from iddpm.cli import main
+
+    state, images = published(grid=16), photographs()
+    torch.save(state, tmp_path / "weights.pth")
+    sets = {"samples": torch.cat([images, images.flip(3)]), "real": torch.cat([images.flip(2), 255 - images])}
+    for name, pixels in sets.items():
+        np.savez(tmp_path / f"{name}.npz", pixels.permute(0, 2, 3, 1).numpy())
+    line = [str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real.npz"), "--out", str(tmp_path / "m.json")]
+    file = ["--extractor", "dinov2", "--dinov2-weights", str(tmp_path / "weights.pth")]
+    assert main(["evaluate", *line, *file, "--metrics", "fd", "--device", "cpu"]) == 0
+    (figure,) = json.loads((tmp_path / "m.json").read_text())["figures"]
+    x, y = (theirs(state)(normalised(pixels)).double().numpy() for pixels in sets.values())
+    cross = np.linalg.svd((x - x.mean(0)) @ (y - y.mean(0)).T, compute_uv=False).sum() / 5  # 6 images each: n - 1
+    scatter = x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + scatter - 2 * cross
+    assert figure["name"] == figure["extractor"].replace("dinov2", "FD-dinov2") == "FD-dinov2-vitt14"
+    assert figure["value"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_features_with_registers_are_those_of_transformers_resampling_included(small, tmp_path):
