@@ -37,7 +37,7 @@ BELOW = {  # room: the only parts of the package it may import
     "evaluate/features": {"distributed", "errors", "evaluate/image_sets", "extractors", "metrics", "places"},
     "evaluate/sides": {"evaluate/features", "evaluate/statistics", "metrics"},
     "evaluate/comparison": {"errors", "evaluate/sides", "extractors", "metrics"},
-    "evaluate/neighbours": {"evaluate/features", "metrics", "pictures", "places"},
+    "evaluate/neighbours": {"evaluate/features", "pictures", "places"},
     "evaluate/quality": {
         "build", "config", "data", "diffusion", "distributed", "errors", "evaluate/features", "evaluate/figures",
         "evaluate/image_sets", "extractors", "metrics", "sample", "storage",

@@ -1,6 +1,8 @@
 """How good samples are: every metric of two sets of features, with its error and what real images get in its place."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +19,24 @@ from iddpm.metrics.neighbours import manifold, nearest
 from iddpm.metrics.probe import consistency, too_few
 from iddpm.metrics.rows import BLOCK, Estimate
 
+NEAREST = 3  # real images that are told of each sample
 SMALL = 10_000  # samples below which a figure is shown beside that of real images
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Comparison:
     """What a metric may look at."""
 
     samples: Side
     reference: Side
     extractor: Extractor
     neighbours: int  # the k of precision, recall, density and coverage
+
+    @cached_property
+    def nearest(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the (up to) NEAREST real images nearest to each sample, and their distances, (n, k) each."""
+        samples, reference = self.samples.rows["pool"], self.reference.rows["pool"]
+        return nearest(samples, reference, min(NEAREST, len(reference)), device=self.extractor.device)
 
 
 class Finding(NamedTuple):
@@ -94,8 +104,7 @@ def labels(c: Comparison) -> list[Finding]:
 
 def memorisation(c: Comparison) -> list[Finding]:
     """How many samples are nearer to a real image than 99 % of real images are to each other."""
-    samples, reference = c.samples.rows["pool"], c.reference.rows["pool"]
-    _, ours = nearest(samples, reference, device=c.extractor.device)
+    reference, (_, ours) = c.reference.rows["pool"], c.nearest
     _, theirs = nearest(reference, reference, exclude_self=True, device=c.extractor.device)
     found = memorised(ours[:, 0], theirs[:, 0])
     findings = [Finding("near copies (1 % expected)", found.share, c.reference.n)]
@@ -199,7 +208,7 @@ def floor(c: Comparison, names: Sequence[str]) -> Floor | None:
     if n >= SMALL or not c.reference.rows or total < 4:
         return None
     few = min(n, total // 2)
-    real = c._replace(samples=c.reference.part(0, few), reference=c.reference.part(few, total))
+    real = replace(c, samples=c.reference.part(0, few), reference=c.reference.part(few, total))
     able = [METRICS[name] for name in names if not METRICS[name].knows_real and not METRICS[name].lacks(real)]
     if not able:
         return None

@@ -7,18 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from iddpm.evaluate.features import Features
-from iddpm.metrics.neighbours import nearest
 from iddpm.pictures import comparison
 from iddpm.places import replace
 
-SHOWN, NEAREST = 8, 3  # rows of the picture, and real images in each
+SHOWN = 8  # rows of the picture
 
 
-def write(samples: Features, real: Features, table: Path, picture: Path) -> None:
-    """A table of the nearest real image of each sample, nearest first, and a picture of the first of them."""
-    numbers, distances = nearest(
-        samples.rows("pool"), real.rows("pool"), min(NEAREST, len(real)), device=samples.extractor.device
-    )
+def write(samples: Features, real: Features, numbers: np.ndarray, distances: np.ndarray, table: Path, picture: Path) -> None:
+    """From the rows of the nearest real images of each sample (n, k): a table of the first, and a picture of some."""
     order = np.argsort(distances[:, 0], kind="stable")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -57,7 +57,7 @@ def _evaluate(samples: str, **given: Any) -> None:
             report.warn(both[0])
             report.figures_of(both, names, drawn, real, settings, out, device)
             if real and "memorisation" in names:
-                report.write_neighbours(drawn[0], real, out)
+                report.write_neighbours(both[0], drawn[0], real, out)
             if settings.save_statistics:
                 report.write_statistics(reference, extractor, settings)
             if sets[0].about:

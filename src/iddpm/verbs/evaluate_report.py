@@ -88,13 +88,13 @@ def _line(result: Result, draws: list[float]) -> str:
     return f"{result.finding.name:28} {value:>10.5g} {margin:12} {real:24} {each}".rstrip()
 
 
-def write_neighbours(drawn: Features, real: Features, out: Path) -> None:
+def write_neighbours(c: Comparison, drawn: Features, real: Features, out: Path) -> None:
     """For each sample its nearest real image, as a table; and a picture of the nearest pairs."""
     stem = out.name.removesuffix(".json")
     start = "" if stem == "metrics" else f"{stem.removesuffix('.metrics')}."
     table, picture = (out.with_name(f"{start}neighbours{end}") for end in (".csv", ".png"))
     with alone(out.parent):
-        neighbours.write(drawn, real, table, picture)
+        neighbours.write(drawn, real, *c.nearest, table, picture)
     print(f"nearest real images: {table}; the nearest pairs: {picture}")
     trained_on = drawn.images.about.get("trained_on")
     if trained_on and place(trained_on).resolve() != place(real.images.name).resolve():
