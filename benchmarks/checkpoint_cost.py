@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from iddpm import build, storage
-from iddpm.checkpoint import Folder
+from iddpm import build
 from iddpm.config import Config
-from iddpm.log import Meter
-from iddpm.plan import example
-from iddpm.presets import PRESETS
-from iddpm.state import TrainState
-from iddpm.train import train_step
+from iddpm.config.presets import PRESETS
+from iddpm.store import files as storage
+from iddpm.store.checkpoint import Folder
+from iddpm.store.log import Meter
+from iddpm.training.loop import train_step
+from iddpm.training.plan import example
+from iddpm.training.state import TrainState
 
 EVERY = 300.0  # seconds between saves
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm import extractors
 from iddpm.errors import UserError
-from iddpm.extractors import dinov2, inception
+from iddpm.measure import extractors
+from iddpm.measure.extractors import dinov2, inception
 
 Call = Callable[[Tensor], Tensor]
 

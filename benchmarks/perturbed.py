@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from iddpm import extractors
 from iddpm.data import Order
-from iddpm.evaluate.comparison import Comparison, compare, possible
-from iddpm.evaluate.features import extract
-from iddpm.evaluate.image_sets import ImageSet, open_images
-from iddpm.evaluate.sides import Side
+from iddpm.measure import extractors
+from iddpm.measure.compare import Comparison, compare, possible
+from iddpm.measure.features import extract
+from iddpm.measure.image_sets import ImageSet, open_images
+from iddpm.measure.sides import Side
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from iddpm import build, distributed
+from iddpm import build
 from iddpm.config import Config
-from iddpm.log import Meter
-from iddpm.plan import example, plan, pretended
-from iddpm.presets import PRESETS
-from iddpm.state import TrainState
-from iddpm.train import train_step
+from iddpm.config.presets import PRESETS
+from iddpm.parallel import processes
+from iddpm.store.log import Meter
+from iddpm.training.loop import train_step
+from iddpm.training.plan import example, plan, pretended
+from iddpm.training.state import TrainState
 
 
 class Row(NamedTuple):
@@ -86,7 +87,7 @@ def worker(name: str) -> None:
     row, device = ROWS[name], torch.device("cpu")
     config = config_of(row)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with pretended(row.processes) if row.pretended else distributed.session(device):
+    with pretended(row.processes) if row.pretended else processes.session(device):
         # the threads and libraries that the first step starts are not the network's
         small = Config().updated(
             dict(image_size="8", num_channels=8, num_heads=1, batch_size=row.processes, shard=config.train.shard)
@@ -104,17 +105,17 @@ def worker(name: str) -> None:
         events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda e: e.start_ns())
         allocated = int(np.cumsum([e.nbytes() for e in events]).max())
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             print(json.dumps({"allocated": allocated, "resident": peak - before}))
         sys.stdout.flush()
-        distributed.barrier()
+        processes.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
 
 
 def trainer(config: Config) -> Callable[[], None]:
     """A step of training, on zeros."""
     cpu = torch.device("cpu")
-    state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(distributed.share(config.train.batch_size)))
+    state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(processes.share(config.train.batch_size)))
     denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, cpu, config.train.precision))
     return lambda: train_step(state, config, state.parallel, denoiser, batch, meter)
 

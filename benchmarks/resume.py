@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iddpm import storage
 from iddpm.config import Config, image_size
-from iddpm.presets import PRESETS
+from iddpm.config.presets import PRESETS
+from iddpm.store import files as storage
 
 
 def first_step(command: list[str], line: str = "step ") -> float:

@@ -25,8 +25,8 @@ from iddpm.diffusion.denoiser import Denoiser, learned_range
 from iddpm.diffusion.objective import hybrid
 from iddpm.diffusion.parametrization import eps
 from iddpm.diffusion.schedule import Chain, Cosine
-from iddpm.ema import EMA
 from iddpm.nn import UNet, attention_rates, channel_mult_for
+from iddpm.training.ema import EMA
 
 LR, EMA_RATE, STEPS = 1e-4, 0.9999, 4000
 

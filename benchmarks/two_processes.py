@@ -16,28 +16,29 @@ import time
 from pathlib import Path
 
 from iddpm.config import Config
-from iddpm.presets import PRESETS
+from iddpm.config.presets import PRESETS
 
 
 def worker(preset: str, batch_size: int) -> None:
     """Take a step for each line read, and say how long it took."""
     import torch
 
-    from iddpm import build, distributed
-    from iddpm.log import Meter
-    from iddpm.plan import example
-    from iddpm.state import TrainState
-    from iddpm.train import train_step
+    from iddpm import build
+    from iddpm.parallel import processes
+    from iddpm.store.log import Meter
+    from iddpm.training.loop import train_step
+    from iddpm.training.plan import example
+    from iddpm.training.state import TrainState
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cpu = torch.device("cpu")
-    with distributed.session(cpu):
+    with processes.session(cpu):
         config = Config().updated(PRESETS[preset][1] | dict(batch_size=batch_size, device="cpu", precision="fp32"))
-        state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(distributed.share(batch_size)))
+        state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(processes.share(batch_size)))
         denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, cpu, "fp32"))
         print(sum(p.numel() for p in state.params.values()), flush=True)
         for _ in sys.stdin:
-            distributed.barrier()
+            processes.barrier()
             began = time.perf_counter()
             train_step(state, config, state.parallel, denoiser, batch, meter)
             print(time.perf_counter() - began, flush=True)

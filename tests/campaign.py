@@ -12,7 +12,7 @@ from typing import NamedTuple
 from safetensors.numpy import load_file
 
 from conftest import TINY, flags
-from iddpm.log import read_rows
+from iddpm.store.log import read_rows
 from launcher import Launcher, Started
 
 RUN = dict(TINY, class_cond=True, random_flip=True, sampling_steps="2", steps=24, save_interval=4)  # 6 saves

@@ -52,8 +52,8 @@ def data(pictures) -> Images:
 @pytest.fixture(scope="session")
 def run(config, data, tmp_path_factory) -> Path:
     """A finished tiny run. Read it; do not change it."""
-    from iddpm.train import train
-    from iddpm.verbs.train import write_config
+    from iddpm.cli.train import write_config
+    from iddpm.training.loop import train
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     write_config(folder, config)
@@ -70,4 +70,12 @@ def start(*args: object, **settings) -> subprocess.Popen:
     """`iddpm ARGS` as a real process."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     command = [sys.executable, "-m", "iddpm", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **settings)
+
+
+def torchrun(processes: int, *args: object, **settings) -> subprocess.Popen:
+    """`torchrun --nproc-per-node N -m -- iddpm ARGS`, as a user would start it."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
+    command = [*launcher, "iddpm", *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **settings)

@@ -88,10 +88,7 @@ class Launcher:
 
 
 def main() -> None:
-    import iddpm.dcp
-    import iddpm.train
-    import iddpm.verbs.train  # noqa: F401
-    from iddpm import cli
+    from iddpm.cli import main as cli
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has but the thread that forked"
     codes: dict[int, int | None] = {}

@@ -7,9 +7,9 @@ import torch
 from conftest import TINY, flags
 from golden_rules import image_tensor, noise
 from iddpm import build
-from iddpm.cli import main
+from iddpm.cli.main import main
 from iddpm.diffusion.objective import cross_entropy
-from iddpm.log import read_rows
+from iddpm.store.log import read_rows
 
 JUDGE = dict(
     TINY, network="classifier", class_cond=True, learn_sigma=False, num_head_channels=8, steps=60, log_interval=60, lr=3e-3

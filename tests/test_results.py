@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from iddpm.cli.flags import Parser
+from iddpm.cli.train import VERB
 from iddpm.config import Config, check
-from iddpm.flags import Parser
-from iddpm.presets import PRESETS
-from iddpm.verbs.train import VERB
+from iddpm.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "results.md").read_text()

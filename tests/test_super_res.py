@@ -11,11 +11,11 @@ from PIL import Image
 from conftest import TINY, flags
 from golden_rules import Stub, image_tensor, noise
 from iddpm import build
-from iddpm.batches import make_batch
-from iddpm.cli import main
+from iddpm.cli.main import main
 from iddpm.data import Images, Order
+from iddpm.data.batches import make_batch
+from iddpm.data.super_res import consistent, psnr, shrink, ssim
 from iddpm.diffusion.solvers import ancestral, ddim, run
-from iddpm.super_res import consistent, psnr, shrink, ssim
 
 SMALL = dict(TINY, network="super_res", image_size="16", small_size="8", sampling_steps="3", learn_sigma=False)
 

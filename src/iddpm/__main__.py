@@ -1,3 +1,3 @@
-from iddpm.cli import entry
+from iddpm.cli.main import entry
 
 entry()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from iddpm.config import Config, Diffusion, Sample, image_size, numbers
 from iddpm.diffusion.denoiser import Denoiser, Network, fixed_large, fixed_small, learned_range
+from iddpm.diffusion.law import LAWS, Uniform
 from iddpm.diffusion.objective import OBJECTIVES, Terms, clean_cross_entropy, cross_entropy
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Chain, respace
 from iddpm.diffusion.solvers import SOLVERS, State
-from iddpm.diffusion.timesteps import LAWS, Uniform
 from iddpm.errors import UserError
 from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
 

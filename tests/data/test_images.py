@@ -1,219 +1,285 @@
-"""Decoding and preparing single images, against the reference's goldens and closed forms."""
+"""Folders as data sets: what is found, how it is labelled, and what happens to broken files."""
 
-import io
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from iddpm.data import EXTENSIONS, decode, prepare
+from iddpm.data import EXTENSIONS, Images
 from iddpm.errors import UserError
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-# the reference resizes palettes as numbers and drops alpha, so a_2, b_3 and a_6 show its defects
-SOUND = ("a_0.png", "b_1.png", "a_4.jpg", "b_5.png")
+NO_CACHE = 0
+CACHES = pytest.mark.parametrize("cache_bytes", [2 << 30, NO_CACHE], ids=["cached", "uncached"])
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    file.seek(0)
-    return file
+def fill(root: Path, *names: str) -> Path:
+    """Images of one grey each: 0, 10, 20, ... in the order of the names given."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 5), 10 * k).save(root / name)
+    return root
 
 
-@pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("name", SOUND)
-def test_square_targets_equal_the_reference(name: str, size: int) -> None:
-    golden = np.load(GOLDENS / "images.npz")[f"{name}_{size}"]
-    result = prepare(decode(GOLDENS / "images" / name, 3), size, size)
-    assert result.dtype == np.uint8
-    np.testing.assert_array_equal(result, golden)
+def opened(path: Path, **options: Any) -> Images:
+    return Images.open(path, image_size=(4, 4), channels=1, **options)
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_a_grey_file_as_grey_equals_the_reference(size: int) -> None:
-    golden = np.load(GOLDENS / "images.npz")[f"b_1.png_{size}"]
-    np.testing.assert_array_equal(prepare(decode(GOLDENS / "images" / "b_1.png", 1), size, size), golden[:1])
+def greys(data: Images, *indices: int) -> list[int]:
+    return data.batch(indices)[:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("name", ["a_2.png", "b_3.png", "a_6.gif"])
-def test_palettes_and_transparency_become_colours_before_resizing(name: str) -> None:
-    with Image.open(GOLDENS / "images" / name) as image:
-        colours = np.asarray(image.convert("RGBA"), np.float64)
-    alpha = colours[..., 3:] / 255
-    over_white = np.rint(colours[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    flat = Image.fromarray(over_white)
-    difference = prepare(decode(GOLDENS / "images" / name, 3), 32, 32) - prepare(flat, 32, 32).astype(int)
-    assert np.abs(difference).max() <= 1  # Pillow composites in integers
+def opened_and_read(path: Path, cache_bytes: int, *indices: int) -> tuple[Images, list[int]]:
+    data = opened(path, cache_bytes=cache_bytes)
+    return data, greys(data, *indices)
 
 
-@pytest.mark.parametrize(
-    ("size", "target"),
-    [
-        ((40, 30), (32, 32)),
-        ((100, 20), (16, 48)),
-        ((9, 50), (8, 4)),
-        ((5, 5), (12, 7)),
-        ((333, 77), (64, 65)),
-    ],
-)
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_every_size_is_covered_and_cropped_to_the_target(size: tuple[int, int], target: tuple[int, int], channels: int) -> None:
-    mode, colour = {1: ("L", (77,)), 3: ("RGB", (7, 77, 177)), 4: ("RGBA", (7, 77, 177, 255))}[channels]
-    result = prepare(Image.new(mode, size, colour), *target)
-    assert result.shape == (channels, *target)
-    assert np.all(result == np.reshape(colour, (channels, 1, 1)))
+@CACHES
+def test_images_are_found_in_sorted_order_without_hidden_files(tmp_path: Path, cache_bytes: int) -> None:
+    fill(tmp_path, "b.png", "a/z.JPG", "a/deep/er/y.webp", ".hidden.png", ".git/x.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "png").write_text("not an image either")
+    data = opened(tmp_path, cache_bytes=cache_bytes)
+    assert [path.relative_to(tmp_path).as_posix() for path in data.files] == [
+        "a/deep/er/y.webp",
+        "a/z.JPG",
+        "b.png",
+    ]
+    assert len(data) == 3
+    batch = data.batch([2, 0, 2])
+    assert batch.dtype == np.uint8
+    assert batch.shape == (3, 1, 4, 4)
+    assert greys(data, 2, 1, 2) == [0, 10, 0]
 
 
-def test_an_image_of_the_target_size_is_left_alone() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-    np.testing.assert_array_equal(prepare(Image.fromarray(pixels), 12, 20), pixels.transpose(2, 0, 1))
+def test_the_cache_changes_nothing(tmp_path: Path) -> None:
+    for k, size in enumerate([(9, 30), (64, 31), (8, 8)]):
+        pixels = np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    cached, uncached = (Images.open(tmp_path, (8, 12), cache_bytes=size) for size in (3 * 3 * 8 * 12, 3 * 3 * 8 * 12 - 1))
+    assert cached._cache is not None
+    assert uncached._cache is None
+    np.testing.assert_array_equal(cached.batch([1, 2, 0]), uncached.batch([1, 2, 0]))
 
 
-def test_a_power_of_two_is_averaged_in_blocks() -> None:
-    pixels = (np.random.default_rng(0).integers(0, 64, (16, 24)) * 4).astype(np.uint8)
-    blocks = pixels.reshape(8, 2, 12, 2).mean((1, 3))  # exact: multiples of 4 in fours
-    np.testing.assert_array_equal(prepare(Image.fromarray(pixels), 8, 12)[0], blocks)
+def test_a_cached_batch_can_be_written_to(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "a.png", "b.png"))
+    data.batch([0, 1])[:] = 99
+    assert greys(data, 0, 1) == [0, 10]
 
 
-def test_the_crop_is_central() -> None:
-    ramp = np.tile(np.arange(10, dtype=np.uint8), (4, 1))
-    assert prepare(Image.fromarray(ramp), 4, 4)[0, 0].tolist() == [3, 4, 5, 6]
+def test_a_single_file_is_a_data_set_of_one(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    assert opened(tmp_path / "b.png").files == [tmp_path / "b.png"]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
-    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-    undo = {  # how the camera would have stored the upright picture
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.T,
-        6: np.rot90(upright),
-        7: upright[::-1, ::-1].T,
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = saved(Image.fromarray(np.ascontiguousarray(undo)), "PNG", exif=exif)
-    np.testing.assert_array_equal(np.asarray(decode(file, 1)), upright)
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    fill(tmp_path, "root/a.png", "elsewhere/b.png")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/linked/back").symlink_to(tmp_path / "root")
+    assert [path.name for path in opened(tmp_path / "root").files] == ["a.png", "b.png"]
 
 
-def test_damaged_exif_costs_only_the_orientation() -> None:
-    file = saved(Image.new("RGB", (8, 8), (10, 20, 30)), "PNG", exif=b"Exif\x00\x00XX*\x00nonsense")
-    assert np.all(np.asarray(decode(file, 3)) == (10, 20, 30))
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        opened(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("alpha", [0, 51, 128, 255])
-def test_alpha_is_laid_over_white(alpha: int) -> None:
-    pixel = np.asarray(decode(saved(Image.new("RGBA", (2, 2), (200, 0, 100, alpha)), "PNG"), 3))[0, 0]
-    expected = np.array([200, 0, 100]) * alpha / 255 + 255 * (1 - alpha / 255)
-    assert np.abs(pixel - expected).max() <= 1
+def test_an_empty_folder_says_which_files_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match=", ".join(EXTENSIONS)):
+            opened(path)
 
 
-def test_alpha_is_kept_for_four_channels() -> None:
-    image = Image.new("RGBA", (2, 2), (200, 0, 100, 51))
-    assert np.all(np.asarray(decode(saved(image, "PNG"), 4)) == (200, 0, 100, 51))
-    assert np.all(np.asarray(decode(saved(image.convert("RGB"), "PNG"), 4)) == (200, 0, 100, 255))
+@pytest.mark.parametrize("options", [{"on_broken": "ignore"}, {"labels": "magic"}])
+def test_unknown_choices_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use one of"):
+        opened(fill(tmp_path, "a.png"), **options)
 
 
-def test_grey_with_alpha_is_laid_over_white() -> None:
-    assert np.asarray(decode(saved(Image.new("LA", (2, 2), (100, 0)), "PNG"), 1)).tolist() == [[255, 255]] * 2
+def test_sub_folders_are_classes(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "dog/a_1.png", "cat/b_1.png", "cat/deep/c_1.png"))
+    assert data.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.dtype == np.int64
+    assert data.labels.tolist() == [0, 0, 1]
+    assert data.rule == "sub-folder names"
+    assert "3 images" in data.describe()
+    assert "2 classes (cat, dog)" in data.describe()
 
 
-def test_a_transparent_colour_becomes_white() -> None:
-    pixels = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)
-    file = saved(Image.fromarray(pixels), "PNG", transparency=(255, 0, 0))
-    assert np.asarray(decode(file, 3)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+def test_prefixes_are_classes_when_images_lie_loose(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "dog_1.png", "cat_2_x.png", "sub/cat_1.png"))
+    assert data.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 0]
+    assert "underscore" in data.rule
 
 
-def test_a_transparent_palette_entry_becomes_white() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putdata([0, 1])
-    for kind in ("PNG", "GIF"):
-        file = saved(image, kind, transparency=0)
-        assert np.asarray(decode(file, 3)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+def test_names_without_a_rule_have_no_labels(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "dog_1.png", "cat.png"))
+    assert data.labels is None
+    assert data.classes == ()
+    assert data.rule == "none"
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled(kind: str) -> None:
-    values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
-    expected = [0, 0, 1, 1, 128, 255]  # value / 257 to the nearest
-    file = saved(Image.fromarray(values), kind)
-    assert np.asarray(decode(file, 1)).tolist() == [expected]
-    file.seek(0)
-    assert np.asarray(decode(file, 3)).tolist() == [[[value] * 3 for value in expected]]
+def test_labels_can_be_left_out(tmp_path: Path) -> None:
+    assert opened(fill(tmp_path, "dog_1.png", "cat_1.png"), labels="none").labels is None
+
+
+@pytest.mark.parametrize(("rule", "reason"), [("file", "labels.csv"), ("folder", "cat.png"), ("prefix", "cat.png")])
+def test_a_rule_that_does_not_fit_says_why(rule: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        opened(fill(tmp_path, "cat.png"), labels=rule)
+
+
+def test_a_rule_can_be_forced(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "x/dog_1.png", "y/cat_1.png"), labels="prefix")
+    assert data.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("name", "text"),
     [
-        (np.array([[0, 65535]], np.int32), [0, 255]),
-        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
-        (np.array([[0.0, 17.0, 255.0]], np.float32), [0, 17, 255]),
+        ("labels.json", json.dumps({"s/a.png": "dog", "s/b.png": "cat", "s/c.png": "dog"})),
+        (
+            "labels.json",
+            json.dumps({"labels": [["s/a.png", "dog"], ["./s/b.png", "cat"], ["s\\c.png", "dog"]]}),
+        ),
+        ("labels.csv", "path,label\ns/a.png,dog\ns/b.png,cat\ns/c.png,dog\n"),
+        ("labels.csv", "\ufeffs/a.png, dog\r\n\r\ns/b.png,cat\r\ns/c.png,dog"),
+        (
+            "dataset.json",
+            json.dumps({"labels": [["s/a.png", "dog"], ["s/b.png", "cat"], ["s/c.png", "dog"]]}),
+        ),
     ],
 )
-def test_wide_grey_is_scaled(values: np.ndarray, expected: list[int]) -> None:
-    assert np.asarray(decode(saved(Image.fromarray(values), "TIFF"), 1)).tolist() == [expected]
+def test_a_label_file_comes_before_folders(name: str, text: str, tmp_path: Path) -> None:
+    fill(tmp_path, "s/a.png", "s/b.png", "s/c.png")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    data = opened(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert data.rule == name
+    assert data.labels is not None
+    assert data.labels.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("name", "text"),
+    [("labels.json", '{"a.png": 10, "b.png": 9, "c.png": 2}'), ("labels.csv", "a.png,10\nb.png,9\nc.png,2")],
+)
+def test_whole_numbers_keep_their_order(name: str, text: str, tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / name).write_text(text)
+    data = opened(tmp_path)
+    assert data.classes == ("2", "9", "10")
+    assert data.labels is not None
+    assert data.labels.tolist() == [2, 1, 0]
+
+
+def test_a_label_file_of_null_means_no_labels(tmp_path: Path) -> None:
+    fill(tmp_path, "00000/a.png", "00001/b.png")
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    data = opened(tmp_path)
+    assert data.labels is None
+    assert "dataset.json" in data.describe()
+
+
+def test_entries_without_an_image_are_told(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png")
+    (tmp_path / "labels.json").write_text('{"a.png": 1, "gone.png": 2}')
+    data = opened(tmp_path)
+    assert data.classes == ("1",)
+    assert "1 of its entries" in data.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
     [
-        np.array([[0, 70000]], np.int32),
-        np.array([[-1, 5]], np.int32),
-        np.array([[0, 300]], np.float32),
-        np.array([[0, np.nan]], np.float32),
+        ("labels.json", "{", "labels.json: "),
+        ("labels.json", "3", "labels.json: "),
+        ("labels.json", '{"a.png": 1}', "no label for b.png"),
+        ("labels.json", '{"a.png": 1, "b.png": [2]}', r"the label \[2\]"),
+        ("labels.json", '{"a.png": true, "b.png": 2}', "the label True"),
+        ("labels.csv", "a.png\nb.png", "labels.csv: "),
+        ("labels.csv", "", "no label for a.png"),
     ],
 )
-def test_grey_of_unclear_range_is_refused(values: np.ndarray) -> None:
-    with pytest.raises(UserError, match="8 or 16 bits"):
-        decode(saved(Image.fromarray(values), "TIFF"), 1)
+def test_a_faulty_label_file_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path)
 
 
-def test_cmyk_is_converted() -> None:
-    image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # pure cyan
-    assert np.asarray(decode(saved(image, "TIFF"), 3))[0, 0].tolist() == [0, 255, 255]
-    assert np.asarray(decode(saved(image, "TIFF"), 4))[0, 0].tolist() == [0, 255, 255, 255]
-    assert np.abs(np.asarray(decode(saved(image, "JPEG"), 3)).astype(int) - [0, 255, 255]).max() < 8
+def test_labels_follow_the_classes_of_a_run(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "dog/1.png", "ape/1.png"), classes=["ape", "cat", "dog"])
+    assert data.classes == ("ape", "cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 2]
 
 
-def test_black_and_white_becomes_0_and_255() -> None:
-    image = Image.new("1", (2, 1))
-    image.putpixel((1, 0), 1)
-    assert np.asarray(decode(saved(image, "PNG"), 1)).tolist() == [[0, 255]]
+def test_a_class_that_the_run_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'emu' is not among"):
+        opened(fill(tmp_path, "dog/1.png", "emu/1.png"), classes=["ape", "cat", "dog"])
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
-    file = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, lossless=True)
-    assert np.asarray(decode(file, 3))[0, 0].tolist() == [255, 0, 0]
+def test_many_classes_are_abbreviated(tmp_path: Path) -> None:
+    text = opened(fill(tmp_path, *(f"{c}/1.png" for c in "abcdefghij"))).describe()
+    assert "10 classes (a, b, c, d, ..., j)" in text
 
 
-@pytest.mark.parametrize("ending", EXTENSIONS)
-def test_every_listed_ending_can_be_read(ending: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), (255, 255, 255)).save(tmp_path / f"a.{ending}")
-    assert np.all(np.asarray(decode(tmp_path / f"a.{ending}", 3)) == 255)
+@CACHES
+def test_a_broken_file_is_replaced_by_the_next_of_its_class(tmp_path: Path, cache_bytes: int) -> None:
+    fill(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+    (tmp_path / "cat/2.png").write_text("broken")
+    with pytest.warns(UserWarning, match=r"cat/2\.png is not a readable image") as caught:
+        data, seen = opened_and_read(tmp_path, cache_bytes, 0, 1, 2, 3, 1)
+    assert seen == [0, 0, 20, 30, 0]
+    assert greys(data, 1) == [0]  # without a second warning, which would be an error
+    assert len(caught) == 1
+    assert [path for path, _ in data.broken] == [tmp_path / "cat/2.png"]
+    assert len(data) == 4
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert "1 unreadable" in data.describe()
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "missing"])
-def test_an_unreadable_file_is_named(damage: str, tmp_path: Path) -> None:
-    image = Image.new("RGB", (64, 64))
-    ImageDraw.Draw(image).line((0, 0, 63, 63), fill="white")
-    whole = saved(image, "JPEG").getvalue()
-    path = tmp_path / "broken.jpg"
-    if damage != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(UserError, match=r"broken\.jpg is not a readable image") as caught:
-        decode(path, 3)
-    assert "\n" not in str(caught.value)
+@CACHES
+def test_a_class_with_only_broken_files_takes_image_and_label_from_the_next(tmp_path: Path, cache_bytes: int) -> None:
+    fill(tmp_path, "cat/1.png", "dog/1.png", "emu/1.png")
+    (tmp_path / "cat/1.png").write_text("broken")
+    with pytest.warns(UserWarning, match="cat"):
+        data, seen = opened_and_read(tmp_path, cache_bytes, 0)
+    assert seen == [10]
+    assert data.labels is not None
+    assert data.labels.tolist() == [1, 1, 2]
+    assert data.classes == ("cat", "dog", "emu")
 
 
-def test_an_unsupported_number_of_channels_is_refused() -> None:
-    with pytest.raises(UserError, match="2 channels"):
-        decode(saved(Image.new("L", (2, 2)), "PNG"), 2)
+@CACHES
+def test_a_broken_file_can_be_an_error(tmp_path: Path, cache_bytes: int) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.png").write_text("broken")
+    with pytest.raises(UserError, match=r"b\.png"):
+        opened(tmp_path, on_broken="fail", cache_bytes=cache_bytes).batch([0, 1])
+
+
+@CACHES
+def test_a_folder_of_broken_files_is_an_error(tmp_path: Path, cache_bytes: int) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text("broken")
+    with pytest.raises(UserError, match="none of the 2 images is readable"):
+        opened(tmp_path, cache_bytes=cache_bytes).batch([0])
+
+
+def test_good_folders_open_without_warnings(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(fill(tmp_path, "a.png", "b.gif", "c.tif"))

@@ -5,15 +5,7 @@ import torch
 from torch import Tensor
 
 from golden_rules import Stub, image_tensor, noise
-from iddpm.diffusion.denoiser import (
-    LEARNED,
-    VARIANCES,
-    Denoiser,
-    fixed_large,
-    fixed_small,
-    learned,
-    learned_range,
-)
+from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, fixed_large, fixed_small, learned, learned_range
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS, previous
 from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine, Linear, respace
 

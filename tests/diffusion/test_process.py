@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from golden_rules import Stub, load, noise
+from iddpm.diffusion.bound import bound_terms, prior_term, vlb_term
 from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser
-from iddpm.diffusion.likelihood import bound_terms, prior_term, vlb_term
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Chain, Step, respace
 from iddpm.diffusion.solvers import ancestral, ancestral_step, ddim, ddim_inverse_step, ddim_step, run

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from conftest import flags
-from iddpm import build, train
-from iddpm.batches import make_batch
-from iddpm.cli import main
+from iddpm import build
+from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.data import Order
+from iddpm.data.batches import make_batch
 from iddpm.interop.openai import logger
-from iddpm.log import Meter
-from iddpm.state import TrainState
+from iddpm.store.log import Meter
+from iddpm.training import loop as train
+from iddpm.training.state import TrainState
 
 DEFECTS = {
     1: "np.int stops the loss-aware law of t, and its history is lost on resume",

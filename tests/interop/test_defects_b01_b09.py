@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from conftest import TINY as NATIVE
-from iddpm import build, train
-from iddpm.checkpoint import Saved
+from iddpm import build
 from iddpm.config import Config
-from iddpm.diffusion.timesteps import LossSecondMoment
+from iddpm.diffusion.law import LossSecondMoment
 from iddpm.interop.openai import files, flags, logger
-from iddpm.state import LossScale, TrainState
+from iddpm.store.checkpoint import Saved
+from iddpm.training import loop as train
+from iddpm.training.state import LossScale, TrainState
 from interop.test_defects import TINY, TRAIN, command, held, one_step, red_with, rows
 from interop.written import same, write
 

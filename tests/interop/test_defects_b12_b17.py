@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from iddpm import batches, sample, train
-from iddpm.batches import Batch, make_batch
+from iddpm.cli.flags import Parser
 from iddpm.config import Config
-from iddpm.data import Images, Order, folder, labels
+from iddpm.data import Images, Order, batches, labels
+from iddpm.data import images as folder
+from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
-from iddpm.evaluate import nll
-from iddpm.evaluate.nll import Bound
-from iddpm.flags import Parser
 from iddpm.interop.openai import commands, flags, script_util
+from iddpm.measure import bound as nll
+from iddpm.measure.bound import Bound
+from iddpm.sampling import draw as sample
+from iddpm.training import loop as train
 from interop.test_defects import TINY, TRAIN, command, red_with
 
 CLASSES = TINY | dict(class_cond=True)

@@ -21,16 +21,19 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from conftest import flags as typed
 from golden_rules import load
-from iddpm import batches, distributed, sample, train
-from iddpm.cli import VERBS, main
+from iddpm.cli.flags import Parser
+from iddpm.cli.main import VERBS, main
 from iddpm.config import Config
+from iddpm.config.presets import PRESETS
+from iddpm.data import batches
 from iddpm.errors import UserError
-from iddpm.evaluate import nll
-from iddpm.flags import Parser
 from iddpm.interop.openai import commands, dist_util, files, flags, guided, logger, script_util, unet
 from iddpm.interop.openai import nn as pieces
-from iddpm.log import Meter, read_rows
-from iddpm.presets import PRESETS
+from iddpm.measure import bound as nll
+from iddpm.parallel import processes
+from iddpm.sampling import draw as sample
+from iddpm.store.log import Meter, read_rows
+from iddpm.training import loop as train
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +89,7 @@ def test_b21_the_wheel_holds_every_folder_of_code():
 
 def eight_per_node(patch):
     old = lambda *device: torch.device("cuda", int(os.environ["RANK"]) % 8)  # noqa: E731
-    patch.setattr(distributed, "place", old)
+    patch.setattr(processes, "own_device", old)
     patch.setattr(dist_util, "dev", old)
 
 
@@ -104,7 +107,7 @@ def test_b22_a_process_takes_the_gpu_of_its_number_on_its_own_machine(monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():
         monkeypatch.setenv(name, value)
-    assert distributed.place(torch.device("cuda")) == dist_util.dev() == torch.device("cuda", 1)
+    assert processes.own_device(torch.device("cuda")) == dist_util.dev() == torch.device("cuda", 1)
 
 
 @red_with(host_is_looked_up, raises=socket.gaierror)
@@ -117,7 +120,7 @@ def test_b22_one_process_needs_no_host_name_and_no_port(monkeypatch):
     assert not dist.is_initialized()
     dist_util.setup_dist()
     try:
-        assert distributed.world() == 1
+        assert processes.world() == 1
     finally:
         dist.destroy_process_group()
 
@@ -146,7 +149,7 @@ def test_b23_processes_of_torchrun_share_a_folder_and_write_files_of_their_own(t
 
 
 def nobody_asks_how_it_was_started(patch):
-    patch.setattr(distributed, "LAUNCHERS", {}, raising=False)
+    patch.setattr(processes, "LAUNCHERS", {}, raising=False)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -364,7 +367,7 @@ def test_guided_checkpoints_go_where_the_variable_says(pictures, tmp_path, monke
 
 @red_with(measured_as_trained)
 def test_guided_likelihoods_are_of_the_images_as_they_are(config, data, run):
-    from iddpm import checkpoint
+    from iddpm.store import checkpoint
 
     cpu, mirrored = torch.device("cpu"), config.updated(dict(random_flip=True))
     net = sample.restore(checkpoint.read_weights(run), cpu)

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iddpm import distributed
 from iddpm.interop.openai import files, logger
-from iddpm.state import TrainState
+from iddpm.parallel import processes, shard
+from iddpm.training.state import TrainState
 from interop.test_defects import TINY, TRAIN, command, held, rows
 from interop.written import same
 
@@ -75,50 +75,50 @@ def rank_0_alone_loads(patch: pytest.MonkeyPatch, load: Callable[[Path], Any]) -
 
     newest = files.Store.newest
     patch.setattr(files, "load", old)
-    patch.setattr(files.Store, "newest", lambda self: newest(self) if distributed.rank() == 0 else (None, []))
+    patch.setattr(files.Store, "newest", lambda self: newest(self) if processes.rank() == 0 else (None, []))
 
 
 def one_message(path: Path) -> Any:
     """The original's load_state_dict: rank 0 reads a file and sends it to the others."""
-    box = [path.read_bytes() if distributed.rank() == 0 else None]
+    box = [path.read_bytes() if processes.rank() == 0 else None]
     dist.broadcast_object_list(box)
-    aside = path.with_name(f"{path.name}.{distributed.rank()}")
+    aside = path.with_name(f"{path.name}.{processes.rank()}")
     aside.write_bytes(box[0])
     return torch.load(aside, weights_only=True)
 
 
 def unpadded(rows: Tensor) -> None:
     parts = [rows.new_zeros(2) for _ in range(2)]
-    if distributed.rank() == 0:  # it has one row, the other two
+    if processes.rank() == 0:  # it has one row, the other two
         dist.all_gather(parts, rows)
 
 
 def two(data: str, folder: str) -> None:
     """The part of one of two processes; its facts go to FOLDER/RANK.json."""
     root, facts = Path(folder), dict[str, Any]()
-    with distributed.session(CPU), pytest.MonkeyPatch.context() as patch:
-        rank, recorder = distributed.rank(), Recorder(patch)
+    with processes.session(CPU), pytest.MonkeyPatch.context() as patch:
+        rank, recorder = processes.rank(), Recorder(patch)
 
         def copied(name: str) -> Path:
             if rank == 0:
                 (root / name).mkdir()
                 for path in (root / "whole").glob("*000002*"):
                     shutil.copy(path, root / name)
-            distributed.barrier()
+            processes.barrier()
             return root / name / "model000002.pt"
 
         facts["whole"] = recorder.run(root / "whole", data, steps=3)
         resume = copied("resumed")
         facts["resumed"] = recorder.run(resume.parent, data, resume_checkpoint=resume, steps=3)
-        facts["gathered"] = distributed.gather(torch.full((1 + rank,), rank)).tolist()
+        facts["gathered"] = processes.gather(torch.full((1 + rank,), rank)).tolist()
         patch.delenv("OPENAI_LOGDIR", raising=False)
         with logger.scoped_configure(format_strs=["log"]):
-            distributed.barrier()
+            processes.barrier()
             facts["log"] = [logger.get_dir(), *sorted(os.listdir(logger.get_dir()))]
 
         with patch.context() as old:
-            old.setattr(distributed, "parallel", lambda net, *shard: net)
-            old.setattr(distributed, "sum_", lambda *tensors: None)
+            old.setattr(shard, "spread", lambda net, *shard: net)
+            old.setattr(processes, "sum_", lambda *tensors: None)
             facts["apart"] = recorder.run(root / "apart", data, steps=1)
         with patch.context() as old:
             resume = copied("message")

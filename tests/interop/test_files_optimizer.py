@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from iddpm.checkpoint import Saved
 from iddpm.errors import UserError
 from iddpm.interop.openai import files, flags
 from iddpm.interop.openai.optimizer import MOMENTS, flatten, groups, layout_of, optimizer_file, unflatten
+from iddpm.store.checkpoint import Saved
 from interop.written import FLAGS, network, write
 
 SHAPES = {"a.weight": (3, 2, 1), "a.bias": (3,), "b.weight": (4, 3), "c": ()}

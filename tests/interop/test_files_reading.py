@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from iddpm.cli import main
+from iddpm.cli.main import main
 from iddpm.errors import UserError
 from iddpm.interop.openai import files
 from interop.written import network, same, write
@@ -138,9 +138,9 @@ def test_the_command_line_says_it_in_one_line_with_code_2(tmp_path, capsys):
 
 PEAK = """
 import re, sys
-from iddpm.cli import main
+from iddpm.cli.main import main
 from iddpm.interop.openai import files, optimizer, weights
-import iddpm.checkpoint, iddpm.build, safetensors.torch
+import iddpm.store.checkpoint, iddpm.build, safetensors.torch
 from pathlib import Path
 
 def status(name):

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from iddpm.checkpoint import Saved
 from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.interop.openai import files, flags
-from iddpm.state import TrainState
-from iddpm.train import train
+from iddpm.store.checkpoint import Saved
+from iddpm.training.loop import train
+from iddpm.training.state import TrainState
 from interop.written import FLAGS, same, write
 
 CONFIG = flags.to_config("unet", FLAGS | {"ema_rate": "0.9,0.99", "batch_size": 8})

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from iddpm.cli import VERBS
-from iddpm.flags import Parser
+from iddpm.cli.flags import Parser
+from iddpm.cli.main import VERBS
 from iddpm.interop.openai.published import PUBLISHED
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "published"

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from conftest import flags as typed
-from iddpm import build, checkpoint, rng, sample
-from iddpm.cli import main
+from iddpm import build, rng
+from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.diffusion.solvers import run as walk
 from iddpm.interop.openai import files
 from iddpm.interop.openai import flags as original
-from iddpm.state import TrainState
+from iddpm.sampling import draw as sample
+from iddpm.store import checkpoint
+from iddpm.training.state import TrainState
 from interop.written import FLAGS, network, same, write
 
 CPU = torch.device("cpu")
@@ -334,7 +336,7 @@ def test_the_help_answers_without_torch(command):
     import subprocess
     import sys
 
-    code = "import sys; from iddpm.cli import main; main(['import', '--help'])"
+    code = "import sys; from iddpm.cli.main import main; main(['import', '--help'])"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert "--published NAME" in done.stdout
     assert "--use_kl" in done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from iddpm.errors import UserError
-from iddpm.places import opened, remote
+from iddpm.store.remote import opened, remote
 
 
 def open_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,83 +1,204 @@
-"""One image file: from bytes to the uint8 array that a network is trained on."""
+"""A folder of images as a data set: what is in it, how it is labelled, and its pixels by index."""
 
-from pathlib import Path, PurePath
-from typing import BinaryIO
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
+from iddpm.data.decode import EXTENSIONS, decode, prepare
+from iddpm.data.labels import label, number
 from iddpm.errors import UserError
-from iddpm.places import Unreachable, opened, remote
+from iddpm.store.remote import Unreachable, place, remote
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+ON_BROKEN = ("skip", "fail")
+REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
+PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
 
 
-def decode(source: str | Path | BinaryIO, channels: int) -> Image.Image:
-    """The first frame, turned as its EXIF says, in mode L, RGB or RGBA for 1, 3 or 4 channels.
+class Images:
+    """N images at one size, with labels where the folder has any; made by `Images.open`.
 
-    Transparency is laid over white unless 4 channels are asked for. 16-bit grey is scaled to 0..255;
-    float grey may span 0..1 or 0..255. Raises UserError when the file cannot be read or its range is unclear; Unreachable
-    where its storage gives no answer, which says nothing about the file.
+    `files` (N paths), `labels` (N, int64) or None, `classes` (names by label), `rule` (their source),
+    `broken` (path and reason of each unreadable file met so far), `image_size` (H, W), `channels`.
+
+    A broken file keeps its index, so that every process and every run agrees on the order; the next good
+    image (of its class, if there is one) stands in for it.
     """
-    if channels not in MODES:
-        raise UserError(f"{channels} channels are not supported: use 1 (grey), 3 (RGB) or 4 (RGBA)")
-    try:
-        with Image.open(opened(source) if isinstance(source, PurePath) and remote(source) else source) as image:
-            image.load()
-            return _convert(_upright(image), MODES[channels])
-    except Unreachable:
-        raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # whose text repeats the path
-            reason = "of no known format"
-        name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
-        raise UserError(f"{name} is not a readable image ({reason}): repair or remove it") from error
+
+    def __init__(self, files: list[Path], image_size: tuple[int, int], channels: int = 3, on_broken: str = "skip") -> None:
+        self.files = files
+        self.image_size = image_size
+        self.channels = channels
+        self.on_broken = on_broken
+        self.labels: np.ndarray | None = None
+        self.classes: tuple[str, ...] = ()
+        self.rule = "none"
+        self.broken: list[tuple[Path, str]] = []
+        self._stand_in: dict[int, int] = {}  # index of a broken file -> index of the image shown instead
+        self._cache: np.ndarray | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        image_size: tuple[int, int],
+        channels: int = 3,
+        on_broken: str = "skip",
+        cache_bytes: int = 2 << 30,
+        labels: str = "auto",
+        classes: Sequence[str] | None = None,
+    ) -> "Images":
+        """Find the images under `path`, label them, and decode them all if they fit in `cache_bytes`.
+
+        `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given.
+        Raises UserError for a missing, unreadable or empty folder, a broken file if `on_broken` is 'fail',
+        labels that cannot be had by the rule, and labels that `classes` does not hold.
+        """
+        if on_broken not in ON_BROKEN:
+            raise UserError(f"on_broken={on_broken!r} is not known: use one of {', '.join(ON_BROKEN)}")
+        root, names = find(place(path))
+        data = cls([root / name for name in names], image_size, channels, on_broken)
+        found, data.rule = label(root, names, labels)
+        if found:
+            data.labels, data.classes = number(found, classes)
+        height, width = image_size
+        if len(names) * channels * height * width <= cache_bytes:
+            data._fill()
+        return data
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in."""
+        if self._cache is not None:
+            return self._cache[np.asarray(indices, np.int64)]
+        wanted = [self._stand_in.get(int(i), int(i)) for i in indices]
+        out = np.empty((len(wanted), self.channels, *self.image_size), np.uint8)
+        for row, pixels in enumerate(self._read(wanted)):
+            out[row] = self._replace(wanted[row], pixels) if isinstance(pixels, UserError) else pixels
+        return out
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        """UserError for the first file that is not `size` (H, W) pixels as it lies there."""
+        for file in self.files:
+            found = decode(file, self.channels).size[::-1]
+            if found != size:
+                raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed")
+
+    def describe(self) -> str:
+        """One or two lines to print: how many images, what labels, and what is broken."""
+        height, width = self.image_size
+        shown = self.classes if len(self.classes) <= 6 else (*self.classes[:4], "...", self.classes[-1])
+        text = f"{len(self)} images at {height}x{width}, {self.channels} channels; labels: {self.rule}"
+        if self.labels is not None:
+            text += f", {len(self.classes)} classes ({', '.join(shown)})"
+        if self.broken:
+            path, _ = self.broken[0]
+            text += f"\n{len(self.broken)} unreadable files, replaced by other images; the first is {path}"
+        return text
+
+    def _load(self, index: int) -> np.ndarray | UserError:
+        try:
+            return prepare(decode(self.files[index], self.channels), *self.image_size)
+        except Unreachable:  # no answer is no broken file
+            raise
+        except UserError as error:
+            return error
+
+    def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
+        threads = REMOTE_THREADS if remote(self.files[0]) else os.cpu_count() or 1
+        size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
+        blocks = [indices[k : k + size] for k in range(0, len(indices), size)]
+        with ThreadPoolExecutor(threads) as pool:
+            for block in pool.map(lambda wanted: [self._load(k) for k in wanted], blocks):
+                yield from block
+
+    def _fill(self) -> None:
+        cache = np.empty((len(self), self.channels, *self.image_size), np.uint8)
+        bad = set()
+        quiet = None if len(self) > PROGRESS_FROM else True  # None: a bar on a terminal only
+        with closing(self._read(range(len(self)))) as read:  # so that an error stops the threads at once
+            for index, pixels in enumerate(tqdm(read, "images", len(self), disable=quiet)):
+                if isinstance(pixels, UserError):
+                    self._note(index, pixels)
+                    bad.add(index)
+                else:
+                    cache[index] = pixels
+        for index in sorted(bad):
+            cache[index] = cache[self._find_stand_in(index, lambda k: k not in bad)]
+        if bad:
+            counts = f"{len(bad)} of {len(self)} images are broken and others stand in"
+            warnings.warn(f"{counts}; the first: {self.broken[0][1]}", stacklevel=3)
+        self._cache = cache
+
+    def _replace(self, index: int, error: UserError) -> np.ndarray:
+        if index not in self._stand_in:  # else met before in this very batch
+            self._note(index, error)
+            other = self._find_stand_in(index, lambda k: isinstance(self._load(k), np.ndarray))
+            warnings.warn(f"{error}; {self.files[other]} stands in for it", stacklevel=3)
+        pixels = self._load(self._stand_in[index])
+        assert isinstance(pixels, np.ndarray)
+        return pixels
+
+    def _note(self, index: int, error: UserError) -> None:
+        if self.on_broken == "fail":
+            raise error
+        self.broken.append((self.files[index], str(error)))
+
+    def _find_stand_in(self, index: int, good: Callable[[int], bool]) -> int:
+        others = np.roll(np.arange(len(self)), -index - 1)[:-1]
+        if self.labels is not None:  # its own class first, each part still in order
+            others = others[np.argsort(self.labels[others] != self.labels[index], kind="stable")]
+        for k in others.tolist():
+            if good(k):
+                self._stand_in[index] = k
+                if self.labels is not None:
+                    self.labels[index] = self.labels[k]
+                return int(k)
+        raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
 
 
-def prepare(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Scale to cover (height, width), crop the centre: uint8 (C, height, width).
-
-    As in improved-diffusion: halve by box averaging while at least twice too large, then bicubic.
-    """
-    assert min(height, width) >= 1, f"cannot resize to {height} x {width}"
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    size = round(image.width * scale), round(image.height * scale)
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    crop = pixels[top : top + height, left : left + width].reshape(height, width, -1)
-    return np.ascontiguousarray(crop.transpose(2, 0, 1))
+def find(path: Path) -> tuple[Path, list[str]]:
+    """The root folder and the sorted relative paths of the images below `path`, a folder or one image."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder of images")
+    if path.is_file():
+        root, names = path.parent, [path.name] if is_image(path.name) else []
+    else:
+        root, names = path, sorted(walk(path))
+    if not names:
+        raise UserError(f"{path} holds no images: looked for files ending in {', '.join(EXTENSIONS)}")
+    return root, names
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the pixels, so it costs only the orientation
-        return image
+def walk(root: Path) -> Iterator[str]:
+    """Relative paths of the images below `root`, through links to folders, without hidden files."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}; make it readable or remove it") from error
+
+    if remote(root):
+        for file in root.rglob("*"):
+            name = file.relative_to(root).as_posix()
+            if is_image(file.name) and not any(part.startswith(".") for part in name.split("/")):
+                yield name
+        return
+    seen = set()
+    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if not name.startswith(".") and real not in seen)
+        if real not in seen:  # a link may lead back up
+            yield from (Path(folder, name).relative_to(root).as_posix() for name in files if is_image(name))
+        seen.add(real)
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bit(image)
-    if image.has_transparency_data:
-        # through RGBA, because a palette or a transparent colour only gets its alpha there
-        image = image.convert("RGBA")
-        if mode != "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode != mode:
-        image = image.convert("RGB")  # exact for grey; CMYK has no direct way to RGBA
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    grey = np.asarray(image)
-    low, high = grey.min(), grey.max()
-    full = 65535.0  # also of mode I, which is what Pillow makes of some 16-bit files
-    if image.mode == "F":
-        full = 1.0 if high <= 1 else 255.0
-    if not 0 <= low <= high <= full:  # also false for nan
-        raise ValueError(f"{image.mode} values {low} .. {high}; 8 or 16 bits would do")
-    return Image.fromarray(np.rint(grey * (255.0 / full)).astype(np.uint8))
+def is_image(name: str) -> bool:
+    """Whether a file name is that of an image and not hidden."""
+    stem, _, ending = name.rpartition(".")
+    return bool(stem) and not name.startswith(".") and ending.lower() in EXTENSIONS

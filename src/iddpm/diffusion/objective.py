@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iddpm.diffusion.bound import mean_flat, vlb_term
 from iddpm.diffusion.denoiser import Cond, Denoiser
-from iddpm.diffusion.likelihood import mean_flat, vlb_term
 
 Terms = dict[str, Tensor]  # "loss" and what it is made of, each (B,)
 

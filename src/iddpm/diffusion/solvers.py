@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.bound import Noise
 from iddpm.diffusion.denoiser import Cond, Denoiser, Prediction
 from iddpm.diffusion.guidance import Gradient, shift_mean, shift_score
-from iddpm.diffusion.likelihood import Noise
 from iddpm.diffusion.schedule import Step
 
 

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from iddpm import build, distributed, rng, sample, train
-from iddpm.batches import open_data, open_validation
-from iddpm.checkpoint import Weights
+from iddpm import build, rng
 from iddpm.config import ENDLESS, Config, check, image_size, small_size
 from iddpm.data import read_npz
+from iddpm.data.batches import open_data, open_validation
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
-from iddpm.evaluate import nll
 from iddpm.interop.openai import files, flags, logger
+from iddpm.measure import bound as nll
+from iddpm.parallel import processes
+from iddpm.sampling import draw as sample
+from iddpm.store.checkpoint import Weights
+from iddpm.training import loop as train
 
 Given = dict[str, Any]
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
@@ -24,7 +27,7 @@ OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of ou
 
 def _config(network: str, program: str, given: Given) -> Config:
     known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}  # it never had an effect
-    config = flags.to_config(network, known, program, distributed.world())
+    config = flags.to_config(network, known, program, processes.world())
     return check(config.updated({k: given[k] for k in ("seed", "device") if k in given}))
 
 
@@ -52,7 +55,7 @@ class _Log:
 
 
 def _train(network: str, program: str, given: Given) -> None:
-    with distributed.session(build.device(given["device"])):
+    with processes.session(build.device(given["device"])):
         config = _config(network, program, given)
         if given["steps"]:
             config = config.updated({"steps": given["steps"]})
@@ -77,7 +80,7 @@ def _train(network: str, program: str, given: Given) -> None:
             say=logger.log, store=files.Store(folder, resume, config), log=lambda step: _Log(network), save_start=True,
             held_out=open_validation(config), sheets=False,
         )  # fmt: skip
-        if last and distributed.rank() == 0:
+        if last and processes.rank() == 0:
             print(f"done: {last}\nnext: the {SAMPLERS[network]} command with --model_path, or iddpm import {last}")
 
 
@@ -107,12 +110,12 @@ def _open(path: str, config: Config, flag: str = "model_path") -> tuple[Weights,
     if not path:
         raise UserError(f"which weights? --{flag} FILE")
     weights = files.read_model(Path(path), config)
-    device = distributed.place(build.device(config.train.device))
+    device = processes.own_device(build.device(config.train.device))
     return weights, sample.restore(weights, device, config.train.precision)
 
 
 def _sample(program: str, network: str, given: Given) -> None:
-    with distributed.session(build.device(given["device"])):
+    with processes.session(build.device(given["device"])):
         weights, net = _open(given["model_path"], _config(network, program, given))
         config = weights.config
         guide = None
@@ -124,14 +127,14 @@ def _sample(program: str, network: str, given: Given) -> None:
         logger.configure()
         n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
         out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
-        device = distributed.place(build.device(given["device"]))
+        device = processes.own_device(build.device(given["device"]))
         asked = {k: v for k, v in given.items() if k not in ("batch_size", "device")}
         sample.draw_into(
             out, config, job, json.loads(json.dumps(asked)),
             draw=lambda rest, tick: sample.images(config, net, rest, device, size, tick, guide),
             ticks=lambda n: sample.solver_steps(config, n, size),
         )  # fmt: skip
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             print(f"{n} images: {out}")
 
 
@@ -153,7 +156,7 @@ def _enlarging(given: Given, config: Config) -> sample.Job:
     path = Path(given["base_samples"])
     images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
     n = min(given["num_samples"], len(images))
-    if n < given["num_samples"] and distributed.rank() == 0:
+    if n < given["num_samples"] and processes.rank() == 0:
         print(f"{path} holds {n} images: each is enlarged once")
     if config.model.class_cond and labels is None:
         raise UserError(f"{path} has no labels (arr_1), and this model was trained with classes")
@@ -184,7 +187,7 @@ def classifier_sample(given: Given) -> None:
 
 def image_nll(given: Given) -> None:
     """Bits per dimension of images."""
-    with distributed.session(build.device(given["device"])):
+    with processes.session(build.device(given["device"])):
         weights, net = _open(given["model_path"], _config("unet", "improved", given))
         config = weights.config
         if not given["data_dir"]:
@@ -197,11 +200,11 @@ def image_nll(given: Given) -> None:
         if n < given["num_samples"]:
             logger.log(f"there are {n} images, each measured once")
         bound = nll.measure(
-            config, net, images, distributed.place(build.device(given["device"])),
+            config, net, images, processes.own_device(build.device(given["device"])),
             chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
             state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
         )  # fmt: skip
-        if distributed.rank():
+        if processes.rank():
             return
         numbers = nll.summary(bound)
         nll.replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iddpm.distributed import rank, session, world
 from iddpm.errors import UserError
 from iddpm.interop.openai.blobfile import BlobFile
+from iddpm.parallel.processes import rank, session, world
 
 GPUS_PER_NODE = 8  # for launchers that give no LOCAL_RANK: the GPU of a rank is rank % GPUS_PER_NODE
 SETUP_RETRY_COUNT = 3  # the original's, which does not use it either

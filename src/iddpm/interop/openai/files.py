@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import iddpm
-from iddpm.checkpoint import Saved, Weights
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
 from iddpm.interop.openai.optimizer import MOMENTS, groups, optimizer_file, unflatten
 from iddpm.interop.openai.weights import Shapes, check_fit, network_shapes, shapes_of
-from iddpm.storage import flush, sha256
+from iddpm.store.checkpoint import Saved, Weights
+from iddpm.store.files import flush, sha256
 
 # ---- reading a file
 

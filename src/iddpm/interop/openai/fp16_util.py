@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from iddpm.interop.openai import logger
 from iddpm.interop.openai.nn import CONVOLUTIONS
-from iddpm.state import LossScale
+from iddpm.training.state import LossScale
 
 
 def convert_module_to_f16(l: nn.Module) -> None:

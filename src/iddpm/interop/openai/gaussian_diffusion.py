@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from iddpm.diffusion import parametrization
+from iddpm.diffusion.bound import mean_flat, prior_term
 from iddpm.diffusion.denoiser import VARIANCES, Prediction
 from iddpm.diffusion.guidance import shift_score
-from iddpm.diffusion.likelihood import mean_flat, prior_term
 from iddpm.diffusion.schedule import MAX_BETA, SCHEDULES, Chain, Table
 from iddpm.diffusion.solvers import ancestral_step, ddim_inverse_step, ddim_step
 from iddpm.interop.openai.losses import discretized_gaussian_log_likelihood, normal_kl

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from iddpm.diffusion.likelihood import discretized_log_likelihood, gaussian_kl
+from iddpm.diffusion.bound import discretized_log_likelihood, gaussian_kl
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:

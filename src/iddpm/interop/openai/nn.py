@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from iddpm.diffusion import likelihood
+from iddpm.diffusion import bound as likelihood
 from iddpm.nn import layers
 from iddpm.nn.layers import zeroed as zero_module
 

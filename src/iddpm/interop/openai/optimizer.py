@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm.checkpoint import Saved
 from iddpm.config import Config
 from iddpm.interop.openai.weights import Shapes
+from iddpm.store.checkpoint import Saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm.diffusion.timesteps import LossSecondMoment
-from iddpm.distributed import gather
+from iddpm.diffusion.law import LossSecondMoment
+from iddpm.parallel.processes import gather
 
 
 class ScheduleSampler(ABC):
@@ -51,7 +51,7 @@ class LossAwareSampler(ScheduleSampler):
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """p(t) proportional to sqrt(E[loss_t^2]), by `iddpm.diffusion.timesteps.LossSecondMoment`."""
+    """p(t) proportional to sqrt(E[loss_t^2]), by `iddpm.diffusion.law.LossSecondMoment`."""
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from iddpm.distributed import barrier, parallel, rank, same, world
 from iddpm.errors import UserError
 from iddpm.interop.openai import blobfile as bf
 from iddpm.interop.openai import dist_util, logger
@@ -29,8 +28,10 @@ from iddpm.interop.openai.fp16_util import (
 from iddpm.interop.openai.nn import update_ema
 from iddpm.interop.openai.optimizer import flatten, unflatten
 from iddpm.interop.openai.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from iddpm.state import LossScale
-from iddpm.train import MAX_SKIPS
+from iddpm.parallel.processes import barrier, rank, same, world
+from iddpm.parallel.shard import spread
+from iddpm.training.loop import MAX_SKIPS
+from iddpm.training.state import LossScale
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 EXTRA = "iddpm"  # the key, in an opt file, of what the original does not save
@@ -74,7 +75,7 @@ class TrainLoop:
             self._load_optimizer_state()
         else:
             self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
-        self.use_ddp, self.ddp_model = world() > 1, parallel(model)
+        self.use_ddp, self.ddp_model = world() > 1, spread(model)
 
     @property
     def lg_loss_scale(self) -> float:

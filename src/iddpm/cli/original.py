@@ -1,0 +1,52 @@
+"""The original's commands, `iddpm image_train` and its siblings, with its flags and defaults."""
+
+from typing import Any
+
+from iddpm.cli.flags import Parser, Verb, boolean
+from iddpm.interop.openai import flags
+
+HELP = {
+    "image_train": "the original's training of a model of images",
+    "image_sample": "the original's sampling, to an npz",
+    "image_nll": "the original's bits per dimension",
+    "super_res_train": "the original's training of a model that enlarges images",
+    "super_res_sample": "the original's enlarging of an npz of samples",
+    "classifier_train": "guided-diffusion's training of a classifier of noisy images",
+    "classifier_sample": "guided-diffusion's sampling, guided by a classifier",
+}
+GUIDED = dict(num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False)
+ADDED = dict(  # flags of ours that the original's commands take as well
+    seed=(0, "seed of everything random"),
+    device=("auto", "cpu, cuda, cuda:1, mps; auto: the best there is"),
+    steps=(0, "end training after so many steps; 0: as the original's flags say"),
+)
+
+
+def _verb(name: str) -> Verb:
+    program = "guided" if name.startswith("classifier") else "improved"
+    defaults: dict[str, Any] = dict(flags.COMMANDS[program][name])
+    if program == "improved":
+        defaults |= {k: v for k, v in (GUIDED | {"use_fp16": False}).items() if k not in defaults}
+    if name != "classifier_train":
+        defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
+    added = {k: v for k, v in ADDED.items() if k != "steps" or name.endswith("_train")}
+
+    def parser(p: Parser) -> None:
+        for flag, (value, text) in [*((k, (v, "")) for k, v in defaults.items()), *added.items()]:
+            kind = boolean if isinstance(value, bool) else type(value)
+            metavar = {bool: "BOOL", int: "N", float: "X"}.get(type(value), "TEXT")
+            if isinstance(value, bool):
+                p.booleans.add(flag)
+            p.add_argument(
+                f"--{flag}", type=kind, default=value, metavar=metavar, help=f"{text} [{value if value != '' else 'none'}]"
+            )
+
+    def run(**given: Any) -> None:
+        from iddpm.interop.openai import commands
+
+        commands.COMMANDS[name](given)
+
+    return Verb(run, parser, "", HELP[name])
+
+
+VERBS = {name: _verb(name) for name in HELP}

@@ -1,0 +1,128 @@
+"""The batches of a run: pure functions of the seed, the step and the position in the data order, prepared ahead in threads."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iddpm import rng
+from iddpm.config import Config, image_size, small_size
+from iddpm.data import Images, Order
+from iddpm.data.super_res import shrink
+from iddpm.errors import UserError
+from iddpm.parallel import processes
+
+
+def open_data(config: Config) -> tuple[Images, Config]:
+    """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
+    m = config.model
+    images = Images.open(
+        config.data.path,
+        image_size=source_size(config),
+        channels=m.image_channels,
+        on_broken=config.data.on_broken,
+        cache_bytes=int(config.data.cache_gb * 2**30),
+        labels=config.data.labels,
+        classes=config.data.classes or None,
+    )
+    if not m.class_cond:
+        return images, config
+    if images.labels is None:
+        raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
+    room = m.num_classes or len(images.classes)
+    if len(images.classes) > room:
+        raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
+    return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
+
+
+def open_validation(config: Config) -> Images | None:
+    """The held-out images of a config, of the same classes; None where it names none."""
+    if not config.data.validation:
+        return None
+    return open_data(config.updated(dict(path=config.data.validation, random_crop=False)))[0]
+
+
+class Batch(NamedTuple):
+    """This process's part of what one optimizer step trains on, in global order."""
+
+    x0: Tensor  # (b, C, H, W) in [-1, 1]
+    eps: Tensor  # (b, C, H, W)
+    cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, low_res (b, C, h, w) ...
+
+
+def make_batch(config: Config, data: Images, order: Order, step: int, position: int) -> Batch:
+    """The batch of a step, from the data order's position: of the global batch, this process's share.
+
+    Every number depends on the seed, the step and the image's place in the global batch alone.
+    """
+    t, n = config.train, config.train.batch_size
+    mine = processes.share(n)
+    indices = order.indices(position + mine.start, len(mine))
+    x0 = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
+    if config.data.random_crop:
+        x0 = torch.stack([_cut(x, config, step, k) for x, k in zip(x0, mine)])
+    if config.data.random_flip:
+        flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
+        x0[flip] = x0[flip].flip(-1)
+    eps = rng.normal(t.seed, rng.NOISE, step, mine, x0.shape[1:])
+    return Batch(x0, eps, conditions(config, data, indices, x0, step, mine))
+
+
+CROP = 0.8  # the smallest share of an image's side that a random crop shows
+
+
+def source_size(config: Config) -> tuple[int, int]:
+    """The (height, width) that images are read at: larger than the network's where they are cut out at random."""
+    height, width = image_size(config.model)
+    return (math.ceil(height / CROP), math.ceil(width / CROP)) if config.data.random_crop else (height, width)
+
+
+def _cut(x: Tensor, config: Config, step: int, place: int) -> Tensor:
+    """A window of an image (C, H, W), of 80 to 100 % of its sides, scaled to the network's size."""
+    size = image_size(config.model)
+    share, down, right = rng.stream(config.train.seed, rng.CROP, step, place).random(3)
+    height, width = (round(side * (CROP + (1 - CROP) * share)) for side in x.shape[1:])
+    top, left = round(down * (x.shape[1] - height)), round(right * (x.shape[2] - width))
+    window = x[None, :, top : top + height, left : left + width]
+    return F.interpolate(window, size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def conditions(config: Config, data: Images, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
+    """What a network sees beside x_t of the images x0 (b, C, H, W): their classes, and their small versions."""
+    m, seed, cond = config.model, config.train.seed, {}
+    if m.class_cond and data.labels is not None:
+        cond["y"] = torch.from_numpy(data.labels[indices])
+    if m.network == "super_res":
+        cond["low_res"] = shrink(x0, small_size(m))
+    if m.low_res_noise:
+        levels = m.low_res_noise * rng.uniform(seed, rng.LOW_RES, step, config.train.batch_size).float()
+        cond["low_res_level"] = levels[places.start : places.stop]
+        streams = [1 + k for k in places]  # stream 0 gave the levels
+        noise = rng.normal(seed, rng.LOW_RES, step, streams, cond["low_res"].shape[1:])
+        cond["low_res"] = cond["low_res"] + cond["low_res_level"].view(-1, 1, 1, 1) * noise
+    return cond
+
+
+def ahead(config: Config, data: Images, order: Order, start: int, position: int, end: int) -> Iterator[Batch]:
+    """The batches of steps start .. end - 1, the first from `position` of the order, prepared a few steps ahead in threads."""
+    depth, n = config.data.num_workers + 1, config.train.batch_size
+    with ThreadPoolExecutor(config.data.num_workers, "batches") as pool:
+
+        def submit(step: int) -> "Future[Batch]":
+            return pool.submit(make_batch, config, data, order, step, position + (step - start) * n)
+
+        queue = [submit(step) for step in range(start, min(start + depth, end))]
+        try:
+            for step in range(start, end):
+                batch = queue.pop(0).result()
+                if (coming := step + depth) < end:
+                    queue.append(submit(coming))
+                yield batch
+        finally:
+            for waiting in queue:
+                waiting.cancel()

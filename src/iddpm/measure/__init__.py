@@ -1,0 +1,1 @@
+"""How good a model is: its bound in bits per dimension, and its samples against real images."""

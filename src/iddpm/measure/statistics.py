@@ -1,0 +1,106 @@
+"""Files of a reference's mean and covariance, as other tools exchange them."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from iddpm.errors import UserError
+from iddpm.measure.extractors import Extractor
+from iddpm.measure.extractors.weights import REFUSALS, fault
+from iddpm.measure.metrics.frechet import Gaussian
+from iddpm.store.remote import opened, replace
+
+TAPS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # pytorch-fid's names, and guided-diffusion's for sFID
+
+
+class Statistics(NamedTuple):
+    """What a file holds."""
+
+    n: int | None  # images that they are of; None where the file does not say
+    gaussians: dict[str, Gaussian]  # by tap
+
+
+def read(path: Path, extractor: Extractor) -> Statistics | None:
+    """The statistics of a file; None where it holds none. UserError where they are not of this extractor.
+
+    An .npz with mu and sigma (pytorch-fid), with mu_s and sigma_s too (guided-diffusion), or torch-fidelity's .pt. Files of other
+    tools do not say what they are of: their widths alone are looked at.
+    """
+    held = _read_pt(path) if path.suffix == ".pt" else _read_npz(path)
+    if held is None:
+        return None
+    about = held.get("iddpm", {})
+    if (made_by := about.get("extractor", extractor.name)) != extractor.name:
+        raise UserError(f"{path} holds statistics of {made_by}, not of {extractor.name}: give its own --extractor")
+    if (identity := about.get("identity", extractor.identity)) != extractor.identity:
+        raise UserError(
+            f"{path} holds statistics of {made_by} with other weights or another version ({identity}, here "
+            f"{extractor.identity}): give the weights that it was made with, or make it anew with --save_statistics"
+        )
+    gaussians = {}
+    for tap, (mean, covariance) in TAPS.items():
+        if mean in held and covariance in held and tap in extractor.widths:
+            gaussians[tap] = _gaussian(path, held[mean], held[covariance], extractor.name, extractor.widths[tap])
+    return Statistics(about.get("n"), gaussians)
+
+
+def _gaussian(path: Path, mean: Any, covariance: Any, extractor: str, width: int) -> Gaussian:
+    mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    if mu.shape != (width,):
+        found = mu.shape[-1] if mu.ndim else 1
+        raise UserError(f"{path} holds statistics of {found} features, and {extractor} has {width}: give its own --extractor")
+    if sigma.shape != (width, width):
+        raise UserError(f"{path} holds a covariance of shape {sigma.shape} beside a mean of {width} features: make it anew")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds statistics that are not finite: make them anew")
+    if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max()):
+        raise UserError(f"{path} holds a covariance that is not symmetric: make it anew")
+    return Gaussian(mu, sigma)
+
+
+def has_images(path: Path) -> bool:
+    """Whether an .npz also holds images, as guided-diffusion's reference batches do."""
+    with opened(path) as raw, np.load(raw) as file:
+        return "arr_0" in file
+
+
+def write(path: Path, gaussians: Mapping[str, Gaussian], about: Mapping[str, Any]) -> None:
+    """An .npz that pytorch-fid and guided-diffusion's evaluator also read; `about` holds at least extractor and n."""
+    arrays: dict[str, Any] = {"iddpm": np.array(json.dumps(dict(about)))}
+    for tap, gaussian in gaussians.items():
+        arrays |= dict(zip(TAPS[tap], (gaussian.mean, gaussian.covariance)))
+    replace(path, lambda file: np.savez(file, **arrays))
+
+
+def _read_npz(path: Path) -> dict[str, Any] | None:
+    try:
+        with opened(path) as raw, np.load(raw) as file:
+            if "mu" not in file or "sigma" not in file:
+                return None
+            held = {name: file[name] for pair in TAPS.values() for name in pair if name in file}
+            return held | ({"iddpm": json.loads(str(file["iddpm"]))} if "iddpm" in file else {})
+    except UserError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable .npz ({error})") from None
+
+
+def _read_pt(path: Path) -> dict[str, Any] | None:
+    allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32))]
+    for core in ("core", "_core"):  # numpy 1's name, and 2's
+        allowed.append((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct"))
+    try:
+        with opened(path) as raw, torch.serialization.safe_globals(allowed):  # data, and nothing that runs
+            held = torch.load(raw, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
+    except UserError:
+        raise
+    except REFUSALS as e:
+        raise UserError(f"{path} {fault(e)}: give a file of statistics (mu, sigma), as torch-fidelity saves it") from None
+    return dict(held) if isinstance(held, dict) and "mu" in held and "sigma" in held else None

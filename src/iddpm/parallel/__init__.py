@@ -1,0 +1,1 @@
+"""Many processes: the only room that knows of others."""

@@ -1,0 +1,169 @@
+"""Many processes: the only file that knows of them. Without torchrun there is one, and every function here is then free."""
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iddpm.errors import UserError
+
+LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpiexec", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}  # and how they count
+
+TIMEOUT = 1800.0  # seconds that processes wait for each other
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's device: under torchrun, cuda means cuda:LOCAL_RANK."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@contextmanager
+def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; yields this one's device. gloo on a CPU, NCCL beside it on CUDA.
+
+    They wait for each other for `timeout` seconds (and a little, so that a `Watch` can first say for whom).
+    """
+    device = own_device(device)
+    if "RANK" not in os.environ or dist.is_initialized():
+        _refuse_to_be_alone()
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=1.2 * timeout + 20)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        k, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_meet(k, n, patience), rank=k, world_size=n, timeout=patience)
+    else:
+        dist.init_process_group(backend, timeout=patience)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _refuse_to_be_alone() -> None:
+    """UserError where another launcher started several processes: each would be alone, and write the others' files."""
+    for name, launcher in LAUNCHERS.items():
+        if "RANK" not in os.environ and (size := int(os.environ.get(name, 1))) > 1:
+            raise UserError(
+                f"{launcher} started {size} processes that do not know of each other: start them by torchrun --nproc-per-node "
+                f"{size} -m -- iddpm ..., or, if each is to be alone, unset {name}"
+            )
+
+
+def _meet(rank: int, world: int, patience: timedelta) -> Any:
+    """A fresh part of the key-value store in which torchrun's agent lets its workers meet.
+
+    The store outlives them: those started after a death would find the addresses of the dead in it, and wait for them. So process
+    0 makes up a name for a part, and tells it to each other process in answer to a word that process has made up.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, word = dist.TCPStore(*address, is_master=False, timeout=patience), uuid.uuid4().hex
+    end = time.monotonic() + patience.total_seconds()
+    if rank:
+        store.set(f"ask/{rank}", word)
+        name = store.get(f"answer/{word}").decode()  # waits for it
+        store.set(f"met/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    absent = set(range(1, world))
+    while absent:
+        for k in sorted(absent):
+            if store.check([f"ask/{k}"]):  # maybe that of a dead process: the living one will overwrite it
+                store.set(f"answer/{store.get(f'ask/{k}').decode()}", word)
+        absent = {k for k in absent if not store.check([f"met/{word}/{k}"])}
+        if time.monotonic() > end:
+            raise TimeoutError(f"no sign of rank {', '.join(map(str, sorted(absent)))} in {patience.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
+
+
+def rank() -> int:
+    """This process's number, 0 .. world() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(n: int) -> range:
+    """This process's consecutive part of n things; the parts differ by one at the most."""
+    return range(rank() * n // world(), (rank() + 1) * n // world())
+
+
+# ---- numbers and tensors of all processes
+
+
+def parts(n: int, size: int) -> list[slice]:
+    """This process's share of n things in slices of up to `size`; on every process as many, so the last may be empty."""
+    mine, longest = len(share(n)), -(-n // world())
+    return [slice(min(a, mine), min(a + size, mine)) for a in range(0, longest, size)]
+
+
+def count(*values: bool) -> list[int]:
+    """On how many processes each is true."""
+    flags = torch.tensor([float(value) for value in values])
+    sum_(flags)
+    return [int(n) for n in flags.tolist()]
+
+
+def every(value: Any) -> list[Any]:
+    """Each process's value (anything JSON can hold), in the order of their ranks."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_(*tensors: Tensor) -> None:
+    """Add up each tensor over the processes, in place."""
+    if world() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of every process, in the order of their ranks; n may differ."""
+    if world() == 1:
+        return rows
+    counts = torch.zeros(world(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    dist.all_reduce(counts)
+    longest = int(counts.max())
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist())])
+
+
+def same(value: Any) -> Any:
+    """Rank 0's value (anything JSON can hold), on every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def store() -> Any:
+    """The key-value store through which the processes met; None with one process."""
+    return dist.distributed_c10d._get_default_store() if world() > 1 else None

@@ -1,0 +1,107 @@
+"""Networks on several processes: gradients averaged (DDP), or weights shared out (FSDP2)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iddpm.parallel import processes
+
+
+def spread(net: nn.Module, shard: int = 0) -> nn.Module:
+    """The network as a callable whose gradients are averaged over the processes.
+
+    Each process holds all of it (DistributedDataParallel) where `shard` is 0 or 1, else a share (FSDP2): of `shard`
+    processes, a number that divides theirs, or of all of them (-1). Sharding replaces the network's parameters.
+    """
+    size = processes.world() if shard == -1 else max(shard, 1)
+    if processes.world() == 1:
+        return net
+    device = next(net.parameters()).device
+    if size == 1:
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard
+
+    assert processes.world() % size == 0, (processes.world(), size)
+    if size == processes.world():
+        mesh = dist.init_device_mesh(device.type, (size,))
+    else:
+        mesh = dist.init_device_mesh(device.type, (processes.world() // size, size), mesh_dim_names=("replicate", "shard"))
+    for stage in stages(net):
+        fully_shard(stage, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+def stages(net: nn.Module) -> list[nn.Module]:
+    """The elements of a network's lists of modules, and its other children of their kind: what is gathered at a time."""
+    listed = [stage for child in net.children() if isinstance(child, nn.ModuleList) for stage in child]
+    kinds = tuple({type(stage) for stage in listed})
+    return listed + [child for child in net.children() if isinstance(child, kinds)]
+
+
+def _sharded(net: nn.Module) -> list[Any]:
+    if processes.world() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
+def unsynchronised(net: nn.Module) -> Iterator[None]:
+    """While it lasts, gradients of a `parallel` network stay this process's own: for all microbatches but the last."""
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        with net.no_sync():
+            yield
+        return
+    roots = _sharded(net)[:1]
+    for root in roots:
+        root.set_requires_gradient_sync(False)
+    yield
+    for root in roots:
+        root.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def gathered(net: nn.Module) -> Iterator[None]:
+    """While it lasts, each process has all weights of a sharded network, and may use it without the others."""
+    modules = _sharded(net)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for k, module in enumerate(modules):
+            module.reshard()
+            module.set_reshard_after_forward(k > 0, recurse=False)  # the root's are needed again at once
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's part of each tensor, sharing its memory; a tensor that is not sharded itself."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds but a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def put(source: Tensor, target: Tensor) -> None:
+    """Write all of a tensor, known to every process, into one that may be sharded."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    target.copy_(source)

@@ -1,0 +1,97 @@
+"""Names the process that keeps the others waiting, by signs of life in the key-value store through which they met."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from iddpm.parallel import processes
+
+Tell = Callable[[int, str], None]
+
+
+@contextmanager
+def watch(timeout: float) -> Iterator[Tell]:
+    """Yields tell(step, doing), for each process to call as it goes; free with one process.
+
+    Once this process has waited `timeout` seconds without a call, it says on stderr which process is to blame and ends at
+    once, with code 1: one that gives no sign at all, else the one that has made the fewest calls. Nothing milder ends a
+    collective operation that waits for a process in vain.
+    """
+    store = processes.store()
+    if store is None:
+        yield lambda step, doing: None
+        return
+    watcher = _Watcher(store, timeout)
+    thread = threading.Thread(target=watcher.run, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield watcher.tell
+    finally:
+        watcher.ended.set()
+        thread.join()
+
+
+class _Watcher:
+    def __init__(self, store: Any, timeout: float):
+        self.store, self.timeout = store, timeout
+        self.ended = threading.Event()
+        self.told = (time.monotonic(), 0, 0, "starting")
+        self.beats = 0
+
+    def tell(self, step: int, doing: str) -> None:
+        self.told = (time.monotonic(), self.told[1] + 1, step, doing)
+
+    def run(self) -> None:
+        pause = min(2.0, self.timeout / 8)
+        while not self.ended.wait(pause):
+            try:
+                self._beat()
+                if time.monotonic() - self.told[0] > self.timeout:
+                    self._blame(pause)
+            except Exception:  # the store went with the process that kept it, and the collectives fail by themselves
+                return
+
+    def _beat(self) -> None:
+        self.beats += 1
+        _, calls, step, doing = self.told
+        sign = dict(beats=self.beats, calls=calls, step=step, doing=doing, host=socket.gethostname(), pid=os.getpid())
+        self.store.set(f"watch/{processes.rank()}", json.dumps(sign))
+
+    def _signs(self) -> dict[int, dict[str, Any]]:
+        keys = [f"watch/{k}" for k in range(processes.world())]
+        return {k: json.loads(self.store.get(key)) for k, key in enumerate(keys) if self.store.check([key])}
+
+    def _blame(self, pause: float) -> None:
+        before = self._signs()
+        for _ in range(3):
+            if self.ended.wait(pause):
+                return
+            self._beat()
+        guilty, why = _guilty(before, self._signs(), processes.world())
+        if time.monotonic() - self.told[0] <= self.timeout:
+            return  # it went on meanwhile
+        if processes.rank() == min(set(range(processes.world())) - guilty.keys(), default=0):
+            who = "; ".join(f"rank {k} ({text})" for k, text in guilty.items())
+            print(f"iddpm: waited {self.timeout:g} s (--timeout) for {who}, {why}: ending", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _guilty(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], world: int) -> tuple[dict[int, str], str]:
+    """The processes to blame, what is known of each, and what they did, from two looks at the signs."""
+
+    def text(k: int) -> str:
+        sign = now.get(k)
+        return f"process {sign['pid']} on {sign['host']}, at step {sign['step']}, {sign['doing']}" if sign else "never seen"
+
+    silent = [k for k in range(world) if k not in now or now[k]["beats"] == before.get(k, {}).get("beats")]
+    if silent:
+        return {k: text(k) for k in silent}, "which gives no sign of life"
+    fewest = min(sign["calls"] for sign in now.values())
+    behind = [k for k in now if now[k]["calls"] == fewest]
+    return {k: text(k) for k in behind}, "which does not go on" if len(behind) < world else "which all wait in the same place"

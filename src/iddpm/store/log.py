@@ -1,0 +1,125 @@
+"""What training tells: sums that stay on the device until they are logged, and the files and lines they end up in."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm.errors import UserError
+from iddpm.store import mirror
+
+
+class Meter:
+    """Weighted means of named per-image values, whole and by quartile of t, summed on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], quartile: Tensor | None = None) -> None:
+        """Take in values (B,), and, of images, in which quartile of t each lies (B,), 0 to 3."""
+        for name, value in values.items():
+            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            rows = 1 if quartile is None else 4
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(rows, 2, dtype=value.dtype, device=value.device)
+            at = torch.zeros(len(value), dtype=torch.int64, device=value.device) if quartile is None else quartile
+            self._sums[name].index_add_(0, at, torch.stack([torch.ones_like(value), value], dim=1))
+
+    def read(self, add_up: Callable[[Tensor], None] = lambda table: None) -> dict[str, float]:
+        """name and name_q0 .. name_q3, where there were any; then start again. `add_up` sums a table over the processes."""
+        out = {}
+        for name, table in self._sums.items():
+            add_up(table)
+            rows = table.tolist()  # the one synchronisation
+            count, total = (sum(column) for column in zip(*rows))
+            out[name] = total / count
+            if len(rows) > 1:
+                out |= {f"{name}_q{q}": total / count for q, (count, total) in enumerate(rows) if count}
+        self._sums = {}
+        return out
+
+
+class Logger:
+    """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.
+
+    Opened at `step` it keeps the rows up to there: a resumed run does not repeat those it had written past its checkpoint.
+    On a remote storage, where nothing can be appended to, the files are written on this machine and copied by `mirror`.
+    """
+
+    def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
+        folder = mirror.mirror(run)
+        self.path, self.csv = folder / "log.jsonl", folder / "progress.csv"
+        kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(aside, self.path)
+        self._columns: list[str] = []
+        self.latest: Mapping[str, Any] = {}
+        self._write_csv()
+        self._board = _tensorboard(folder, step) if tensorboard else None
+
+    def row(self, **values: Any) -> None:
+        """Append a row of numbers."""
+        self.latest = values
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        self._write_csv(values)
+        if self._board:
+            for name, value in values.items():
+                if name not in ("step", "time"):
+                    self._board.add_scalar(name, value, values["step"])
+
+    def event(self, step: int, text: str) -> None:
+        """Append a remark, as on a changed setting."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), "event": text}) + "\n")
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        mirror.sync()
+
+    def _write_csv(self, row: Mapping[str, Any] | None = None) -> None:
+        if row is not None and set(row) <= set(self._columns):
+            with open(self.csv, "a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+            return
+        rows = [r for r in read_rows(self.path.parent) if "event" not in r]  # a new column: write the table anew
+        self._columns = list(dict.fromkeys(name for r in rows for name in r))
+        with open(self.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """All rows of a run's log.jsonl; a last line cut short by a crash is left out."""
+    path, rows = run / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _tensorboard(run: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs its extra: pip install 'iddpm[tensorboard]'") from None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.4 h, 2.1 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{1 if name == 'h' else 0}f} {name}"
+    return f"{seconds / 86400:.1f} days"

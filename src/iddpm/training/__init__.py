@@ -1,0 +1,1 @@
+"""Training: the loop, what it remembers, what it needs."""

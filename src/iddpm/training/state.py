@@ -1,0 +1,131 @@
+"""All that a run remembers: what is in it, how it is saved and restored, and where it starts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm import build
+from iddpm.config import Config, ema_rates
+from iddpm.errors import UserError
+from iddpm.parallel import shard
+from iddpm.store import checkpoint
+from iddpm.store.files import Best
+from iddpm.training.ema import EMA
+
+COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from vanishing: 2^lg, a little more after each good step, half after a bad one."""
+
+    def __init__(self, enabled: bool, growth: float):
+        self.enabled, self.growth = enabled, growth
+        self.lg = 20.0 if enabled else 0.0
+
+    @property
+    def factor(self) -> float:
+        return 2.0**self.lg
+
+    def update(self, good: bool) -> None:
+        """Take note of a step; never below 1."""
+        if self.enabled:
+            self.lg = self.lg + self.growth if good else max(self.lg - 1, 0.0)
+
+
+class TrainState:
+    """All that a run remembers; exactly this is checkpointed.
+
+    `net` is the network, `parallel` what is trained: of several processes, it averages their gradients. Where they share the
+    network's weights out (--shard), `params`, the averages and the optimizer's state are sharded tensors.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        t = config.train
+        torch.manual_seed(t.seed)  # the initial weights
+        self.net = build.network(config).to(device)
+        self.parallel = shard.spread(self.net, t.shard)
+        self.law = build.law(config.diffusion)
+        self.params = dict(self.net.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
+        self.ema = EMA(self.params, ema_rates(t), t.ema_warmup)
+        self.scale = LossScale(t.precision == "fp16", t.fp16_scale_growth)
+        self.step = 0  # optimizer steps tried
+        self.images = 0  # images seen: the position in the data order
+        self.skipped = 0  # steps skipped for a gradient that was not finite, in all
+        self.skipped_in_a_row = 0
+        self.measured = 0  # the last step whose samples were measured (--eval_every)
+        self.best: Best | None = None  # of the steps measured
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, perhaps sharded, by its name in a checkpoint."""
+        out = {checkpoint.WEIGHTS + name: p.detach() for name, p in self.params.items()}
+        for rate, average in self.ema.averages.items():
+            out |= {checkpoint.AVERAGE.format(rate) + name: tensor for name, tensor in average.items()}
+        for name, p in self.params.items():
+            slots = self.optimizer.state.get(p, {})
+            out |= {f"{checkpoint.OPTIMIZER}{name}.{slot}": value for slot, value in slots.items()}
+        return out | {f"{checkpoint.OPTIMIZER}law.{name}": value for name, value in self.law.state_dict().items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, the same on every process."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
+
+    def to_saved(self) -> checkpoint.Saved:
+        """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
+        whole = {name: shard.whole(t).cpu() if shard.is_sharded(t) else t for name, t in self.tensors().items()}
+        return checkpoint.Saved.of(whole, self.numbers())
+
+    def restore(self, saved: checkpoint.Saved | checkpoint.Held, config: Config) -> None:
+        """Become what was saved, by any number of processes. Rates and decays come from the config, not from the checkpoint.
+
+        UserError where the checkpoint holds weights alone, or not those of this network.
+        """
+        if saved.state.get("weights_only"):
+            raise UserError("this run holds weights alone, nothing to go on from: train a new one from them with --init_from")
+        kept = saved.names()
+        for name in kept:
+            param, _, slot = name.removeprefix(checkpoint.OPTIMIZER).rpartition(".")
+            if name.startswith(checkpoint.OPTIMIZER) and param in self.params:
+                p = self.params[param]
+                self.optimizer.state[p][slot] = torch.zeros(()) if slot == "step" else torch.zeros_like(p)
+        own = {k: v for k, v in self.tensors().items() if not k.startswith(f"{checkpoint.OPTIMIZER}law.")}
+        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(self.law.state_dict()[k]) for k in saved.state["law"]}
+        saved.fill(own | law)
+        if law:
+            self.law.load_state_dict({name.rpartition(".")[2]: value for name, value in law.items()})
+        for name in COUNTS:
+            setattr(self, name, saved.state[name])
+        self.ema.updates = saved.state["ema_updates"]
+        self.measured = saved.state.get("measured", 0)
+        self.best = Best(**best) if (best := saved.state.get("best")) else None
+        if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
+            self.scale.lg = saved.state["lg_loss_scale"]
+
+
+def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> list[str]:
+    """Start from other weights (--init_from); returns what was re-initialised instead.
+
+    UserError naming the layers that do not fit, unless `reset` lets them start anew.
+    """
+    own = state.params
+    fits = {k: v for k, v in weights.tensors.items() if k in own and own[k].shape == v.shape}
+    misfits = sorted(k for k in own if k not in fits)
+    if misfits and not reset:
+        names = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+        raise UserError(f"{weights.path} does not fit in {names}: --init_reset True starts these layers anew")
+    for name, tensor in fits.items():
+        shard.put(tensor, own[name])
+    for average in state.ema.averages.values():
+        copy_weights(state.params, average)
+    return misfits
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Write the tensors of `source` into those of `target`."""
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

@@ -1,0 +1,147 @@
+"""The bound and its parts against torch.distributions, the normal CDF, and data of known code length."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from golden_rules import Stub, image_tensor, noise
+from iddpm.diffusion.bound import bound_terms, discretized_log_likelihood, gaussian_kl, mean_flat, prior_term, vlb_term
+from iddpm.diffusion.denoiser import Denoiser, fixed_large, fixed_small
+from iddpm.diffusion.parametrization import PARAMETRIZATIONS
+from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1  # every 8-bit value
+SHAPE = (4, 3, 8, 8)
+
+
+def test_the_kl_between_gaussians_is_the_librarys() -> None:
+    mean1, mean2, log_var1, log_var2 = noise(0, (4, 1000)).double()
+    ours = gaussian_kl(mean1, log_var1, mean2, log_var2)
+    library = kl_divergence(Normal(mean1, (log_var1 / 2).exp()), Normal(mean2, (log_var2 / 2).exp()))
+    torch.testing.assert_close(ours, library)
+    assert (gaussian_kl(mean1, log_var1, mean1, log_var1).abs() < 1e-12).all()
+
+
+def bins(mean: float, std: float) -> Tensor:
+    """The mass in each level's bin (256,), in float64."""
+    m, s = torch.tensor([mean, std], dtype=torch.float64)
+    return discretized_log_likelihood(LEVELS, m, s.log()).exp()
+
+
+@pytest.mark.parametrize("std", [0.001, 0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("mean", [-1.2, -1.0, -0.3, 0.0, 0.7, 1.0])
+def test_the_256_bins_share_out_all_of_the_mass(mean: float, std: float) -> None:
+    assert bins(mean, std).sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.001, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("mean", [-1.0, -0.3, 0.0, 0.7])
+def test_a_bins_mass_is_the_normal_distributions(mean: float, std: float) -> None:
+    """Within 4e-4: the published tanh approximation is off by at most 2e-4 at either edge."""
+    edges = torch.cat([torch.tensor([-torch.inf]), (LEVELS[1:] + LEVELS[:-1]) / 2, torch.tensor([torch.inf])])
+    exact = torch.special.ndtr((edges - mean) / std).diff()
+    torch.testing.assert_close(bins(mean, std), exact, rtol=0, atol=4e-4)
+
+
+def test_a_bin_far_from_the_mean_costs_much_but_not_infinity() -> None:
+    far = discretized_log_likelihood(LEVELS[:1].float(), torch.tensor(1.0), torch.tensor(0.001).log())
+    assert far.item() == pytest.approx(math.log(1e-12))
+
+
+def test_float32_is_enough_for_the_bins() -> None:
+    mean, log_std = torch.tensor(0.1), torch.tensor(0.05).log()
+    single = discretized_log_likelihood(LEVELS.float(), mean, log_std)
+    double = discretized_log_likelihood(LEVELS, mean.double(), log_std.double())
+    likely = double > math.log(1e-4)
+    torch.testing.assert_close(single[likely].double(), double[likely], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_prior_term_is_the_kl_of_the_last_step_to_the_standard_normal(schedule: str, steps: int) -> None:
+    chain, x0 = Chain(SCHEDULES[schedule](steps)), image_tensor(0, SHAPE)
+    bar = (1 - chain.betas).prod().item()
+    end = Normal(math.sqrt(bar) * x0.double(), math.sqrt(1 - bar))
+    kl = kl_divergence(end, Normal(torch.tensor(0.0).double(), 1.0))
+    bits = (mean_flat(kl) / math.log(2)).float()
+    torch.testing.assert_close(prior_term(chain, x0), bits, rtol=1e-3, atol=2e-7)
+
+
+def test_a_term_is_the_decoder_at_step_0_and_the_kl_to_the_posterior_after_it() -> None:
+    chain, x0, eps = Chain(Cosine(40)), image_tensor(0, SHAPE), noise(0, SHAPE)
+    i = torch.tensor([0, 1, 20, 39])
+    step = chain.at(i, x0)
+    xt = step.alpha * x0 + step.sigma * eps
+    p = Denoiser(Stub(), chain, PARAMETRIZATIONS["x0"], fixed_large)(xt, i)
+    ours = vlb_term(p, x0, xt, step) * math.log(2)
+    model = Normal(p.mean, (p.log_var / 2).exp().expand(SHAPE))
+    posterior = Normal(step.coef_x0 * x0 + step.coef_xt * xt, (step.log_min / 2).exp().expand(SHAPE))
+    torch.testing.assert_close(ours[1:], mean_flat(kl_divergence(posterior, model))[1:], rtol=1e-4, atol=1e-5)
+    decoder = discretized_log_likelihood(x0, model.mean, model.stddev.log())
+    torch.testing.assert_close(ours[0], -mean_flat(decoder)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_perfect_prediction_with_the_posteriors_variance_costs_nothing_but_the_decoder() -> None:
+    chain, x0 = Chain(Cosine(40)), image_tensor(0, SHAPE)
+    perfect = Denoiser(lambda x, t: x0, chain, PARAMETRIZATIONS["x0"], fixed_small)
+    terms = list(bound_terms(perfect, x0, lambda k: noise(k, SHAPE)))
+    assert max(term.vb.abs().max().item() for term in terms[:-1]) < 1e-5
+    assert all((term.x0_mse == 0).all() and (term.eps_mse < 1e-5).all() for term in terms)
+    assert (terms[-1].vb > 0).all()
+
+
+def test_the_squared_errors_are_the_predictions() -> None:
+    """A guess that is off by d misses x0 by d^2 and eps by (d alpha / sigma)^2."""
+    chain, x0, d = Chain(Cosine(40)), image_tensor(0, SHAPE), 0.25
+    off = Denoiser(lambda x, t: x0 + d, chain, PARAMETRIZATIONS["x0"], fixed_small)
+    terms = list(bound_terms(off, x0, seeded(SHAPE)))
+    ratio = (chain.table.alpha / chain.table.sigma).flip(0)
+    torch.testing.assert_close(torch.stack([t.x0_mse for t in terms]), torch.full((40, 4), d**2))
+    expected = (d * ratio).float().square()[:, None].expand(40, 4)
+    torch.testing.assert_close(torch.stack([t.eps_mse for t in terms]), expected, rtol=1e-4, atol=1e-9)
+
+
+def seeded(shape: tuple[int, ...]) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return lambda k: torch.randn(shape, generator=generator)
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    return (((x + 1) * 127.5).round().clamp(0, 255)) / 127.5 - 1
+
+
+@pytest.mark.parametrize("spec", ["ddim10", "25", "100"])
+def test_the_bound_of_the_true_reversal_is_the_datas_own_code_length(world: Any, spec: str) -> None:
+    """It is tight for any number of steps: log p(x_0) is then the whole of it."""
+    shape = (4, 1, 128, 128)
+    data = world(0.05, 0.2)
+    x0 = eight_bit(0.05 + 0.2 * noise(0, shape))
+    exact = data.exact(spec)
+    bound = sum((term.vb for term in bound_terms(exact, x0, seeded(shape))), prior_term(exact.chain, x0))
+    assert bound.mean().item() == pytest.approx(data.bits(x0).mean().item(), abs=0.02)
+
+
+def test_the_bound_of_a_worse_model_is_looser(world: Any) -> None:
+    shape = (2, 1, 64, 64)
+    data, other = world(0.05, 0.2), world(0.05, 0.3)
+    x0 = eight_bit(0.05 + 0.2 * noise(0, shape))
+    best = data.bits(x0).mean().item()
+    for denoiser in (data.denoiser("ddim10"), other.exact("ddim10")):
+        total = sum((t.vb for t in bound_terms(denoiser, x0, seeded(shape))), prior_term(denoiser.chain, x0))
+        assert total.mean().item() > best + 0.05
+
+
+def test_the_bound_counts_down_and_uses_the_draws_in_order() -> None:
+    draws = []
+
+    def draw(k: int) -> Tensor:
+        draws.append(k)
+        return noise(k, SHAPE)
+
+    denoiser = Denoiser(Stub(), Chain(Cosine(10)), PARAMETRIZATIONS["eps"], fixed_small, clip=True)
+    assert [term.i for term in bound_terms(denoiser, image_tensor(0, SHAPE), draw)] == list(range(9, -1, -1))
+    assert draws == list(range(10))

@@ -1,0 +1,112 @@
+"""`iddpm nll` in real processes: killed and started again, or shared among several, the numbers are the same to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iddpm.cli.main import main
+
+STEPS = 60
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+
+
+@pytest.fixture(scope="module")
+def long_run(config, data, tmp_path_factory):
+    """A run with a longer chain."""
+    from iddpm.cli.train import write_config
+    from iddpm.training.loop import train
+
+    config, folder = config.updated(dict(diffusion_steps=STEPS, steps=1)), tmp_path_factory.mktemp("runs") / "long"
+    write_config(folder, config)
+    train(config, data, folder)
+    return folder
+
+
+def command(run, pictures, folder, **more):
+    flags = dict(sampling_steps="all", batch_size=4, out=folder / "n.json", per_image=folder / "each.npz", device="cpu") | more
+    return ["nll", str(run), str(pictures), *(str(token) for k, v in flags.items() for token in (f"--{k}", v))]
+
+
+def numbers(folder):
+    """All that was written, and nothing of it half done."""
+    assert {p.name for p in folder.iterdir()} == {
+        "n.json", "n.svg", "n_vb_terms.npz", "n_mse_terms.npz", "n_xstart_mse_terms.npz", "each.npz", "metrics.json",
+    }  # fmt: skip
+    result = json.loads((folder / "n.json").read_text())
+    with np.load(folder / "each.npz") as file:
+        return result, {name: file[name].tolist() for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_run, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main(command(long_run, pictures, folder)) == 0
+    return numbers(folder)
+
+
+SAVING_EVERY_TERM = (
+    "import sys, iddpm.measure.bound as e, iddpm.cli.main as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
+)
+
+
+def done(partial):
+    """Terms that a state file holds; it is whole whenever one looks."""
+    if not partial.exists():
+        return 0
+    with np.load(partial) as file:
+        return int(file["done"].sum())
+
+
+def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tmp_path, undisturbed, capsys):
+    line, partial, began = command(long_run, pictures, tmp_path), tmp_path / "n.json.partial", time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", SAVING_EVERY_TERM, *line], env=ENV, stderr=subprocess.PIPE) as process:
+        while done(partial) < STEPS * 22 // 4 and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        process.kill()
+        assert partial.exists(), process.stderr.read()
+    assert STEPS * 22 // 4 <= done(partial) < STEPS * 22
+    assert main(line) == 0
+    assert "going on: " in capsys.readouterr().out
+    assert numbers(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_the_same_numbers(long_run, pictures, tmp_path, undisturbed, processes):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "iddpm"]
+    out = subprocess.run(
+        [*torchrun, *command(long_run, pictures, tmp_path)], capture_output=True, text=True, env=ENV, timeout=120
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("bits/dim (22 images") == 1
+    assert numbers(tmp_path) == undisturbed
+
+
+def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
+    def line(folder):
+        settings = dict(curve="10,all", batch_size=4, device="cpu", out=folder / "c.json")
+        return ["nll", str(long_run), str(pictures), *(str(token) for k, v in settings.items() for token in (f"--{k}", v))]
+
+    assert main(line(tmp_path / "whole")) == 0
+    partial, began = tmp_path / "cut" / "c.json.all.partial", time.monotonic()
+    killed = [sys.executable, "-c", SAVING_EVERY_TERM, *line(tmp_path / "cut")]
+    with subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while done(partial) < STEPS * 22 // 4 and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        process.kill()
+        assert partial.exists(), process.stderr.read()
+    assert STEPS * 22 // 4 <= done(partial) < STEPS * 22
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "iddpm"]
+    out = subprocess.run([*torchrun, *line(tmp_path / "cut")], capture_output=True, text=True, env=ENV, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("going on: ") == 2 and out.stdout.count(" bits/dim") == 2
+    for name in ("c.json", "c.svg"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    figures = json.loads((tmp_path / "cut" / "metrics.json").read_text())["figures"]
+    assert [f["steps"] for f in figures] == [k for k in (10, STEPS) for _ in range(3)]
+    assert figures[-1]["machine"].startswith("2 processes, each ")

@@ -1,0 +1,83 @@
+"""Several processes: the same run as one, to rounding."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from conftest import TINY, flags, torchrun
+from iddpm.parallel import watch
+from iddpm.store import checkpoint
+
+RUN = dict(TINY, class_cond=True)
+
+
+def worker(launcher: subprocess.Popen, rank: int) -> int:
+    """The process number of a rank under torchrun."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(c) for c in children if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{c}/environ").read_text())
+
+
+def test_a_stop_signal_to_one_process_stops_and_saves_all(pictures, tmp_path):
+    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**RUN | dict(steps=100_000, log_interval=5)))
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    os.kill(worker(process, 1), signal.SIGTERM)
+    process.communicate(timeout=60)
+    saved, passed_over = checkpoint.Folder(tmp_path / "r").newest()
+    assert saved is not None and saved.step >= 5 and not passed_over
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["train"]["steps"] == 100_000
+
+
+def test_a_process_that_hangs_is_named_and_the_others_end(pictures, tmp_path):
+    settings = RUN | dict(steps=100_000, log_interval=5, save_interval=5, timeout=3)
+    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**settings))
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+    hung = worker(process, 1)
+    os.kill(hung, signal.SIGSTOP)
+    for line in process.stderr:
+        if line.startswith("iddpm: waited"):
+            break
+    os.kill(hung, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"waited 3 s (--timeout) for rank 1 (process {hung} on " in line and "gives no sign of life" in line
+    assert checkpoint.newest(tmp_path / "r")[0] is not None
+
+
+def test_the_process_that_is_behind_is_blamed():
+    def sign(calls: int, doing: str) -> dict:
+        return dict(beats=9, calls=calls, step=4, doing=doing, host="h", pid=7)
+
+    now = {0: sign(12, "training"), 1: sign(11, "reading data"), 2: sign(12, "training")}
+    before = {k: s | dict(beats=5) for k, s in now.items()}
+    assert watch._guilty(before, now, 3) == ({1: "process 7 on h, at step 4, reading data"}, "which does not go on")
+    assert list(watch._guilty(before | {2: now[2]}, now, 3)[0]) == [2]
+    assert watch._guilty({}, {0: now[0]}, 2)[0] == {1: "never seen"}
+
+
+def test_more_processes_than_images_in_a_batch_is_one_line(pictures, tmp_path):
+    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**RUN | dict(batch_size=1)))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "at least one image for each of the 2 processes" in err
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_any_number_of_processes_draws_the_images_of_one(run, tmp_path):
+    arrays = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"{processes}.npz"
+        process = torchrun(processes, "sample", run, "--num_samples", 7, "--batch_size", 2, "--out", out)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        with np.load(out) as file:
+            arrays.append(file["arr_0"].astype(int))
+    assert arrays[0].shape == (7, 8, 8, 1)
+    assert all(abs(a - arrays[0]).max() <= 1 for a in arrays[1:])

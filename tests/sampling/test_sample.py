@@ -1,0 +1,133 @@
+"""Sampling: image i depends on its seed alone; a killed job goes on; every format holds the same pictures."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import start
+from iddpm.cli.main import main
+from iddpm.errors import UserError
+from iddpm.sampling import draw as sample
+from iddpm.store import checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def net(run):
+    return sample.restore(checkpoint.read_weights(run), CPU)
+
+
+def draw(config, net, job, batch_size=64):
+    return np.concatenate(list(sample.images(config, net, job, CPU, batch_size)))
+
+
+def test_rounding_brings_every_level_back():
+    levels = torch.arange(256.0)
+    x = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
+    assert np.array_equal(sample.to_uint8(x).flatten(), np.arange(256))
+    assert sample.to_uint8(torch.full((1, 1, 1, 1), 9.0)).item() == 255
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_an_image_depends_on_its_seed_not_on_the_batch(config, net, batch_size):
+    job = sample.job(config, range(8))
+    whole, split = draw(config, net, job), draw(config, net, job, batch_size)
+    assert np.abs(whole.astype(int) - split).max() <= 1
+    few = draw(config, net, sample.job(config, [6, 2]))
+    assert np.abs(few.astype(int) - whole[[6, 2]]).max() <= 1
+
+
+def test_different_seeds_give_different_images(config, net):
+    drawn = draw(config, net, sample.job(config, range(6), "disc"))
+    assert len({image.tobytes() for image in drawn}) == 6
+
+
+def test_labels_go_by_name_or_number_and_repeat_by_seed(config):
+    assert sample.job(config, [0, 1, 5], "disc,0").labels == [1, 0, 0]
+    assert sample.job(config, range(4)).labels == [0, 1, 2, 0]
+    with pytest.raises(UserError, match="knows across, disc, down"):
+        sample.job(config, [0], "square")
+    with pytest.raises(UserError, match="0 to 2"):
+        sample.job(config, [0], "3")
+
+
+def test_labels_for_a_model_without_classes_are_refused(config):
+    with pytest.raises(UserError, match="without classes"):
+        sample.job(config.updated(dict(class_cond=False)), [0], "disc")
+
+
+def test_png_npz_and_folder_hold_the_same_images(run, config, net, tmp_path, capsys):
+    for out in ("a.npz", "a.png", "folder"):
+        assert main(["sample", str(run), "--seeds", "3-8", "--out", str(tmp_path / out), "--device", "cpu"]) == 0
+        assert str(tmp_path / out) in capsys.readouterr().out
+    expected = draw(config, net, sample.job(config, range(3, 9)))
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["arr_0"], expected)
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
+    names = sorted(p.name for p in (tmp_path / "folder").glob("*.png"))
+    assert names == sorted(f"{config.data.classes[s % 3]}_{s:06d}.png" for s in range(3, 9))
+    for s in range(3, 9):
+        held = np.asarray(Image.open(tmp_path / "folder" / f"{config.data.classes[s % 3]}_{s:06d}.png"))
+        assert np.array_equal(held, expected[s - 3, :, :, 0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.png", "folder"]
+
+
+def test_a_grid_has_a_separated_row_for_each_class():
+    images = np.zeros((6, 8, 8, 3), np.uint8) + np.array([200, 7, 7], np.uint8)
+    sheet = np.asarray(sample.grid(images, [0, 1, 2, 0, 1, 2], ("across", "disc", "down")))
+    cells = (sheet == [200, 7, 7]).all(-1)
+    rows, columns = cells.any(1), cells.any(0)
+    assert (np.diff(rows.astype(int)) == 1).sum() == 3
+    assert (np.diff(columns.astype(int)) == 1).sum() == 2
+    margin = sheet[:, : int(np.argmax(columns))]
+    assert all((margin[band] < 100).any() for band in np.array_split(np.arange(len(sheet)), 3)), "each row has its name"
+
+
+@pytest.mark.parametrize("out", ["killed.npz", "killed"])
+def test_a_killed_job_goes_on_and_ends_with_exactly_its_images(run, tmp_path, out):
+    command = ["sample", run, "--seeds", "0-39", "--batch_size", "1", "--sampling_steps", "20", "--device", "cpu", "--out"]
+    process, deadline = start(*command, tmp_path / out), time.monotonic() + 60
+
+    def written() -> int:
+        record = tmp_path / "killed.npz.partial" / "job.json"
+        if out == "killed":
+            return len(list((tmp_path / "killed").glob("*_*.png")))
+        return json.loads(record.read_text())["done"] if record.exists() else 0
+
+    while written() < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    had = written()
+    assert 4 <= had < 40
+    assert main([*map(str, command), str(tmp_path / out)]) == 0
+    assert main([*map(str, command), str(tmp_path / "whole.npz")]) == 0
+    with np.load(tmp_path / "whole.npz") as file:
+        whole = file["arr_0"]
+    if out == "killed":
+        pictures = sorted((tmp_path / out).glob("*.png"), key=lambda p: p.stem.split("_")[1])
+        assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in pictures]), whole[..., 0])
+    else:
+        with np.load(tmp_path / out) as file:
+            assert np.array_equal(file["arr_0"], whole)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert main(["sample", str(run), "--out", str(tmp_path / "mine"), "--device", "cpu"]) == 2
+    assert "already holds something else" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sampling_steps", "ddim5", "--solver", "ddim", "--eta", "0.5"], ["--sampling_steps", "1"], []]
+)
+def test_sampling_needs_no_flag_and_takes_many(run, flags, tmp_path):
+    assert main(["sample", str(run), "--num_samples", "2", "--out", str(tmp_path / "x.png"), "--device", "cpu", *flags]) == 0

@@ -1,0 +1,106 @@
+"""One trainer per run folder, and no lock that outlives its holder for long."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from conftest import TINY, flags, start
+from iddpm.errors import UserError
+from iddpm.store import lock
+
+
+def holder(path, **changed):
+    record = {"host": lock.socket.gethostname(), "pid": os.getpid(), "began": lock._began(os.getpid())} | changed
+    (path / ".lock").write_text(json.dumps(record))
+    return record
+
+
+def test_a_run_that_is_being_trained_is_refused_and_left_alone(tmp_path):
+    with lock.held(tmp_path):
+        with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on"):
+            with lock.held(tmp_path):
+                pass
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "age"),
+    [(dict(began="1"), 0), (dict(pid=2**22 + 1), 0), (dict(host="elsewhere"), 121)],
+    ids=["another process has its number", "no such process", "another host, silent"],
+)
+def test_a_stale_lock_is_taken_over_and_said(tmp_path, changed, age):
+    holder(tmp_path, **changed)
+    then = os.stat(tmp_path / ".lock").st_mtime - age
+    os.utime(tmp_path / ".lock", (then, then))
+    said = []
+    with lock.held(tmp_path, said.append):
+        assert len(said) == 1 and said[0].startswith(f"took over {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_another_host_that_gives_signs_is_respected(tmp_path):
+    holder(tmp_path, host="elsewhere")
+    with pytest.raises(UserError, match="on elsewhere"), lock.held(tmp_path):
+        pass
+    assert (tmp_path / ".lock").exists()
+
+
+def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    with lock.held(tmp_path):
+        os.utime(tmp_path / ".lock", (0, 0))
+        ended = lock.threading.Event()
+        for _ in range(100):
+            if os.stat(tmp_path / ".lock").st_mtime > 0:
+                break
+            ended.wait(0.05)
+        assert os.stat(tmp_path / ".lock").st_mtime > 0
+
+
+def take(folder, begin, end, results):
+    begin.wait()
+    try:
+        with lock.held(folder, lambda line: None):
+            results.put("held")
+            end.wait()
+    except UserError:
+        results.put("refused")
+        end.wait()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_of_many_that_start_at_once_on_a_stale_lock_one_holds_it(tmp_path):
+    context, n = multiprocessing.get_context("fork"), 6
+    for _ in range(5):
+        holder(tmp_path, pid=2**22 + 1)
+        begin, end, results = context.Barrier(n), context.Event(), context.SimpleQueue()
+        processes = [context.Process(target=take, args=(tmp_path, begin, end, results)) for _ in range(n)]
+        for process in processes:
+            process.start()
+        assert sorted(results.get() for _ in range(n)) == ["held"] + ["refused"] * (n - 1)
+        end.set()
+        for process in processes:
+            process.join(30)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_trainer_is_one_line_and_the_first_goes_on(pictures, tmp_path):
+    command = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=100_000, log_interval=1)))
+    first = start(*command)
+    for line in first.stdout:
+        if line.startswith("step 1/"):
+            break
+    config = (tmp_path / "r" / "config.json").read_text()
+    second = start(*command, "--lr", "0.5")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert len(err.strip().splitlines()) == 1 and f"is being trained by process {first.pid}" in err
+    assert (tmp_path / "r" / "config.json").read_text() == config
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert "all is saved" in err and first.returncode == 75
+    assert not (tmp_path / "r" / ".lock").exists()
