@@ -533,7 +533,7 @@ def test_fewer_images_than_features_are_warned_of(sets, tmp_path, capsys):
 
 
 def test_a_run_that_draws_no_images_by_itself_is_refused(tmp_path, config, pictures, capsys):
-    from evaluate.test_nll_verb import untrained
+    from cli.test_nll import untrained
 
     judge = untrained(config, tmp_path / "judge", network="classifier", learn_sigma=False, objective="auto")
     assert evaluate(judge, pictures) == 2

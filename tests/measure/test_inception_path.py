@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from extractors.test_inception import pictures, published
 
 from conftest import flags
 from iddpm.cli.main import main
 from inception_oracles import fidelity, torch_fidelity, weights_by_rule
+from measure.extractors.test_inception import pictures, published
 
 N = 20
 

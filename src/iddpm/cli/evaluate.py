@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb, make
-from iddpm.config import Evaluate, Sample, Which, fields_of
+from iddpm.cli.flags import Parser, Verb
+from iddpm.config import Evaluate, Sample, Which, fields_of, make
 from iddpm.errors import UserError
 from iddpm.sampling.open import beside, open_weights
 from iddpm.store.remote import place, remote

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from iddpm.config import check_fields, fields_of
+from iddpm.config import fields_of
 from iddpm.errors import UserError
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
@@ -70,13 +70,6 @@ def boolean(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in TRUE
-
-
-def make(group: type, given: dict[str, Any]) -> Any:
-    """A group of settings from the flags given, checked."""
-    made = group(**{k: v for k, v in given.items() if k in fields_of(group)})
-    check_fields(made)
-    return made
 
 
 class Verb(NamedTuple):

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb, make
-from iddpm.config import Config, Measure, Sample, Which
+from iddpm.cli.flags import Parser, Verb
+from iddpm.config import Config, Measure, Sample, Which, make
 from iddpm.errors import UserError
 from iddpm.sampling.open import Opened, beside, open_weights
 from iddpm.store.remote import place

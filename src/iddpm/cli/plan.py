@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iddpm.cli.flags import Parser, Verb, make
-from iddpm.config import Config, check, fields_of, image_size, opt
+from iddpm.cli.flags import Parser, Verb
+from iddpm.config import Config, check, fields_of, image_size, make, opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
 

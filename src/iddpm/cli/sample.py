@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iddpm.cli.flags import Parser, Verb, make
-from iddpm.config import Config, Draw, Sample, Which, fields_of, seed_list
+from iddpm.cli.flags import Parser, Verb
+from iddpm.config import Config, Draw, Sample, Which, fields_of, make, seed_list
 from iddpm.errors import UserError
 from iddpm.sampling.open import Opened, beside, open_weights
 from iddpm.store.remote import place

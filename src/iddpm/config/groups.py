@@ -287,6 +287,13 @@ def check_fields(group: Any) -> None:
             raise UserError(f"--{name} {value!r} is not one of: {', '.join(choices)}")
 
 
+def make(group: type, given: dict[str, Any]) -> Any:
+    """A group of settings from the flags given, checked."""
+    made = group(**{k: v for k, v in given.items() if k in fields_of(group)})
+    check_fields(made)
+    return made
+
+
 def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
     """The comma-separated numbers of a flag."""
     try:

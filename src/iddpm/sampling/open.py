@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iddpm.cli.flags import make
-from iddpm.config import Config, Sample, Which, check, fields_of
+from iddpm.config import Config, Sample, Which, check, fields_of, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 
