@@ -311,6 +311,13 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def size(path: Path) -> int | None:
+    """In bytes; None where there is nothing."""
+    if remote(path):
+        return path.size()
+    return path.stat().st_size if path.exists() else None
+
+
 def opened(path: Path) -> BinaryIO:
     """A file to read and seek in; a remote one is read at once."""
     return io.BytesIO(path.read_bytes()) if remote(path) else open(path, "rb")
