@@ -127,8 +127,5 @@ def placed(tensor: Tensor) -> Placed:
 @torch.no_grad()
 def put(source: Tensor, target: Tensor) -> None:
     """Write all of a tensor, known to every process, into one that may be sharded."""
-    if is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
-    target.copy_(source)
+    own, offset, _ = placed(target)
+    own.copy_(source[tuple(slice(a, a + n) for a, n in zip(offset, own.shape))])
