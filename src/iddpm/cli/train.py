@@ -33,7 +33,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
     from iddpm.data.batches import open_data, open_validation
     from iddpm.parallel import processes
     from iddpm.store import lock, log
-    from iddpm.training import loop as train
+    from iddpm.training import loop, trial
 
     total_steps(config.train)
     with processes.session(build.device(config.train.device), config.train.timeout):
@@ -42,13 +42,13 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         held_out = open_validation(config)
         build.network(config)
         if dry_run:
-            train.dry_run(config, images)
+            trial.dry_run(config, images)
             return
         with lock.held(folder), log.copied():  # after all that may be refused: a refused command leaves nothing behind
             if leads:
                 print("\n".join((images.describe(), *notes)))
                 write_config(folder, config)
-            last = train.train(config, images, folder, notes=notes, held_out=held_out)
+            last = loop.train(config, images, folder, notes=notes, held_out=held_out)
     if leads and last:
         print(f"done: {folder} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
     if leads:
