@@ -70,8 +70,8 @@ def test_every_metric_is_computed_and_carries_what_decides_it(sets, tmp_path, ca
     assert evaluate(sets["samples"], sets["real"], out=out, seed=3) == 0
     rows = json.loads(out.read_text())["figures"]
     assert [row["name"] for row in rows] == [
-        "FD-pixels", "IS-pixels", "IS-pixels of all at once", "KD-pixels", "precision", "recall", "density", "coverage",
-        "label consistency", "near copies (1 % expected)", "nearest distance ratio",
+        "FD-pixels", "IS-pixels", "IS-pixels of all at once", "KD-pixels", "near copies (1 % expected)", "nearest distance ratio",
+        "precision", "recall", "density", "coverage", "label consistency",
     ]  # fmt: skip
     for row in rows:
         against = None if row["name"].startswith("IS") else 100

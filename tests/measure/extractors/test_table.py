@@ -63,4 +63,4 @@ def test_other_numbers_of_channels_and_types_are_a_programmers_error(images):
 def test_the_help_names_the_rows_of_the_table():
     from iddpm.config import EXTRACTORS as named
 
-    assert [name.split(" ")[0] for name in named.split(", ")] == list(extractors.EXTRACTORS)
+    assert {name.split(" ")[0] for name in named.split(", ")} == set(extractors.EXTRACTORS)

@@ -1,15 +1,16 @@
-"""Networks whose features images are compared by: the table of them."""
+"""Networks whose features images are compared by: each file of this folder that holds some ends in the table of its own."""
 
 import difflib
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
-from iddpm.measure.extractors import dinov2, inception, lite0
 from iddpm.measure.extractors.interface import Extractor as Extractor
+from iddpm.measure.tables import rows_of
+
+EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = rows_of(__name__, __path__, "EXTRACTORS")
 
 
 def open(name: str, weights: str = "", device: torch.device | str = "cpu") -> Extractor:
@@ -31,12 +32,3 @@ def rgb(images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
     colour, alpha = images[:, :3].int(), images[:, 3:].int()
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
-
-
-EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {  # from the file of weights, or "", and the device
-    "lite0-128": partial(lite0.open, size=128),
-    "lite0-224": partial(lite0.open, size=224),
-    "inception": inception.open,
-    "inception-pytorch-fid": partial(inception.open, pipeline="pytorch-fid"),
-    "dinov2": dinov2.open,
-}

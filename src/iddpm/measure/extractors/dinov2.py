@@ -158,10 +158,11 @@ def _size(net: DINOv2) -> tuple[int, int]:
     return net.cls_token.shape[-1], len(net.blocks)
 
 
-def open(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
-    """The extractor "dinov2-vitl14" (or s, b, g, and -reg with registers: the weights decide), with weights from a file.
+def dinov2(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
+    """DINOv2's vision transformer, of FD-DINOv2; its weights in a file.
 
-    Without a path the file of ViT-L is looked for as `weights.find` says. UserError for no file, or one of another network.
+    Figures call it dinov2-vitl14 (or s, b, g, and -reg with registers: the weights decide). Without a path the file of ViT-L is
+    looked for as `weights.find` says. UserError for no file, or one of another network.
     """
     path = files.find(weights, "IDDPM_DINOV2_WEIGHTS", FILE, ADDRESS, "DINOv2")
     net = load(files.read(path), weights or str(path)).to(device)
@@ -177,3 +178,6 @@ def open(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
 
     identity = f"{name} pillow-bicubic v{VERSION} {files.digest(path)}"
     return Extractor(name, identity, {"pool": _size(net)[0]}, network, torch.device(device))
+
+
+EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {"dinov2": dinov2}
