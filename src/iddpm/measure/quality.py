@@ -38,7 +38,7 @@ class Quality:
         if images.n < LEAST:
             raise UserError(f"--eval_every: {path} holds fewer than the {LEAST} images it needs: give others by --eval_reference")
         chosen = Order(images.n, settings.seed).indices(0, min(REFERENCE, images.n))
-        self.extractor = extractors.open(settings.eval_extractor, "", device)
+        self.extractor = extractors.open(settings.eval_extractor, config.numbers(), device)
         self.reference = extract(images, chosen, self.extractor, say=say)
         self.job = sample.job(config, range(n))
         self.conditions: dict[str, Any] = dict(  # under which numbers can be compared, as JSON holds them
