@@ -28,8 +28,6 @@ from iddpm.store import remote as places
 
 STALE, BEAT = 120.0, 20.0  # seconds: without a sign, the holder on another host is taken for dead; between two signs
 SETTLE = 1.0  # seconds after which one that overwrote a remote lock looks whether it is still its own
-TRIES = 5  # of taking a lock that changes hands meanwhile
-CHANGING = "cannot be taken: is another trainer starting on this run?"
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -42,87 +40,49 @@ def held(run: Path, say: Say = print) -> Iterator[None]:
     That of a process that is gone from this host, or of one on another host that gave no sign for two minutes, is taken
     over, and `say` says so.
     """
-    fault = ""
+    path, mine, fault = run / ".lock", _me(), ""
     with contextlib.ExitStack() as stack:
         if processes.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
-            path = run / ".lock"
             try:
-                stack.enter_context(_remote(path, say) if places.remote(path) else _local(path, say))
+                if places.remote(path):
+                    mine |= {"boot": _boot(), "token": secrets.token_hex(8)}  # machines share a storage, and some their names
+                    _take_remote(path, mine, say)
+                else:
+                    stack.callback(os.close, _take_local(path, mine, say))
             except UserError as e:
                 fault = str(e)
         if fault := processes.same(fault):
             raise UserError(fault)
+        if processes.rank() == 0:
+            stack.callback(_release, path, mine)
+            ended = threading.Event()
+            stack.callback(ended.set)
+            threading.Thread(target=_beat, args=(path, mine, ended), name="lock", daemon=True).start()
         yield
 
 
-@contextmanager
-def _local(path: Path, say: Say) -> Iterator[None]:
-    handle = _take_local(path, say)
-    try:
-        with _beating(lambda ended: os.utime(handle)):
-            yield
-    finally:
-        if _is(path, handle):
-            path.unlink()
-        os.truncate(handle, 0)  # of a run that was renamed, whose lock now lies elsewhere
-        os.close(handle)
-
-
-def _take_local(path: Path, say: Say) -> int:
+def _take_local(path: Path, mine: Record, say: Say) -> int:
     """The handle of RUN/.lock with this process's record in it, locked while it is open."""
-    for _ in range(TRIES):
+    with places.alone(path.parent):  # while another start looks, or a holder gives it back
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        free, found, holder = places.lock(handle), os.fstat(handle), _read(path) or {}
-        mine = _me() | {"inode": found.st_ino}
-        if holder.get("host") == mine["host"] and holder.get("inode", mine["inode"]) != mine["inode"]:
-            holder = {}  # the copy of a run that was being trained
-        here = _is(path, handle)  # not where its holder has just deleted it
-        if here and free and (not holder or _dead(holder, mine, time.time() - found.st_mtime)):
-            os.truncate(handle, 0)
-            os.pwrite(handle, json.dumps(mine).encode(), 0)
-            if holder:
-                say(f"took over {path.parent} from {_name(holder)}, which is gone")
-            return handle
-        os.close(handle)
-        if here and holder:
+        holder, found = _read(path) or {}, os.fstat(handle)
+        mine["inode"] = found.st_ino
+        if holder.get("host") == mine["host"] and holder.get("inode", found.st_ino) != found.st_ino:
+            holder = {}  # of a run that was copied while it was trained
+        if not places.lock(handle) or (holder and not _dead(holder, mine, time.time() - found.st_mtime)):
+            os.close(handle)
             raise _busy(path, holder)
-        time.sleep(0.05)  # whoever has just locked it is about to write its name
-    raise UserError(f"{path} {CHANGING}")
-
-
-def _is(path: Path, handle: int) -> bool:
-    """Whether an open file is still the one of that name: the run may have been renamed meanwhile, or the lock given back."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except OSError:
-        return False
-
-
-@contextmanager
-def _remote(path: places.Remote, say: Say) -> Iterator[None]:
-    mine = _me() | {"boot": _boot(), "token": secrets.token_hex(8)}  # many machines share a storage, and some their names
-    _take_remote(path, mine, say)
-
-    def sign(ended: threading.Event) -> None:
-        if (holder := _read(path)) not in (mine, None):
-            print(f"{path.parent} is now also trained by {_name(holder or {})}: stop one of the two", file=sys.stderr)
-            ended.set()
-        if not ended.is_set():
-            path.write_text(json.dumps(mine))
-
-    try:
-        with _beating(sign):
-            yield
-    finally:
-        with contextlib.suppress(places.Unreachable):
-            if _read(path) == mine:
-                path.unlink(missing_ok=True)
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(mine).encode(), 0)
+    if holder:
+        say(f"took over {path.parent} from {_name(holder)}, which is gone")
+    return handle
 
 
 def _take_remote(path: places.Remote, mine: Record, say: Say) -> None:
     ours = json.dumps(mine).encode()
-    for _ in range(TRIES):
+    for _ in range(5):
         if path.create(ours):
             return
         holder, silent = _read(path), _silence(path, mine)
@@ -137,24 +97,23 @@ def _take_remote(path: places.Remote, mine: Record, say: Say) -> None:
         if _read(path) == mine:
             say(f"took over {path.parent} from {_name(holder)}, which is gone")
             return
-    raise UserError(f"{path} {CHANGING}")
+    raise UserError(f"{path} cannot be taken: is another trainer starting on this run?")
 
 
-@contextmanager
-def _beating(sign: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Give a sign of life every BEAT seconds, until the end, or until `sign` sets the event it is given."""
-    ended = threading.Event()
+def _beat(path: Path, mine: Record, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError, UserError):
+            if (holder := _read(path)) not in (mine, None):
+                print(f"{path.parent} is now also trained by {_name(holder or {})}: stop one of the two", file=sys.stderr)
+                return
+            if not ended.is_set():
+                path.write_text(json.dumps(mine)) if places.remote(path) else os.utime(path)
 
-    def beat() -> None:
-        while not ended.wait(BEAT):
-            with contextlib.suppress(OSError, UserError):
-                sign(ended)
 
-    threading.Thread(target=beat, name="lock", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
+def _release(path: Path, mine: Record) -> None:
+    with contextlib.suppress(OSError, places.Unreachable), places.alone(path.parent):  # the run may have been renamed
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
 
 
 def _busy(path: Path, holder: Record) -> UserError:
