@@ -49,7 +49,7 @@ class Grid:
     def u_of(self, ratio: Tensor) -> Tensor:
         """The u (B,) of the least noisy step whose sigma/alpha is `ratio` (B,) or more: the middle of its share of [0, 1)."""
         i = torch.searchsorted(self.table.sigma / self.table.alpha, ratio).clamp(max=self.steps - 1)
-        return (i + 0.5) / self.steps
+        return (i.double() + 0.5) / self.steps
 
 
 class Chain(Grid):
@@ -97,7 +97,9 @@ def walk(schedule: Schedule, steps: int) -> Grid:
     variance = beta * sigma**2 / level.sigma**2
     variance[0] = beta[0]  # a neighbour's, as a chain has it, would be larger than beta here
     table = Step(
-        *level,
+        time=level.time,
+        alpha=level.alpha,
+        sigma=level.sigma,
         time_to=time,
         alpha_to=alpha,
         sigma_to=sigma,
