@@ -11,9 +11,7 @@ from iddpm.cli.main import main
 from iddpm.diffusion.objective import cross_entropy
 from iddpm.store.log import read_rows
 
-JUDGE = dict(
-    TINY, task="classify", class_cond=True, learn_sigma=False, num_head_channels=8, steps=60, log_interval=60, lr=3e-3
-)
+JUDGE = dict(TINY, task="classify", class_cond=True, learn_sigma=False, num_head_channels=8, steps=60, log_interval=60, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
