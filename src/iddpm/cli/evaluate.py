@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Evaluate, Sample, Which, fields_of, make
+from iddpm.config import Evaluate, Sample, Which, fields_of, make, settings_of
 from iddpm.errors import UserError
-from iddpm.sampling.open import beside, open_weights
 from iddpm.store.remote import place, remote
 
 if TYPE_CHECKING:
-    import torch
-
     from iddpm.measure.image_sets import ImageSet
 
 OF_A_RUN = 2048  # samples drawn unless told otherwise
@@ -41,7 +38,7 @@ def _evaluate(samples: str, **given: Any) -> None:
     from iddpm.parallel import processes
 
     with processes.session(build.device(which.device)) as device:
-        sets = _sample_sets(samples, settings, given, device)
+        sets = _sample_sets(samples, settings, which, given)
         out = _out(place(samples), sets[0], settings)
         figures.read(out)  # what is no file of figures is refused before the work
         found = compare.evaluate(sets, settings, device, batch_size=which.batch_size)
@@ -58,26 +55,26 @@ def _is_run(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / "checkpoints").is_dir() or checkpoint
 
 
-def _sample_sets(name: str, settings: Evaluate, given: dict[str, Any], device: "torch.device") -> "list[ImageSet]":
+def _sample_sets(samples: str, settings: Evaluate, which: Which, given: dict[str, Any]) -> "list[ImageSet]":
     """The samples: of a run, a set for each draw."""
     from iddpm.measure.image_sets import drawn, open_images
-    from iddpm.sampling import draw as sample
+    from iddpm.sampling.job import job
+    from iddpm.sampling.open import open_weights
 
-    if not _is_run(place(name)):
-        only = {**fields_of(Sample), **fields_of(Which), "labels": 0, "draws": 0}
+    drawing = settings_of(Sample)
+    if not _is_run(place(samples)):
+        only = drawing | set(fields_of(Which)) | {"labels", "draws"}
         if useless := next((k for k in given if k in only and k not in ("device", "batch_size")), None):
-            raise UserError(f"--{useless} has no effect: {name} holds images that are drawn already")
-        return [open_images(name)]
-    opened = open_weights(name, {**given, "device": str(device)})
-    config, home = opened.config, beside(opened.weights.path)
-    if config.model.network != "unet":
-        what = "enlarges images: draw some with iddpm sample --high_res, and give their .npz"
-        raise UserError(f"{name} {what if config.model.network == 'super_res' else 'is a classifier, which draws nothing'}")
+            raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
+        return [open_images(samples)]
+    o = open_weights(place(samples), which, {k: v for k, v in given.items() if k in drawing})
+    if not o.config.task.draws:
+        enlarges = "enlarges images: draw some with iddpm sample --high_res, and give their .npz"
+        raise UserError(f"{samples} {enlarges if o.config.task.enlarges else 'is a classifier, which draws nothing'}")
     n, sets = settings.num_samples or OF_A_RUN, []
-    for k in range(settings.draws):
-        seeds = range(settings.seed + k * n, settings.seed + (k + 1) * n)
-        job = sample.job(config, seeds, settings.labels)
-        sets.append(drawn(config, opened.net, opened.weights, opened.device, job, home, opened.which.precision))
+    for first in range(settings.seed, settings.seed + settings.draws * n, n):
+        task = job(o.config, range(first, first + n), settings.labels)
+        sets.append(drawn(o.config, o.net, o.weights, o.device, task, o.home, which.precision))
     return sets
 
 

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, Measure, Sample, Which, make
+from iddpm.config import Config, Measure, Sample, Which, make, settings_of
 from iddpm.errors import UserError
-from iddpm.sampling.open import Opened, beside, open_weights
 from iddpm.store.remote import place
 
 if TYPE_CHECKING:
-    import torch
-
     from iddpm.data import Images
+    from iddpm.diffusion.grid import Grid
     from iddpm.measure.bound import Bound
+    from iddpm.sampling.open import Opened
 
 
 def _parser(parser: Parser) -> None:
@@ -32,36 +31,37 @@ def _nll(run: str, data: str, **given: Any) -> None:
     from iddpm.look import bounds as report
     from iddpm.measure import figures
     from iddpm.parallel import processes
+    from iddpm.sampling.open import open_weights
 
-    with processes.session(build.device(which.device)) as device:
-        given = {**given, "device": str(device)}
-        runs = [open_weights(source, given) for source in (run, measure.against) if source]
+    with processes.session(build.device(which.device)):
+        changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
+        runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _check_networks(runs)
         chains = _chains(measure.curve, runs)
         name = "nll_curve.json" if measure.curve else "nll.json"
-        out = place(measure.out) if measure.out else beside(runs[0].weights.path) / name
+        out = place(measure.out) if measure.out else runs[0].home / name
+        per_image = place(measure.per_image) if measure.per_image else None
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
-        every_class = bool(measure.per_image)
-        images = [_open_images(opened.config, data, every_class, measure.num_samples == 0) for opened in runs]
+        images = [_open_images(opened.config, data, bool(per_image), measure.num_samples == 0) for opened in runs]
         leads = processes.rank() == 0
         if leads:
             print(images[0].describe() + _scaling(images[0]))
-            for path in filter(None, (out, place(measure.per_image) if measure.per_image else None)):
+            for path in filter(None, (out, per_image)):
                 path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []
         states: list[Path] = []
         for spec, chain in chains.items():
             own = [out.with_name(f"{out.name}{spec}{end}.partial") for end in ("", ".against")]
-            done = [report.Measured(o, i, _measure(o, i, measure, device, p, leads)) for o, i, p in zip(chain, images, own)]
-            if leads:
-                report.say(done, data, out)
-            points.append(done)
+            bounds = [_measure(o, grid, i, measure, p) for (o, grid), i, p in zip(chain, images, own)]
+            points.append([report.Measured(o, i, bound) for (o, _), i, bound in zip(chain, images, bounds)])
             states += own
+            if leads:
+                report.say(points[-1], place(data), out)
         if leads:
             if measure.curve:
-                report.write_curve(points, out, data)
+                report.write_curve(points, out, place(data))
             else:
-                report.write(points[0], out, data, measure.per_image)
+                report.write(points[0], out, place(data), per_image)
             for path in states:
                 path.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def _check_names(measure: Measure, given: dict[str, Any]) -> None:
         raise UserError("--per_image is of one chain, and --curve of several: give one")
 
 
-def _chains(curve: str, runs: list[Opened]) -> dict[str, list[Opened]]:
+def _chains(curve: str, runs: "list[Opened]") -> "dict[str, list[tuple[Opened, Grid]]]":
     """The runs on each chain of --curve, by what is added to the name of its state; on their own where that is empty.
 
     UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
@@ -86,30 +86,32 @@ def _chains(curve: str, runs: list[Opened]) -> dict[str, list[Opened]]:
     from iddpm import build
 
     if not curve:
-        return {"": runs}
-    chains: dict[str, list[Opened]] = {}
-    lengths: list[dict[int, str]] = [{} for _ in runs]
+        return {"": [(opened, build.grid(opened.config)) for opened in runs]}
+    chains: dict[str, list[tuple[Opened, Grid]]] = {}
+    taken: list[dict[int, str]] = [{} for _ in runs]  # of each run: the entry that so many steps are of
     for spec in map(str.strip, curve.split(",")):
         if not spec:
             raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
-        chains[f".{spec}"] = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
-        for opened, seen in zip(chains[f".{spec}"], lengths):
+        chains[f".{spec}"] = []
+        for opened, seen in zip(runs, taken):
+            config = opened.config.updated({"sampling_steps": spec})
             try:
-                steps = build.chain(opened.config.diffusion, spec).steps
+                grid = build.grid(config)
             except UserError as e:
                 raise UserError(str(e).replace("--sampling_steps", f"--curve {curve}:", 1)) from None
-            if steps in seen:
-                raise UserError(f"--curve {curve}: {seen[steps]} and {spec} are both {steps} steps: leave one out")
-            seen[steps] = spec
+            if grid.steps in seen:
+                raise UserError(f"--curve {curve}: {seen[grid.steps]} and {spec} are both {grid.steps} steps: leave one out")
+            seen[grid.steps] = spec
+            chains[f".{spec}"].append((opened._replace(config=config), grid))
     return chains
 
 
-def _check_networks(runs: list[Opened]) -> None:
+def _check_networks(runs: "list[Opened]") -> None:
     """UserError where a run has no likelihood, or two of them cannot see the same images."""
     from iddpm.config import image_size
 
     for opened in runs:
-        if opened.config.model.network == "classifier":
+        if opened.config.task.classifies:
             raise UserError(f"{opened.weights.path} is a classifier: bits/dim are those of a model of images")
     (size, channels), *others = [(image_size(o.config.model), o.config.model.image_channels) for o in runs]
     for other in others:
@@ -175,20 +177,21 @@ def _numbered(images: "Images", known: int, path: str) -> "Images":
     return images
 
 
-def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.device", state: Path, leads: bool) -> "Bound":
+def _measure(opened: "Opened", grid: "Grid", images: "Images", measure: Measure, state: Path) -> "Bound":
+    """The bound of a run's weights on the images, with a bar that shows what is left."""
     from tqdm import tqdm
 
-    from iddpm import build
-    from iddpm.measure import bound as nll
+    from iddpm.measure.bound import bits_per_dim
+    from iddpm.parallel import processes
 
-    config, n = opened.config, min(measure.num_samples or len(images), len(images))
-    total = build.chain(config.diffusion, config.sample.sampling_steps).steps
+    n, which = min(measure.num_samples or len(images), len(images)), opened.which
     names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
-    identity = dict(weights=str(opened.weights.path), about=opened.weights.about, files=names, precision=opened.which.precision)
-    with tqdm(total=total * n, unit="term", unit_scale=True, disable=None if leads else True) as bar:
-        return nll.measure(
-            config, opened.net, images, device,
-            num_samples=n, batch_size=opened.which.batch_size, seed=measure.seed,
+    identity = dict(weights=str(opened.weights.path), about=opened.weights.about, files=names, precision=which.precision)
+    quiet = True if processes.rank() else None
+    with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=quiet) as bar:
+        return bits_per_dim(
+            opened.config, opened.net, images, opened.device,
+            grid=grid, num_samples=n, batch_size=which.batch_size, seed=measure.seed,
             state=state, identity=identity, say=bar.write, tick=bar.update,
         )  # fmt: skip
 
