@@ -162,4 +162,4 @@ def evaluate(samples: Any, *, reference: Any, device: str = "auto", batch_size: 
         chosen = make(Evaluate, typed({"reference": on_disk(reference, "reference.npz"), **settings}, Evaluate))
         sets = [open_images(on_disk(samples, "samples.npz"))]
         found = compare.evaluate(sets, chosen, build.device(device), batch_size=batch_size)
-    return {finding.name: finding.value for finding in found.findings} if found else {}
+    return {finding.name: finding.estimate.value for finding in found.findings} if found else {}
