@@ -14,15 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
+from iddpm.config.choices import make
 from iddpm.data import Order
 from iddpm.measure import extractors
 from iddpm.measure.compare import possible
 from iddpm.measure.features import extract
 from iddpm.measure.image_sets import ImageSet, open_images
-from iddpm.measure.metrics import chosen as metrics_of
 from iddpm.measure.metrics.interface import Comparison
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--extractor", default="lite0-128")
     parser.add_argument("--weights", default="")
     args = parser.parse_args()
-    extractor = extractors.open(args.extractor, args.weights, torch.device("cpu"))
+    extractor = extractors.open(args.extractor, {f"{args.extractor.partition('-')[0]}_weights": args.weights})
     images = open_images(args.data)
     assert images.labels is not None, "the images need classes, half of which are dropped"
     order = Order(images.n, 0).indices(0, images.n)
@@ -81,7 +80,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         reference = extract(images._replace(home=Path(folder)), first, extractor).side
-        metrics = metrics_of("fd,sfd,is,kd,memorisation,prdc", {})
+        metrics = {name: make("metrics", name) for name in ("fd", "sfd", "is", "kd", "memorisation", "prdc")}
         rows = {}
         for name, (damage, chosen) in sets.items():
             features = extract(damaged(images, damage, name, Path(folder)), chosen, extractor)

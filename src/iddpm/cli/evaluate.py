@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from iddpm.measure.image_sets import ImageSet
 
 OF_A_RUN = 2048  # samples drawn unless told otherwise
-OF_A_RUN_ALONE = (settings_of(Sample, Which) | {"labels", "draws"}) - {"device", "batch_size"}  # flags
 
 
 def _parser(parser: Parser) -> None:
@@ -32,7 +31,8 @@ def _evaluate(samples: str, **given: Any) -> None:
             "which images are compared? iddpm evaluate SAMPLES --reference DATA: folders, .npz files or archives, or a run"
         )
     path, run = place(samples), _is_run(place(samples))
-    if not run and (useless := next((k for k in given if k in OF_A_RUN_ALONE), None)):
+    of_a_run = (settings_of(Sample, Which) | {"labels", "draws"}) - {"device", "batch_size"}
+    if not run and (useless := next((k for k in given if k in of_a_run), None)):
         raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
     if settings.save_statistics:
         _require_writable(place(settings.save_statistics), "--save_statistics", ".npz")

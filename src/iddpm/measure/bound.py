@@ -25,7 +25,7 @@ from iddpm.config import Config, small_size
 from iddpm.data import Images, Order
 from iddpm.data.super_res import shrink
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
-from iddpm.diffusion.denoiser import Denoise, Network, clip
+from iddpm.diffusion.denoiser import Denoise, Network
 from iddpm.diffusion.grid import Chain, Grid, Step
 from iddpm.errors import UserError
 from iddpm.measure.ahead import ahead
@@ -142,8 +142,7 @@ def bits_per_dim(
     same `identity` (anything JSON holds) and settings goes on from there. The processes share the batches. `grid` is the
     config's, from who has it at hand. UserError where an image's bound is not finite.
     """
-    grid = grid or build.grid(config)
-    denoiser = build.denoiser(config, net, (clip,) if config.sample.clip_denoised else ())
+    grid, denoiser = grid or build.grid(config), build.sampling_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
     progress, keep = _begin(chosen, grid.steps, state, _job(config, chosen, seed, identity), say)
@@ -329,7 +328,9 @@ def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against:
     if against:
         columns |= {"against": against.total[order], "difference": (bound.total - against.total)[order]}
     if path.suffix == ".npz":
-        arrays: dict[str, Any] = dict(name=np.array(names), label=labels, classes=np.array(data.classes, dtype=np.str_), **columns)
+        arrays: dict[str, Any] = dict(
+            name=np.array(names), label=labels, classes=np.array(data.classes, dtype=np.str_), **columns
+        )
         replace(path, lambda file: np.savez(file, **arrays))
         return
     text = io.StringIO(newline="")

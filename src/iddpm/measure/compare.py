@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from iddpm.config import Evaluate, Sample, fields_of
+from iddpm.config import Evaluate, Sample, own_numbers, settings_of
+from iddpm.config.choices import choices, make
 from iddpm.data import Order
 from iddpm.errors import UserError
 from iddpm.measure import extractors, statistics
@@ -16,14 +17,13 @@ from iddpm.measure.extractors import Extractor
 from iddpm.measure.features import Features, extract
 from iddpm.measure.figures import Figure, circumstances
 from iddpm.measure.image_sets import ImageSet, open_images
-from iddpm.measure.metrics import chosen, numbers
 from iddpm.measure.metrics.frechet import SMALL
 from iddpm.measure.metrics.interface import Comparison, Finding, Metric, Side
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
 from iddpm.store.remote import place
 
-MADE = ("weights", "checkpoint_step", "ema_rate", "precision", "steps", *fields_of(Sample))  # how samples came to be
+MADE = ("weights", "checkpoint_step", "ema_rate", "precision", "steps", *sorted(settings_of(Sample)))  # how samples came to be
 
 
 class Evaluation(NamedTuple):
@@ -50,14 +50,16 @@ def evaluate(
 
     UserError for a metric that was asked for by name and cannot be computed; `say` hears of one that was not.
     """
-    own, leads = dataclasses.asdict(settings), processes.rank() == 0
-    extractor, metrics = extractors.open(settings.extractor, _weights(own), device), chosen(settings.metrics, own)
+    own, leads = dict(settings.own), processes.rank() == 0
+    asked = [name.strip() for name in settings.metrics.split(",") if name.strip()]
+    metrics = {name: make("metrics", name, own) for name in asked or choices("metrics")}
+    extractor = extractors.open(settings.extractor, own, device)
     reference, real = _reference(settings, sets[0], extractor, say if leads else lambda line: None)
     samples = [_features(images, extractor, batch_size, settings.num_samples, settings.seed) for images in sets]
     if not leads:
         return None
     both = [Comparison(features.side, reference, extractor) for features in samples]
-    draws = compare(both, possible(both[0], metrics, bool(settings.metrics), say))
+    draws = compare(both, possible(both[0], metrics, bool(asked), say))
     abouts = [_about(features, real, extractor, settings, device) for features in samples]
     every = [_figure(f, about) for about, found in zip(abouts, draws) for f in found]
     findings = draws[0]
@@ -68,15 +70,6 @@ def evaluate(
 
 
 # ---- what is compared
-
-
-def _weights(own: Mapping[str, Any]) -> str:
-    """The file of the extractor's weights, where one is named; the flag is called like the file of extractors it belongs to."""
-    row = extractors.EXTRACTORS.get(own["extractor"])
-    flag = f"{row.__module__.rpartition('.')[2]}_weights" if row else ""
-    if row and (useless := next((k for k in own if k.endswith("_weights") and own[k] and k != flag), None)):
-        raise UserError(f"--{useless} has no effect with --extractor {own['extractor']}")
-    return str(own.get(flag, ""))
 
 
 def _reference(
@@ -184,11 +177,13 @@ def _about(
 ) -> dict[str, Any]:
     """What every figure carries; the keys name the images by their content."""
     images = features.images
+    own = dict(settings.own)
+    numbers = {k: own.get(k, n.default) for k, (chooser, n, _) in own_numbers(Evaluate).items() if chooser == "metrics"}
     ends = [images.title(k).removeprefix("seed ") for k in (0, images.n - 1)]
     return dict(
         n=len(features), samples=images.name, samples_key=features.folder.name, **{k: images.about.get(k) for k in MADE},
         seeds="-".join(ends) if images.about else None, draws=None, seed=settings.seed, labels=settings.labels or None,
-        extractor=extractor.name, extractor_identity=extractor.identity, **numbers(dataclasses.asdict(settings)),
+        extractor=extractor.name, extractor_identity=extractor.identity, **numbers,
         reference=settings.reference, reference_key=real.folder.name if real else None,
         reference_size=list(real.images.native) if real and real.images.native else None, **circumstances(device),
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Sets of images to measure: what a run draws, as it is asked for; an .npz, a folder, a .zip or .tar of images."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -10,19 +9,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 import iddpm
 from iddpm import build
-from iddpm.config import Config, image_size
+from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, decode, open_npz, prepare
 from iddpm.data.labels import from_prefix_or_folder, number
 from iddpm.data.sources.archive import ENDINGS, Archive
-from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
-from iddpm.sampling import draw as sample
-from iddpm.store.checkpoint import Weights
+from iddpm.sampling.draw import painter
+from iddpm.sampling.job import Job
+from iddpm.sampling.open import Opened
 from iddpm.store.remote import fetch, opened, place, remote, sha256
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
@@ -162,21 +160,21 @@ def _archive(name: str, path: Path, like: Like | None) -> ImageSet:
 
 def drawing(config: Config, precision: str, ema_rate: float) -> dict[str, Any]:
     """What decides samples beside weights, seeds and classes, as a figure tells it."""
-    steps = build.chain(config.diffusion, config.sample.sampling_steps).steps
-    return dataclasses.asdict(config.sample) | dict(steps=steps, precision=precision, ema_rate=ema_rate)
+    how = {name: number.default for name, (_, number, _) in own_numbers(Sample).items()}  # also those of other solvers
+    how |= {name: value for name, value in config.flat().items() if name in settings_of(Sample)}
+    return how | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
 
 
-def drawn(
-    config: Config, net: Network, weights: Weights, device: torch.device, job: sample.Job, home: Path, precision: str
-) -> ImageSet:
+def drawn(model: Opened, job: Job) -> ImageSet:
     """What a run draws: image k is that of the job's k-th seed, and is drawn when it is asked for."""
-    m, paint = config.model, sample.painter(config, net, device)
-    how = drawing(config, precision, weights.about.get("ema_rate", 0))
+    config, weights, home = model.config, model.weights, model.home
+    m, paint = config.model, painter(config, model.net, model.device)
+    how = drawing(config, model.which.precision, weights.about.get("ema_rate", 0))
     about = how | dict(weights=str(weights.path), checkpoint_step=weights.about["step"], trained_on=config.data.path)
     made_by = [DRAWING, iddpm.__version__, _model(weights.path), how]
 
     def take(numbers: Sequence[int]) -> np.ndarray:
-        part = sample.Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])
+        part = Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])
         return paint(part).cpu().numpy().transpose(0, 3, 1, 2)
 
     def digest(numbers: Sequence[int]) -> str:

@@ -6,7 +6,9 @@ count, the last block pools by maximum, and there are 1008 classes.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -213,17 +215,27 @@ def _pytorch_fid(images: Tensor) -> Tensor:
     return 2 * F.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
 
 
-def inception(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
+@dataclass(frozen=True)
+class OpenInception:
     """Inception-v3, of FID, sFID and IS; its weights in a file."""
-    return _open("inception", "tensorflow", _tensorflow, weights, device)
+
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+
+    def __call__(self, device: torch.device) -> Extractor:
+        return _open("inception", "tensorflow", _tensorflow, self.inception_weights, device)
 
 
-def inception_pytorch_fid(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
+@dataclass(frozen=True)
+class OpenPytorchFid:
     """Inception-v3 on images scaled as pytorch-fid does, which gives nearly the same figures."""
-    return _open("inception-pytorch-fid", "pytorch-fid", _pytorch_fid, weights, device)
+
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+
+    def __call__(self, device: torch.device) -> Extractor:
+        return _open("inception-pytorch-fid", "pytorch-fid", _pytorch_fid, self.inception_weights, device)
 
 
-def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights: str, device: torch.device | str) -> Extractor:
+def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights: str, device: torch.device) -> Extractor:
     """An extractor by the way in which images are prepared, with weights from a file.
 
     Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as the
@@ -232,7 +244,7 @@ def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights
     path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
     net, last = load(files.read(path), weights or str(path))
     net = net.to(device)
-    chunk = 8 if torch.device(device).type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
+    chunk = 8 if device.type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
 
     @torch.inference_mode()
     def network(images: Tensor) -> dict[str, Tensor]:
@@ -242,7 +254,7 @@ def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights
         return {tap: torch.cat([part[tap] for part in parts]) for tap in WIDTHS}
 
     identity = f"inception-v3 {pipeline} v{VERSION} {files.digest(path)}"
-    return Extractor(name, identity, WIDTHS, network, torch.device(device), partial(_probabilities, last))
+    return Extractor(name, identity, WIDTHS, network, device, partial(_probabilities, last))
 
 
 def _probabilities(last: Tensor, pool: Tensor) -> Tensor:
@@ -250,7 +262,7 @@ def _probabilities(last: Tensor, pool: Tensor) -> Tensor:
     return (pool.cpu().double() @ last.T).softmax(1)
 
 
-EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {
-    "inception": inception,
-    "inception-pytorch-fid": inception_pytorch_fid,
+EXTRACTORS: dict[str, Callable[..., Callable[[torch.device], Extractor]]] = {
+    "inception": OpenInception,
+    "inception-pytorch-fid": OpenPytorchFid,
 }

