@@ -199,7 +199,7 @@ def image_nll(given: Given) -> None:
         logger.log(images.describe())
         if n < given["num_samples"]:
             logger.log(f"there are {n} images, each measured once")
-        bound = nll.measure(
+        bound = nll.bits_per_dim(
             config, net, images, processes.own_device(build.device(given["device"])),
             chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
             state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
