@@ -16,7 +16,8 @@ from conftest import TINY as NATIVE
 from iddpm import build
 from iddpm.config import Config
 from iddpm.diffusion.law import LossSecondMoment
-from iddpm.interop.openai import files, flags, logger
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import logger
 from iddpm.store.checkpoint import Saved
 from iddpm.training import loop as train
 from iddpm.training.state import LossScale, TrainState

@@ -17,7 +17,9 @@ from iddpm.data import Images, Order, batches, labels
 from iddpm.data import images as folder
 from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
-from iddpm.interop.openai import commands, flags, script_util
+from iddpm.interop.openai import commands
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.python import script_util
 from iddpm.measure import bound as nll
 from iddpm.measure.bound import Bound
 from iddpm.sampling import draw as sample

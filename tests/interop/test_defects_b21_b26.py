@@ -27,8 +27,10 @@ from iddpm.config import Config
 from iddpm.config.presets import PRESETS
 from iddpm.data import batches
 from iddpm.errors import UserError
-from iddpm.interop.openai import commands, dist_util, files, flags, guided, logger, script_util, unet
-from iddpm.interop.openai import nn as pieces
+from iddpm.interop.openai import commands
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import dist_util, guided, logger, script_util, unet
+from iddpm.interop.openai.python import nn as pieces
 from iddpm.measure import bound as nll
 from iddpm.parallel import processes
 from iddpm.sampling import draw as sample

@@ -7,9 +7,9 @@ import pytest
 from iddpm import build
 from iddpm.config import ENDLESS, Config, check
 from iddpm.errors import UserError
-from iddpm.interop.openai import flags
-from iddpm.interop.openai.flags import COMMANDS, NETWORKS, from_config, to_config
-from iddpm.interop.openai.published import PUBLISHED
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.formats.flags import COMMANDS, NETWORKS, from_config, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED
 
 LISTED = dict(  # name: default, in the words of the original's parser
     pair.split("=") for pair in """

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags
-from iddpm.interop.openai.optimizer import MOMENTS, flatten, groups, layout_of, optimizer_file, unflatten
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.formats.optimizer import MOMENTS, flatten, groups, layout_of, optimizer_file, unflatten
 from iddpm.store.checkpoint import Saved
 from interop.written import FLAGS, network, write
 

@@ -8,7 +8,7 @@ import torch
 
 from iddpm.config import Config
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags
+from iddpm.interop.openai.formats import files, flags
 from iddpm.store.checkpoint import Saved
 from iddpm.training.loop import train
 from iddpm.training.state import TrainState

@@ -9,9 +9,9 @@ import pytest
 from golden_rules import load
 from iddpm.config import Config, check
 from iddpm.errors import UserError
-from iddpm.interop.openai.flags import NETWORKS, to_config
-from iddpm.interop.openai.published import PUBLISHED
-from iddpm.interop.openai.weights import check_fit, cures, network_shapes, settle, tell
+from iddpm.interop.openai.formats.flags import NETWORKS, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED
+from iddpm.interop.openai.formats.weights import check_fit, cures, network_shapes, settle, tell
 
 ROWS = {file.removesuffix(".pt"): row for row in load("published_shapes.json")["rows"] for file in row["file"].split(", ")}
 

@@ -13,8 +13,8 @@ from iddpm import build, rng
 from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.diffusion.solvers import run as walk
-from iddpm.interop.openai import files
-from iddpm.interop.openai import flags as original
+from iddpm.interop.openai.formats import files
+from iddpm.interop.openai.formats import flags as original
 from iddpm.sampling import draw as sample
 from iddpm.store import checkpoint
 from iddpm.training.state import TrainState

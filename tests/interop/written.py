@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm import build
-from iddpm.interop.openai import flags
+from iddpm.interop.openai.formats import flags
 
 FLAGS = dict(
     image_size=32, num_channels=16, num_res_blocks=1, num_heads=2, attention_resolutions="16", learn_sigma=True,

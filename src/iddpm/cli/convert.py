@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from iddpm.cli.flags import Parser, Verb, boolean
 from iddpm.config import Config, Diffusion, Model, Sample, Train, ema_rates, fields_of
 from iddpm.errors import UserError
-from iddpm.interop.openai import flags
+from iddpm.interop.openai.formats import flags
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iddpm.interop.openai.files import Family
+    from iddpm.interop.openai.formats.files import Family
     from iddpm.store.checkpoint import Saved
 
 # ---- import
@@ -63,8 +63,8 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
     from iddpm.cli.train import write_config
-    from iddpm.interop.openai import files
-    from iddpm.interop.openai.weights import row_of
+    from iddpm.interop.openai.formats import files
+    from iddpm.interop.openai.formats.weights import row_of
     from iddpm.store import checkpoint
 
     weights, record = files.read(path), files.record_of(path)
@@ -94,7 +94,7 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
 
 def _kin(path: Path, alone: bool) -> "Family | None":
     """The files beside a file, if training is to go on from them; None for weights by themselves."""
-    from iddpm.interop.openai import files
+    from iddpm.interop.openai.formats import files
 
     average = files.AVERAGE.match(path.name)
     if alone or (average and not any((path.parent / f"{kind}{average[2]}.pt").exists() for kind in ("model", "opt"))):
@@ -107,7 +107,7 @@ def _kin(path: Path, alone: bool) -> "Family | None":
 
 def _settled(weights: "Mapping[str, Tensor]", given: dict[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:
     """The config of the original's weights, and what to tell of how it came about."""
-    from iddpm.interop.openai import weights as of
+    from iddpm.interop.openai.formats import weights as of
 
     settled = of.settle(of.shapes_of(weights), given, str(path), published)
     if published:
@@ -136,8 +136,8 @@ def _stored(config: Config, given: dict[str, Any], record: Path) -> Config:
 
 def _saved(path: Path, kin: "Family", config: Config, given: dict[str, Any]) -> "tuple[Saved, Config]":
     """The state of the original's files, and the config with the rates of its averages."""
-    from iddpm.interop.openai import files
-    from iddpm.interop.openai.weights import check_fit, shapes_of
+    from iddpm.interop.openai.formats import files
+    from iddpm.interop.openai.formats.weights import check_fit, shapes_of
     from iddpm.store.checkpoint import Saved
 
     average = files.AVERAGE.match(path.name)
@@ -166,7 +166,7 @@ def _saved(path: Path, kin: "Family", config: Config, given: dict[str, Any]) -> 
 
 def _number(path: Path) -> int:
     """The number in the name of a model's or an average's file, or 0."""
-    from iddpm.interop.openai import files
+    from iddpm.interop.openai.formats import files
 
     match = files.AVERAGE.match(path.name) or files.MODEL.match(path.name)
     return int(match[match.re.groups]) if match else 0
@@ -227,7 +227,7 @@ def _export_parser(parser: Parser) -> None:
 
 
 def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
-    from iddpm.interop.openai import files
+    from iddpm.interop.openai.formats import files
     from iddpm.sampling.open import beside
     from iddpm.store import checkpoint
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from iddpm.cli.flags import Parser, Verb, boolean
-from iddpm.interop.openai import flags
+from iddpm.interop.openai.formats import flags
 
 HELP = {
     "image_train": "the original's training of a model of images",

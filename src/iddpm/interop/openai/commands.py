@@ -14,7 +14,8 @@ from iddpm.data import read_npz
 from iddpm.data.batches import open_data, open_validation
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags, logger
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import logger
 from iddpm.measure import bound as nll
 from iddpm.parallel import processes
 from iddpm.sampling import draw as sample

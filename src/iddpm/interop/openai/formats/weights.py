@@ -10,8 +10,8 @@ import torch
 from iddpm import build
 from iddpm.config import Config, Model, check, image_size, numbers
 from iddpm.errors import UserError
-from iddpm.interop.openai.flags import NETWORKS, to_config
-from iddpm.interop.openai.published import PUBLISHED, Published
+from iddpm.interop.openai.formats.flags import NETWORKS, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED, Published
 from iddpm.nn import attention_rates, channel_mult_for
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name, in the file's order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iddpm.config import Config
-from iddpm.interop.openai.weights import Shapes
+from iddpm.interop.openai.formats.weights import Shapes
 from iddpm.store.checkpoint import Saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from iddpm.data import Images
 from iddpm.data.images import find
 from iddpm.errors import UserError
-from iddpm.interop.openai import logger
+from iddpm.interop.openai.python import logger
 from iddpm.parallel.processes import rank, world
 
 CROP = 0.8  # the smallest share of an image's side that a random crop shows

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm.interop.openai.fp16_util import convert_module_to_f16, convert_module_to_f32
-from iddpm.interop.openai.nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
+from iddpm.interop.openai.python.fp16_util import convert_module_to_f16, convert_module_to_f32
+from iddpm.interop.openai.python.nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
 from iddpm.nn import Classifier, SuperResUNet, UNet, layers
 
 # ---- layers

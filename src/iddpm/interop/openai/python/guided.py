@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from iddpm.interop.openai import flags, image_datasets, unet
-from iddpm.interop.openai.image_datasets import ImageDataset, _list_image_files_recursively
-from iddpm.interop.openai.respace import SpacedDiffusion
-from iddpm.interop.openai.script_util import (
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.python import image_datasets, unet
+from iddpm.interop.openai.python.image_datasets import ImageDataset, _list_image_files_recursively
+from iddpm.interop.openai.python.respace import SpacedDiffusion
+from iddpm.interop.openai.python.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     called,
@@ -21,7 +22,7 @@ from iddpm.interop.openai.script_util import (
     network,
     str2bool,
 )
-from iddpm.interop.openai.unet import (
+from iddpm.interop.openai.python.unet import (
     AttentionPool2d,
     Downsample,
     EncoderUNetModel,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from iddpm.errors import UserError
-from iddpm.interop.openai import blobfile as bf
-from iddpm.interop.openai import dist_util, logger
-from iddpm.interop.openai.fp16_util import (
+from iddpm.interop.openai.formats.optimizer import flatten, unflatten
+from iddpm.interop.openai.python import blobfile as bf
+from iddpm.interop.openai.python import dist_util, logger
+from iddpm.interop.openai.python.fp16_util import (
     grad_norm,
     make_master_params,
     master_params_to_model_params,
@@ -25,9 +26,8 @@ from iddpm.interop.openai.fp16_util import (
     state_dict_to_masters,
     zero_grad,
 )
-from iddpm.interop.openai.nn import update_ema
-from iddpm.interop.openai.optimizer import flatten, unflatten
-from iddpm.interop.openai.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from iddpm.interop.openai.python.nn import update_ema
+from iddpm.interop.openai.python.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from iddpm.parallel.processes import barrier, rank, same, world
 from iddpm.parallel.shard import spread
 from iddpm.training.loop import MAX_SKIPS

@@ -25,8 +25,8 @@ from torch import Tensor
 import iddpm
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
-from iddpm.interop.openai.optimizer import MOMENTS, groups, optimizer_file, unflatten
-from iddpm.interop.openai.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.interop.openai.formats.optimizer import MOMENTS, groups, optimizer_file, unflatten
+from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.store.checkpoint import Saved, Weights
 from iddpm.store.files import flush, sha256
 

@@ -6,7 +6,7 @@ The numbers are the authors' (Nichol & Dhariwal 2021, tables 1, 2 and 4; Dhariwa
 from typing import Any, NamedTuple
 
 from iddpm.config import Config
-from iddpm.interop.openai.flags import to_config
+from iddpm.interop.openai.formats.flags import to_config
 
 
 class Published(NamedTuple):

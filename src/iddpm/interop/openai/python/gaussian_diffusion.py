@@ -16,7 +16,7 @@ from iddpm.diffusion.denoiser import VARIANCES, Prediction
 from iddpm.diffusion.guidance import shift_score
 from iddpm.diffusion.schedule import MAX_BETA, SCHEDULES, Chain, Table
 from iddpm.diffusion.solvers import ancestral_step, ddim_inverse_step, ddim_step
-from iddpm.interop.openai.losses import discretized_gaussian_log_likelihood, normal_kl
+from iddpm.interop.openai.python.losses import discretized_gaussian_log_likelihood, normal_kl
 
 Model = Callable[..., Tensor]  # (x, t, **model_kwargs)
 Kwargs = Mapping[str, Any] | None
