@@ -41,8 +41,7 @@ def load(path: Path) -> Any:
     UserError where there is no such file, it is cut short, no file of torch.save, or holds objects of other kinds.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(len(OLD))
+        start = _start(path)
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}") from e
     if not start:
@@ -62,6 +61,11 @@ def load(path: Path) -> Any:
         if isinstance(e, OSError):
             raise
         raise UserError(f"{path} is cut short or damaged ({str(e).splitlines()[0] if str(e) else 'it ends early'})") from None
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(OLD))
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -154,10 +158,28 @@ def family(path: Path) -> Family:
     return Family(path, digits, averages, optimizer if optimizer.exists() else None, record_of(path))
 
 
+def number_of(path: Path) -> int:
+    """The number in the name of a model's or an average's file, or 0."""
+    return int(_digits(path) or 0)
+
+
+def _digits(path: Path) -> str:
+    match = AVERAGE.match(path.name) or MODEL.match(path.name)
+    return match[match.re.groups] if match else ""
+
+
+def read_averages(kin: Family, rates: Iterable[float]) -> dict[float, dict[str, Tensor]]:
+    """The averages of these rates; UserError where one is missing."""
+    for rate in rates:
+        if rate not in kin.averages:
+            name = f"ema_{rate}_{kin.digits}.pt"
+            raise UserError(f"{name} is missing beside {kin.model}: the average of --ema_rate {rate} cannot go on")
+    return {rate: read(kin.averages[rate]) for rate in rates}
+
+
 def record_of(path: Path) -> Path | None:
     """Our own file that vouches for a model's or an average's file, if there is one."""
-    match = AVERAGE.match(path.name) or MODEL.match(path.name)
-    record = path.with_name(f"iddpm{match[match.re.groups] if match else ''}.json")
+    record = path.with_name(f"iddpm{_digits(path)}.json")
     return record if record.exists() and path.name in _record(record)["files"] else None
 
 
@@ -198,11 +220,8 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     elif not (state and state.get("weights_only")):
         name = f"opt{kin.digits or '*'}.pt"
         raise UserError(f"{name} is missing beside {path}: without it, training cannot go on from there")
-    averages = {}
-    for rate in ema_rates((config or stored).train) if config or stored else kin.averages:  # type: ignore[union-attr]
-        if rate not in kin.averages:
-            raise UserError(f"ema_{rate}_{kin.digits}.pt is missing beside {path}: the average of --ema_rate {rate} cannot go on")
-        averages[rate] = read(kin.averages[rate])
+    settled = config or stored
+    averages = read_averages(kin, ema_rates(settled.train) if settled else kin.averages)
     if state is None:
         images = updates * config.train.batch_size if config else 0
         state = dict(step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[])
@@ -212,11 +231,11 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The model's file with the largest number whose family is whole, and a line for each that was passed over."""
     passed_over: list[str] = []
-    for path in sorted(models(folder), key=lambda p: int(p.stem.removeprefix("model")), reverse=True):
+    for path in sorted(models(folder), key=number_of, reverse=True):
         try:
             kin = family(path)
-            files = _record(kin.record)["files"] if kin.record else dict.fromkeys([*_names(kin), f"opt{kin.digits}.pt"])
-            fault = _fault(folder, files)
+            names = [p.name for p in (kin.model, *kin.averages.values())] + [f"opt{kin.digits}.pt"]
+            fault = _fault(folder, _record(kin.record)["files"] if kin.record else dict.fromkeys(names))
         except UserError as e:
             fault = ("its record", str(e))
         if fault is None:
@@ -225,12 +244,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def _names(kin: Family) -> list[str]:
-    return [p.name for p in (kin.model, *kin.averages.values())]
-
-
 def models(folder: Path) -> list[Path]:
-    """The model%06d.pt of a folder."""
+    """The model%06d.pt of a folder, by name."""
     return [p for p in sorted(folder.glob("model*.pt")) if re.fullmatch(r"model\d+\.pt", p.name)]
 
 
@@ -242,14 +257,9 @@ def _fault(folder: Path, files: Mapping[str, Any]) -> tuple[str, str] | None:
             return name, "is missing"
         if known is not None and [path.stat().st_size, sha256(path)] != known:
             return name, "is damaged"
-        if known is None and _begins_as_zip(path) and not zipfile.is_zipfile(path):
+        if known is None and _start(path).startswith(ZIP) and not zipfile.is_zipfile(path):
             return name, "is cut short"
     return None
-
-
-def _begins_as_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == ZIP
 
 
 class Store:
@@ -278,9 +288,8 @@ def read_model(path: Path, config: Config) -> Weights:
     """
     tensors = read(path)
     check_fit(shapes_of(tensors), config, str(path))
-    average, number = AVERAGE.match(path.name), MODEL.match(path.name)
-    digits = average[2] if average else number[1] if number else "0"
-    about = dict(step=int(digits), ema_rate=float(average[1]) if average else 0)
+    average = AVERAGE.match(path.name)
+    about = dict(step=number_of(path), ema_rate=float(average[1]) if average else 0)
     if record := record_of(path):
         stored = recorded(record)
         config = config.updated({"classes": stored.data.classes, "rule": stored.data.rule})

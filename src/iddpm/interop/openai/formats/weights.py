@@ -10,7 +10,7 @@ import torch
 from iddpm import build
 from iddpm.config import Config, Model, check, image_size, numbers
 from iddpm.errors import UserError
-from iddpm.interop.openai.formats.flags import NETWORKS, to_config
+from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, PREFIXED, TWINS, to_config
 from iddpm.interop.openai.formats.published import PUBLISHED, Published
 from iddpm.nn import attention_rates, channel_mult_for
 
@@ -152,11 +152,6 @@ SHOWN = (  # told by shapes and set by flags, in the order in which a contradict
     "image_channels", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "learn_sigma", "class_cond",
     "use_scale_shift_norm", "resblock_updown", "classifier_pool", "image_size",
 )  # fmt: skip
-PREFIXED = dict(  # what classifier_train and classifier_sample call them
-    num_channels="classifier_width", num_res_blocks="classifier_depth", resblock_updown="classifier_resblock_updown",
-    attention_resolutions="classifier_attention_resolutions", use_scale_shift_norm="classifier_use_scale_shift_norm",
-)  # fmt: skip
-KINDS = {"unet": "a model of images", "super_res": "a super-resolution model", "classifier": "a classifier"}
 
 
 def check_fit(shapes: Shapes, config: Config, source: str) -> None:
@@ -187,7 +182,8 @@ def cures(told: Told, config: Config) -> list[str]:
     """The flags that a config would need to have the network that was told; none where it has it."""
     m, judge = config.model, told.fields["network"] == "classifier"
     if told.fields["network"] != m.network:
-        return [f"--network {told.fields['network']}, for it is {KINDS[told.fields['network']]}, not {KINDS[m.network]}"]
+        is_, wanted = KINDS[told.fields["network"]].words, KINDS[m.network].words
+        return [f"--network {told.fields['network']}, for it is {is_}, not {wanted}"]
     side = min(image_size(m))
     has, is_ = config.flat(), told.at(side)
     has["channel_mult"] = numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(side)
@@ -199,7 +195,7 @@ def cures(told: Told, config: Config) -> list[str]:
         shown = PREFIXED.get(name, name) if judge else name
         if name == "channel_mult":
             mult = f"--channel_mult {','.join(f'{x:g}' for x in told.mult)}"
-            usual = [f"--{_size_flag(m.network)} {s}" for s in told.usual_sizes()]
+            usual = [f"--{KINDS[m.network].size} {s}" for s in told.usual_sizes()]
             found.append(f"{' or '.join(usual)} (or {mult})" if usual else mult)
         elif name != "attention_resolutions":
             found.append(f"--{shown} {is_[name]}")
@@ -208,10 +204,6 @@ def cures(told: Told, config: Config) -> list[str]:
     if told.fields["num_classes"] != m.num_classes and "class_cond" not in different:
         found.append(f"a network of {told.fields['num_classes']} classes, not {m.num_classes}")
     return found
-
-
-def _size_flag(network: str) -> str:
-    return "large_size" if network == "super_res" else "image_size"
 
 
 def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
@@ -225,12 +217,6 @@ def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
 # ---- the config of a file: what its shapes tell, and what a user says of the rest
 
 ESSENTIAL = ("diffusion_steps", "noise_schedule")  # and the sizes: no default would be a good guess
-TWINS = dict(  # the original's flag, and ours that says the same
-    large_size="image_size", use_kl="objective", rescale_learned_sigmas="objective", predict_xstart="parametrization",
-    timestep_respacing="sampling_steps", use_ddim="solver", use_fp16="precision", classifier_use_fp16="precision",
-    use_new_attention_order="new_attention_order", iterations="steps", anneal_lr="lr_anneal_steps",
-    **{theirs: ours for ours, theirs in PREFIXED.items()},
-)  # fmt: skip
 SIGNS = ("num_head_channels", "channel_mult", "use_new_attention_order", "new_attention_order")  # of guided-diffusion
 ALONE = ("image_channels", "num_classes", "channel_mult")  # what no flag of the original's always says
 
@@ -265,7 +251,8 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
         if side is None or missing:
             raise UserError(_question(told, program, missing, source))
         fields = told.at(side)
-        config = to_config(network, _original_names(fields) | dict(given), program)
+        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if network == "classifier" else fields
+        config = to_config(network, named | dict(given), program)
         config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
         assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
     void = ("learn_sigma",) if network == "classifier" else ()  # a classifier's recipes pass it, to no effect
@@ -300,7 +287,7 @@ def _side(told: Told, given: Mapping[str, Any]) -> int | None:
 
 def _missing(shapes: Shapes, told: Told, given: Mapping[str, Any], side: int | None) -> list[str]:
     network = told.fields["network"]
-    names = [] if side else [_size_flag(network)]
+    names = [] if side else [KINDS[network].size]
     wanted = (("small_size",) if network == "super_res" else ()) + ESSENTIAL
     wanted += ("low_res_noise",) if "level_embed.0.weight" in shapes else ()
     return names + [name for name in wanted if name not in given]
@@ -316,7 +303,7 @@ def _question(told: Told, program: str, missing: list[str], source: str) -> str:
     taken = f" (what else they do not tell is taken to be as by default in {program}-diffusion: {rest})" if rest else ""
     names_alike = alike(told)
     rows = f", or, if it is the published file, --published {' or '.join(names_alike)}" if names_alike else ""
-    kind = KINDS[told.fields["network"]]
+    kind = KINDS[told.fields["network"]].words
     return f"{source} is {kind} ({network}); its shapes do not tell {', '.join(names)}: give these{taken}{rows}"
 
 
@@ -333,10 +320,3 @@ def _assumed(told: Told, config: Config | None, program: str) -> dict[str, Any]:
         names.remove("sigma_small")
     defaults = NETWORKS[program][told.fields["network"]]
     return {name: defaults[name] for name in names if name in defaults}
-
-
-def _original_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours by the original's names."""
-    if fields["network"] == "classifier":
-        return {PREFIXED.get(k, k): v for k, v in fields.items()}
-    return dict(fields)
