@@ -46,7 +46,7 @@ def _verb(name: str) -> Verb:
     def run(**given: Any) -> None:
         from iddpm.interop.openai import commands
 
-        commands.COMMANDS[name](given)
+        commands.run(name, given)
 
     return Verb(run, parser, "", HELP[name])
 
