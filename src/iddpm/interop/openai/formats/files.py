@@ -41,7 +41,8 @@ def load(path: Path) -> Any:
     UserError where there is no such file, it is cut short, no file of torch.save, or holds objects of other kinds.
     """
     try:
-        start = _start(path)
+        with open(path, "rb") as file:
+            start = file.read(len(OLD))
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}") from e
     if not start:
@@ -61,11 +62,6 @@ def load(path: Path) -> Any:
         if isinstance(e, OSError):
             raise
         raise UserError(f"{path} is cut short or damaged ({str(e).splitlines()[0] if str(e) else 'it ends early'})") from None
-
-
-def _start(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(len(OLD))
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -210,8 +206,12 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     stored, law, state = None, dict[str, Tensor](), None
     if kin.record:
         found = _record(kin.record)
-        if fault := _fault(kin.record.parent, found["files"]):
-            raise UserError(f"{kin.record.parent / fault[0]} {fault[1]}")
+        for name, known in found["files"].items():
+            file = kin.record.with_name(name)
+            if not file.exists():
+                raise UserError(f"{file} is missing")
+            if [file.stat().st_size, sha256(file)] != known:
+                raise UserError(f"{file} is damaged")
         stored, state = recorded(kin.record), found["state"]
         law = load_file(kin.record.with_suffix(".safetensors")) if state.get("law") else {}
     weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
@@ -228,42 +228,13 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     return Saved(state["step"], weights, averages, slots | {f"law.{k}": v for k, v in law.items()}, state), stored
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The model's file with the largest number whose family is whole, and a line for each that was passed over."""
-    passed_over: list[str] = []
-    for path in sorted(models(folder), key=number_of, reverse=True):
-        try:
-            kin = family(path)
-            names = [p.name for p in (kin.model, *kin.averages.values())] + [f"opt{kin.digits}.pt"]
-            fault = _fault(folder, _record(kin.record)["files"] if kin.record else dict.fromkeys(names))
-        except UserError as e:
-            fault = ("its record", str(e))
-        if fault is None:
-            return path, passed_over
-        passed_over.append(f"passed over {path.name}: {fault[0]} {fault[1]}")
-    return None, passed_over
-
-
 def models(folder: Path) -> list[Path]:
     """The model%06d.pt of a folder, by name."""
     return [p for p in sorted(folder.glob("model*.pt")) if re.fullmatch(r"model\d+\.pt", p.name)]
 
 
-def _fault(folder: Path, files: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first file that is missing or damaged, by its size and digest, or, where there are none, by its end; and what it is."""
-    for name, known in files.items():
-        path = folder / name
-        if not path.exists():
-            return name, "is missing"
-        if known is not None and [path.stat().st_size, sha256(path)] != known:
-            return name, "is damaged"
-        if known is None and _start(path).startswith(ZIP) and not zipfile.is_zipfile(path):
-            return name, "is cut short"
-    return None
-
-
 class Store:
-    """The checkpoints of a run in the original's files. It begins at the file `resume`, or else at the folder's newest.
+    """The checkpoints of a run in the original's files. It goes on from the file `resume`, or else begins.
 
     `config` says which averages the run needs, and the batch by which the original's count of updates becomes one of images.
     """
@@ -272,9 +243,8 @@ class Store:
         self.folder, self.resume, self.config = folder, resume, config
 
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """The state to go on from, and one line for each that was passed over."""
-        path, passed_over = (self.resume, []) if self.resume else newest(self.folder)
-        return (load_run(path, self.config)[0] if path else None), passed_over
+        """The state to go on from; nothing is ever passed over, since the file is named."""
+        return (load_run(self.resume, self.config)[0] if self.resume else None), []
 
     def save(self, config: Config, saved: Saved) -> Path:
         """Keep a state; returns the model's file."""
