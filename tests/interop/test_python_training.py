@@ -345,7 +345,7 @@ def test_another_network_s_moments_are_refused(folder: Path) -> None:
     loop().run_loop()
     nine = {"step": torch.tensor(1.0), "exp_avg": torch.ones(9), "exp_avg_sq": torch.ones(9)}
     torch.save({"state": {0: nine}, "param_groups": [{"params": [0]}]}, folder / "opt000004.pt")
-    with pytest.raises(UserError, match=r"opt000004\.pt does not fit the model"):
+    with pytest.raises(UserError, match=r"opt000004\.pt is of another network"):
         resumed(folder)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import iddpm
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
-from iddpm.interop.openai.formats.optimizer import MOMENTS, groups, optimizer_file, unflatten
+from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
 from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.store.checkpoint import Saved, Weights
 from iddpm.store.files import flush, sha256
@@ -82,27 +82,9 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
 
 
-# ---- the optimizer's file
-
-
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
-    """AdamW's state for parameters of these shapes, as NAME.SLOT, and how many updates it made.
-
-    However it lies in the file: by parameter, or flat as under fp16. UserError where it is of other parameters.
-    """
-    found = load(path)
-    if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
-        raise UserError(f"{path} holds no optimizer's state")
-    order = [p for group in found["param_groups"] for p in group["params"]]
-    state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
-    layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
-    if layout is None:
-        raise UserError(f"{path} is of {len(order)} parameters, the network has {len(shapes)}: they do not belong together")
-    for k, names in enumerate(groups(shapes, layout)):
-        want = sum(torch.Size(shapes[name]).numel() for name in names)
-        if k in state and not all(isinstance(state[k].get(s), Tensor) and state[k][s].numel() == want for s in MOMENTS):
-            raise UserError(f"{path} is of another network: it does not fit {names[0]}")
-    return unflatten(state, shapes, layout), max((int(s["step"]) for s in state.values()), default=0)
+    """AdamW's state for parameters of these shapes, as NAME.SLOT, and how many updates it made; UserError where it is not."""
+    return slots_of(load(path), shapes, str(path))
 
 
 # ---- which files belong together
