@@ -8,7 +8,7 @@ from iddpm.cli.flags import Parser, Verb, boolean
 from iddpm.cli.original import add_flag
 from iddpm.config import Config, Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
-from iddpm.interop.openai.formats.flags import COMMANDS, NUM_CLASSES
+from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
 
 if TYPE_CHECKING:
     from iddpm.store.checkpoint import Saved
@@ -34,11 +34,9 @@ def _import_parser(parser: Parser) -> None:
         parser.add_fields(group)
     section = parser.add_argument_group("The original's names of these")
     taken = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
-    for table in COMMANDS.values():
-        for name, default in {k: v for command in table.values() for k, v in command.items()}.items():
-            if name not in taken and name not in NOT_HERE:
-                taken.add(name)
-                add_flag(parser, section, name, default, default=argparse.SUPPRESS)
+    for name, like in FLAGS.items():
+        if name not in taken and name not in NOT_HERE:
+            add_flag(parser, section, name, like, default=argparse.SUPPRESS)
     parser.epilog = (
         "What shapes tell need not be given: widths, blocks, attention, learned variance, classes. What neither they nor flags\n"
         "tell is as by default in the original, and named. A file that iddpm wrote brings its own config."

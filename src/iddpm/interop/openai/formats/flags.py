@@ -93,22 +93,17 @@ KINDS = {
 
 # ---- what they mean
 
-PREFIXED = dict(  # a classifier's settings: our names, and the original's, where they stand beside those of the model it guides
+# Our names of a classifier's settings, and the original's, which keep them apart from those of the model that it guides.
+PREFIXED = dict(
     num_channels="classifier_width", num_res_blocks="classifier_depth", resblock_updown="classifier_resblock_updown",
     attention_resolutions="classifier_attention_resolutions", use_scale_shift_norm="classifier_use_scale_shift_norm",
 )  # fmt: skip
-OTHERWISE = dict(  # the original's names of other settings that have another name here, and the same values
+OTHERWISE = dict(  # the original's names that are others here, with the same values
     large_size="image_size", use_new_attention_order="new_attention_order", data_dir="path", val_data_dir="validation",
     eval_interval="validation_interval", iterations="steps", **{theirs: ours for ours, theirs in PREFIXED.items()},
 )  # fmt: skip
-SAME = (  # names that are ours too
-    "image_size", "small_size", "class_cond", "sigma_small", "dropout", "num_channels", "num_res_blocks", "num_heads",
-    "num_heads_upsample", "num_head_channels", "channel_mult", "attention_resolutions", "use_checkpoint",
-    "use_scale_shift_norm", "resblock_updown", "learn_sigma", "diffusion_steps", "noise_schedule", "rescale_timesteps",
-    "classifier_pool", "noised", "schedule_sampler", "lr", "weight_decay", "microbatch", "ema_rate", "log_interval",
-    "save_interval", "fp16_scale_growth", "clip_denoised",
-)  # fmt: skip
-OURS = {name: name for name in SAME} | OTHERWISE
+FLAGS = {name: default for table in COMMANDS.values() for command in table.values() for name, default in command.items()}
+OURS = {name: name for name in FLAGS if name in Config().flat()} | OTHERWISE  # the original's name: ours
 SIZES = ("image_size", "large_size", "small_size")  # numbers there, words here, where 64x96 is a size too
 
 Fields = dict[str, Any]
@@ -142,7 +137,7 @@ def to_config(network: str, given: Mapping[str, Any], program: str = "improved",
     """
     judge = network == "classifier"
 
-    def meant(name: str) -> bool:  # classifier_sample's flags are a classifier's, and those of the model that it guides
+    def meant(name: str) -> bool:  # classifier_sample has flags of two networks: the classifier, and the model that it guides
         return name in CLASSIFIER | DIFFUSION or name not in GUIDED_IMAGE if judge else not name.startswith("classifier_")
 
     flags = {k: v for k, v in (NETWORKS[program][network] | dict(given)).items() if meant(k)}
