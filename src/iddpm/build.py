@@ -1,6 +1,7 @@
-"""From a config to the things it names: network, chain, denoiser, objective, law of t, solver."""
+"""From a config to the things it names: network, schedule, grid, denoiser, objective, law of t, solver."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -8,108 +9,140 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm.config import Config, Diffusion, Sample, image_size, numbers
-from iddpm.diffusion.denoiser import Denoiser, Network, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.law import LAWS, Uniform
-from iddpm.diffusion.objective import OBJECTIVES, Terms, clean_cross_entropy, cross_entropy
-from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import SCHEDULES, Chain, respace
-from iddpm.diffusion.solvers import SOLVERS, State
+from iddpm.config import Config, image_size, is_chain
+from iddpm.config.choices import choices, make, row
+from iddpm.diffusion.denoiser import Denoiser, Network, clip, fixed_large, fixed_small, learned_range
+from iddpm.diffusion.grid import Chain, Grid, respace, walk
+from iddpm.diffusion.law import Uniform
+from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
+from iddpm.diffusion.parametrization import Scalings, previous, v
+from iddpm.diffusion.schedule import Schedule
+from iddpm.diffusion.solvers import Solver
 from iddpm.errors import UserError
-from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
+from iddpm.nn import Asked
 
 
-def network(config: Config) -> UNet | Classifier:
+def network(config: Config) -> nn.Module:
     """The untrained network of a config; UserError where the sizes do not fit together."""
-    m = config.model
-    side = min(image_size(m))
-    mult = numbers(m.channel_mult, "channel_mult", float) if m.channel_mult else channel_mult_for(side)
+    m, task = config.model, config.task
+    asked = Asked(
+        image_size(m),
+        in_channels=m.image_channels,
+        out_channels=m.num_classes if task.classifies else m.image_channels * (2 if config.diffusion.learn_sigma else 1),
+        classes=m.num_classes if m.class_cond and not task.classifies else None,
+        logits=task.classifies,
+        small=task.enlarges,
+        small_level=m.low_res_noise > 0,
+    )
+    made = make("network", m.network, config.numbers())
     try:
-        common: dict[str, Any] = dict(
-            in_channels=m.image_channels,
-            num_channels=m.num_channels,
-            num_res_blocks=m.num_res_blocks,
-            attention=attention_rates(numbers(m.attention_resolutions, "attention_resolutions"), side, len(mult)),
-            dropout=m.dropout,
-            channel_mult=mult,
-            use_checkpoint=m.use_checkpoint,
-            num_heads=m.num_heads,
-            num_head_channels=m.num_head_channels,
-            use_scale_shift_norm=m.use_scale_shift_norm,
-            resblock_updown=m.resblock_updown,
-            new_attention_order=m.new_attention_order,
-        )
-        net = NETWORKS[m.network](config, common)
+        # ours reads the settings of a U-Net; a row with numbers of its own has them already
+        net: nn.Module = made(asked) if choices("network")[m.network].numbers or not _takes(made, "settings") else made(asked, m)
     except ValueError as e:
-        raise UserError(str(e)) from None
-    if bad := [s for s in image_size(m) if s % 2 ** (len(mult) - 1)]:
-        raise UserError(f"--image_size {m.image_size}: {len(mult)} levels need multiples of {2 ** (len(mult) - 1)}, not {bad[0]}")
+        raise UserError(f"--image_size {m.image_size}: {e}") from None
     return net
 
 
-def _unet(config: Config, common: dict[str, Any]) -> UNet:
-    return UNet(**common, **_outputs(config))
+def schedule(config: Config) -> Schedule:
+    """The schedule of a config, as training sees it: the whole chain, or a continuous one."""
+    d = config.diffusion
+    if not is_chain(d):
+        made: Schedule = make("noise_schedule", d.noise_schedule, config.numbers())
+        return made
+    return _chain(config, None)
 
 
-def _super_res(config: Config, common: dict[str, Any]) -> UNet:
-    return SuperResUNet(**common, **_outputs(config), sees_noise_level=config.model.low_res_noise > 0)
+def grid(config: Config, sampling_steps: str = "") -> Grid:
+    """The grid that solvers and the bound walk, of so many steps, by default the config's; UserError where the spec does not fit.
 
-
-def _outputs(config: Config) -> dict[str, Any]:
-    m = config.model
-    return dict(
-        out_channels=m.image_channels * (2 if config.diffusion.learn_sigma else 1),
-        num_classes=m.num_classes if m.class_cond else None,
-        num_heads_upsample=m.num_heads_upsample,
-    )
-
-
-def _classifier(config: Config, common: dict[str, Any]) -> Classifier:
-    m = config.model
-    if len(set(image_size(m))) > 1 and m.classifier_pool == "attention":
-        raise ValueError(f"--image_size {m.image_size}: a classifier of this shape needs --classifier_pool adaptive")
-    return Classifier(**common, image_size=min(image_size(m)), out_channels=m.num_classes, pool=m.classifier_pool)
-
-
-NETWORKS: dict[str, Callable[[Config, dict[str, Any]], UNet | Classifier]] = {
-    "unet": _unet,
-    "super_res": _super_res,
-    "classifier": _classifier,
-}
-
-
-def chain(d: Diffusion, sampling_steps: str = "all") -> Chain:
-    """The chain of a config, whole or respaced; UserError where the spec does not fit."""
-    schedule = SCHEDULES[d.noise_schedule](d.diffusion_steps)
+    On a continuous schedule "all" stands for 1000.
+    """
+    d, spec = config.diffusion, sampling_steps or config.sample.sampling_steps
+    if not is_chain(d):
+        return walk(schedule(config), 1000 if spec == "all" else int(spec))
     try:
-        kept = respace(d.diffusion_steps, "" if sampling_steps == "all" else sampling_steps)
+        return _chain(config, respace(d.diffusion_steps, "" if spec == "all" else spec))
     except ValueError as e:
-        raise UserError(f"--sampling_steps {sampling_steps}: {e}") from None
-    return Chain(schedule, kept, rescale_time=d.rescale_timesteps)
+        raise UserError(f"--sampling_steps {spec}: {e}") from None
 
 
-def denoiser(d: Diffusion, net: Network, sampling_steps: str = "all", clip: bool = False) -> Denoiser:
-    """The denoiser of a config around a network."""
+def _chain(config: Config, kept: list[int] | None) -> Chain:
+    d, numbers = config.diffusion, config.numbers()
+    own = {k: numbers[k] for k in choices("noise_schedule")[d.noise_schedule].numbers}
+    return Chain(row("noise_schedule", d.noise_schedule)(d.diffusion_steps, **own), kept, rescale_time=d.rescale_timesteps)
+
+
+def parametrization(config: Config) -> Callable[[Any], Scalings]:
+    """What the output of a config's network means."""
+    made: Callable[[Any], Scalings] = make("parametrization", config.diffusion.parametrization, config.numbers())
+    return made
+
+
+def denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -> Denoiser:
+    """The denoiser of a config around a network; `after` is done to its x0, in turn."""
+    d = config.diffusion
     variance = learned_range if d.learn_sigma else fixed_small if d.sigma_small else fixed_large
-    return Denoiser(net, chain(d, sampling_steps), PARAMETRIZATIONS[d.parametrization], variance, clip)
+    return Denoiser(net, parametrization(config), variance, after)
+
+
+def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -> Denoiser:
+    """As `denoiser`, whose x0 is clipped first where --clip_denoised says so."""
+    return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()), *after)
 
 
 def objective(config: Config) -> Callable[..., Terms]:
     """The loss of a config."""
     d = config.diffusion
-    if config.model.network == "classifier":
+    if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
-    return OBJECTIVES[("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective]
+    loss = make("objective", d.objective_name, config.numbers())
+    return partial(loss, weighting=make("weighting", d.weighting, config.numbers())) if _takes(loss, "weighting") else loss
 
 
-def law(d: Diffusion) -> Uniform:
+def law(config: Config) -> Uniform:
     """The law of t of a config."""
-    return LAWS[d.schedule_sampler](d.diffusion_steps)
+    name, numbers = config.diffusion.schedule_sampler, config.numbers()
+    own = {k: numbers[k] for k in choices("schedule_sampler")[name].numbers}
+    made: Uniform = row("schedule_sampler", name)(schedule(config), **own)
+    return made
 
 
-def solver(s: Sample) -> Callable[..., Iterator[State]]:
+def solver(config: Config) -> Solver:
     """The solver of a config, its numbers filled in."""
-    return partial(SOLVERS[s.solver], eta=s.eta) if s.solver == "ddim" else SOLVERS[s.solver]
+    made: Solver = make("solver", config.sample.solver, config.numbers())
+    return made
+
+
+def _takes(f: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(f).parameters
+
+
+def require_fit(config: Config) -> Config:
+    """The config itself, or UserError where its choices, each fine alone, do not go together."""
+    d = config.diffusion
+    if config.task.classifies:
+        return config
+    loss, name = row("objective", d.objective_name), d.noise_schedule
+    if d.learn_sigma and loss is simple:
+        raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
+    if not d.learn_sigma and loss in LEARN_VARIANCE:
+        raise UserError(f"--objective {d.objective} needs --learn_sigma True")
+    made = parametrization(config)
+    if not is_chain(d) and (loss in CHAIN_ONLY or made is previous):
+        flag = f"--parametrization {d.parametrization}" if made is previous else f"--objective {d.objective}"
+        raise UserError(f"{flag} reads the steps of a chain: take --noise_schedule linear or cosine, not {name}")
+    noisiest = next(iter(grid(config)))
+    if made is v and not is_chain(d):
+        raise UserError(
+            f"--parametrization v is for alpha^2 + sigma^2 = 1, not for --noise_schedule {name}: take flow, edm or x0"
+        )
+    c = made(noisiest)
+    if not all(torch.isfinite(x).all() for x in (c.skip, c.out, c.time)):
+        raise UserError(
+            f"--parametrization {d.parametrization} divides by alpha, which is 0 at the end of --noise_schedule {name}: "
+            f"take flow or x0"
+        )
+    return config
 
 
 def device(name: str) -> torch.device:

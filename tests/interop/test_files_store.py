@@ -237,7 +237,7 @@ def test_files_of_another_run_in_the_same_folder_lose_their_record_first(copied)
 
 def test_the_start_of_a_run_is_saved_as_number_0(config, data, tmp_path):
     state = TrainState(config, CPU)
-    files.Store(tmp_path, None, config).save(config, state.to_saved())
+    files.Store(tmp_path, None, config).begin(config, state.tensors(), state.numbers())
     assert "model000000.pt" in names(tmp_path)
     saved, _ = files.load_run(tmp_path / "model000000.pt", config)
     assert isinstance(saved, Saved)

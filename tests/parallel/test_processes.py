@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from conftest import TINY, flags, torchrun
+from iddpm.parallel import processes as parallel
 from iddpm.parallel import watch
 from iddpm.store import checkpoint
 
@@ -81,3 +83,37 @@ def test_any_number_of_processes_draws_the_images_of_one(run, tmp_path):
             arrays.append(file["arr_0"].astype(int))
     assert arrays[0].shape == (7, 8, 8, 1)
     assert all(abs(a - arrays[0]).max() <= 1 for a in arrays[1:])
+
+
+def rounds_of(monkeypatch, world: int, n: int, batch_size: int, **how: bool) -> list[list[parallel.Round]]:
+    """The rounds of each rank."""
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        found.append(list(parallel.rounds(n, batch_size, **how)))
+    return found
+
+
+@pytest.mark.parametrize("evenly", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 6, 7, 12, 13, 31])
+def test_rounds_share_out_each_item_once_in_order_and_as_many_calls_to_each(monkeypatch, world, n, evenly):
+    of_ranks = rounds_of(monkeypatch, world, n, 3, evenly=evenly)
+    assert len({len(of_rank) for of_rank in of_ranks}) == 1
+    gathered: list[int] = []
+    for together in zip(*of_ranks):
+        assert len({r.every for r in together}) == 1
+        assert [k for r in together for k in r.mine] == list(together[0].every)
+        assert all(r.call == (r.mine or r.every[:1]) and 1 <= len(r.call) <= 3 for r in together)
+        if evenly:
+            assert max(len(r.mine) for r in together) - min(len(r.mine) for r in together) <= 1
+        gathered += together[0].every
+    assert gathered == list(range(n))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_batches_of_rounds_do_not_depend_on_the_number_of_processes(monkeypatch, world):
+    alone = [r.mine for r in rounds_of(monkeypatch, 1, 31, 4)[0]]
+    shared = rounds_of(monkeypatch, world, 31, 4)
+    assert [r.mine for together in zip(*shared) for r in together if r.mine] == alone

@@ -87,6 +87,6 @@ def test_a_save_that_fails_leaves_nothing_behind(saved, config, monkeypatch):
 
     monkeypatch.setattr(storage, "sha256", full)
     held = checkpoint.load(saved / "checkpoints" / "step_00000006")
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(saved, config, held._replace(step=8), keep=1)
+    with pytest.raises(UserError, match="No space"):
+        checkpoint.save(saved, config, held._replace(step=8, state=held.state | dict(step=8)))
     assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == before

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import pytest
@@ -59,6 +60,57 @@ def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
                 break
             ended.wait(0.05)
         assert os.stat(tmp_path / ".lock").st_mtime > 0
+
+
+def test_a_holder_that_is_alive_is_respected_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("iddpm.store.remote.fcntl.flock", lambda *args: (_ for _ in ()).throw(OSError("no locks")))
+    with lock.held(tmp_path):
+        with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on"), lock.held(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_needs_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(PermissionError("no hard links")))
+    holder(tmp_path, pid=2**22 + 1)
+    with lock.held(tmp_path, lambda line: None):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_copy_of_a_run_that_is_being_trained_is_free(tmp_path):
+    said = []
+    with lock.held(tmp_path):
+        copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+        with lock.held(copy, said.append):
+            pass
+    assert not said and list(copy.iterdir()) == []
+
+
+def test_the_lock_of_a_run_renamed_while_it_is_held_goes_with_it(tmp_path):
+    run = tmp_path / "run"
+    with lock.held(run):
+        run.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="is being trained"), lock.held(tmp_path / "moved"):
+            pass
+        with lock.held(run):  # another run of the old name
+            assert (run / ".lock").exists()
+        assert not (run / ".lock").exists() and (tmp_path / "moved" / ".lock").exists()
+
+
+def test_a_lock_is_gone_as_soon_as_its_process_is(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    begin, end, results = context.Barrier(1), context.Event(), context.SimpleQueue()
+    process = context.Process(target=take, args=(tmp_path, begin, end, results))
+    process.start()
+    assert results.get() == "held"
+    with pytest.raises(UserError, match=f"by process {process.pid} on"), lock.held(tmp_path):
+        pass
+    process.kill()
+    process.join(30)
+    said = []
+    with lock.held(tmp_path, said.append):
+        assert said == [f"took over {tmp_path} from process {process.pid} on {lock.socket.gethostname()}, which is gone"]
 
 
 def take(folder, begin, end, results):

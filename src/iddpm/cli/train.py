@@ -7,7 +7,6 @@ from iddpm.cli.flags import Parser, Verb, boolean
 from iddpm.config import Config, Train, check, fields_of
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
-from iddpm.store.mirror import mirrored
 from iddpm.store.remote import place, replace
 
 
@@ -33,7 +32,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
     from iddpm.config import total_steps
     from iddpm.data.batches import open_data, open_validation
     from iddpm.parallel import processes
-    from iddpm.store import lock
+    from iddpm.store import lock, log
     from iddpm.training import loop as train
 
     total_steps(config.train)
@@ -45,7 +44,7 @@ def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> Non
         if dry_run:
             train.dry_run(config, images)
             return
-        with lock.held(folder), mirrored():  # after all that may be refused: a refused command leaves nothing behind
+        with lock.held(folder), log.copied():  # after all that may be refused: a refused command leaves nothing behind
             if leads:
                 print("\n".join((images.describe(), *notes)))
                 write_config(folder, config)

@@ -17,14 +17,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "digits-classifier": (
         "a classifier of noisy digits, to guide a model of them, in 1 minute on two CPU cores",
-        dict(network="classifier", image_size="8", image_channels=1, class_cond=True, num_channels=32, num_res_blocks=1,
+        dict(task="classify", image_size="8", image_channels=1, class_cond=True, num_channels=32, num_res_blocks=1,
              channel_mult="1,2", attention_resolutions="4", num_head_channels=32, diffusion_steps=1000,
              noise_schedule="cosine", batch_size=128, lr=1e-3, lr_warmup_steps=50, lr_anneal_steps=-1, weight_decay=0.05,
              ema_rate="0.99", schedule_sampler="stratified", steps=500, save_interval=500),
     ),
     "cifar10-up": (
         "CIFAR-10 from 16 to 32 pixels in 15 minutes on two CPU cores: PSNR 26.61 dB, bicubic 26.56",
-        dict(_TINY, **_V, network="super_res", image_size="32", small_size="16", diffusion_steps=1000, batch_size=32,
+        dict(_TINY, **_V, task="enlarge", image_size="32", small_size="16", diffusion_steps=1000, batch_size=32,
              lr=1e-3, lr_warmup_steps=200, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True,
              precision="bf16", steps=1200, save_interval=400, sample_interval=400, sampling_steps="3", consistent=True),
     ),

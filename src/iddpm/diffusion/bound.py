@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm.diffusion.denoiser import Cond, Denoiser, Prediction
-from iddpm.diffusion.schedule import Chain, Step
+from iddpm.diffusion.denoiser import Denoise, Prediction, wide
+from iddpm.diffusion.grid import Grid, Step
+from iddpm.diffusion.schedule import Level
 
 Noise = Callable[[int], Tensor]  # k -> the k-th standard normal draw, shaped like the batch
 
@@ -39,18 +40,22 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     return mass.clamp(min=1e-12).log()
 
 
-def vlb_term(p: Prediction, x0: Tensor, xt: Tensor, step: Step) -> Tensor:
-    """The bound's term of each image (B,), in bits/dim: the decoder's at step 0, a KL at every other."""
-    kl = gaussian_kl(step.coef_x0 * x0 + step.coef_xt * xt, step.log_min, p.mean, p.log_var)
+def vlb_term(p: Prediction, x0: Tensor, xt: Tensor, step: Level | Step) -> Tensor:
+    """The bound's term of each image (B,), in bits/dim: the decoder's at the last step, a KL at every other."""
+    assert isinstance(step, Step)  # the bound is a chain's
+    s = Step(*wide(step, x0))
+    assert p.mean is not None and p.log_var is not None  # as every denoiser gives them at a step
+    kl = gaussian_kl(s.coef_x0 * x0 + s.coef_xt * xt, s.log_min, p.mean, p.log_var)
     decoder = -discretized_log_likelihood(x0, p.mean, 0.5 * p.log_var)
-    return torch.where(step.first.flatten() > 0, mean_flat(decoder), mean_flat(kl)) / math.log(2)
+    return torch.where(s.last.flatten().to(x0.device) > 0, mean_flat(decoder), mean_flat(kl)) / math.log(2)
 
 
-def prior_term(chain: Chain, x0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, 1)) of each image (B,), in bits/dim."""
-    last = chain.at(torch.full((len(x0),), chain.steps - 1, device=x0.device), x0)
-    zero = torch.zeros_like(last.alpha)
-    return mean_flat(gaussian_kl(last.alpha * x0, 2 * last.sigma.log(), zero, zero)) / math.log(2)
+def prior_term(grid: Grid, x0: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, start^2)) of each image (B,), in bits/dim."""
+    alpha, sigma = grid.table.alpha[-1], grid.table.sigma[-1]
+    zero = torch.zeros_like(alpha)
+    start = zero + 2 * math.log(grid.start)
+    return mean_flat(gaussian_kl(alpha * x0, 2 * sigma.log(), zero, start)) / math.log(2)
 
 
 class Term(NamedTuple):
@@ -62,15 +67,14 @@ class Term(NamedTuple):
     eps_mse: Tensor
 
 
-def bound_terms(denoiser: Denoiser, x0: Tensor, noise: Noise, cond: Cond = {}) -> Iterator[Term]:
+def bound_terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Noise) -> Iterator[Term]:
     """All terms but the prior's, from the noisiest step down to 0; x0 (B, C, H, W) in [-1, 1].
 
     Their sum over the steps plus `prior_term` is the bound. Step i uses the draw noise(steps - 1 - i).
     """
-    for k, i in enumerate(reversed(range(denoiser.chain.steps))):
-        at = torch.full((len(x0),), i, device=x0.device)
-        step, eps = denoiser.chain.at(at, x0), noise(k)
+    for k, step in enumerate(grid):
+        eps = noise(k)
         xt = step.alpha * x0 + step.sigma * eps
-        p = denoiser(xt, at, cond)
+        p = denoise(xt, step)
         eps_hat = (xt - step.alpha * p.x0) / step.sigma
-        yield Term(i, vlb_term(p, x0, xt, step), mean_flat((p.x0 - x0) ** 2), mean_flat((eps_hat - eps) ** 2))
+        yield Term(grid.steps - 1 - k, vlb_term(p, x0, xt, step), mean_flat((p.x0 - x0) ** 2), mean_flat((eps_hat - eps) ** 2))

@@ -1,16 +1,18 @@
-"""A network, a chain and what its output means: together they say which x0, and which p(x_{t-1} | x_t), it predicts."""
+"""A network and what its output means: together they say which x0, and which p(x_{t-1} | x_t), it predicts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from iddpm.diffusion.parametrization import Scalings, previous
-from iddpm.diffusion.schedule import Chain, Step, Table
+from iddpm.diffusion.grid import Step
+from iddpm.diffusion.parametrization import Scalings
+from iddpm.diffusion.schedule import Level
 
-Network = Callable[..., Tensor]  # (x_t, time, **cond) -> output; twice x_t's channels where the variance is learned
+Network = Callable[..., Tensor]  # (x_t, time (B,), **cond) -> output; twice x_t's channels where the variance is learned
 Cond = Mapping[str, Tensor]  # what else the network sees: y (B,) classes, low_res (B, C, h, w)
 
 
@@ -20,8 +22,24 @@ class Prediction(NamedTuple):
     raw: Tensor  # its output, without the variance channels
     values: Tensor | None  # its variance channels
     x0: Tensor  # clipped to [-1, 1] where the denoiser clips
-    mean: Tensor  # of p(x_{t-1} | x_t)
-    log_var: Tensor  # of p(x_{t-1} | x_t)
+    mean: Tensor | None  # of p(x_to | x_t); None at a bare level, which knows no next one
+    log_var: Tensor | None  # of p(x_to | x_t); None likewise
+
+
+Denoise = Callable[[Tensor, Any], Prediction]  # (x_t, level or step): a denoiser with its conditions, and guidance, bound into it
+
+
+def wide(columns: Sequence[Any], x: Tensor) -> tuple[Any, ...]:
+    """float64 columns (B,) as float32 (B, 1, ...) beside images x (B, ...), on their device; others stay as they are.
+
+    All go over in one copy: on a GPU each would cost a launch.
+    """
+    many = [c for c in columns if isinstance(c, Tensor) and c.ndim]
+    if not many:
+        return tuple(columns)
+    rows = torch.stack([c.float() for c in many], dim=1).to(x.device).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
+    moved = iter(rows)
+    return tuple(next(moved) if isinstance(c, Tensor) and c.ndim else c for c in columns)
 
 
 # ---- variance: (step, the network's variance channels) -> log variance of p(x_{t-1} | x_t)
@@ -29,7 +47,7 @@ class Prediction(NamedTuple):
 
 def fixed_large(s: Step, values: Tensor | None) -> Tensor:
     """beta, and at step 0 the smallest posterior variance, for a better decoder likelihood (Ho et al. 2020, 3.2)."""
-    return s.log_max + s.first * (s.log_min - s.log_max)
+    return s.log_max + s.last * (s.log_min - s.log_max)
 
 
 def fixed_small(s: Step, values: Tensor | None) -> Tensor:
@@ -57,40 +75,38 @@ LEARNED = (learned, learned_range)  # these double the network's output channels
 
 @dataclass(frozen=True)
 class Denoiser:
-    """p(x_{t-1} | x_t) of a network on a chain.
+    """p(x_to | x_t) of a network, at any level.
 
-    `clip` holds the predicted x0 in [-1, 1]: for sampling and likelihood, not for training.
+    `after` is done to the predicted x0 in turn: `clip`, for sampling and likelihood, not for training; a projection onto what is
+    known of the image.
     """
 
     net: Network
-    chain: Chain
-    parametrization: Callable[[Step], Scalings]
-    variance: Variance
-    clip: bool = False
-    project: Callable[[Tensor], Tensor] | None = None  # of x0, onto what is known of it, after clipping
+    parametrization: Callable[[Any], Scalings]
+    variance: Variance = fixed_large
+    after: tuple[Callable[[Tensor], Tensor], ...] = ()
 
-    @cached_property
-    def _look_up(self) -> Table:  # worked out in float64: 1/alpha reaches 1e5 at the noisy end
-        return Table(self.parametrization(self.chain.table))
+    def __call__(self, x: Tensor, level: Level | Step, cond: Cond = {}) -> Prediction:
+        """Predict from x_t (B, C, H, W) at a level, or a step, whose entries are (B,) or 0-dim."""
+        c = self.parametrization(level)  # worked out in float64: 1/alpha reaches 1e5 at the noisy end
+        time = c.time.to(x.device, torch.float32).flatten().expand(len(x))
+        seen = x if c.inp is None else wide((c.inp,), x)[0] * x
+        return self.read(self.net(seen, time, **cond).float(), x, level, c)
 
-    def scalings(self, i: Tensor, like: Tensor) -> Scalings:
-        """The parametrization's factors at steps i (B,), shaped to broadcast over `like`."""
-        return Scalings(*self._look_up(i, like.ndim))
-
-    def __call__(self, xt: Tensor, i: Tensor, cond: Cond = {}) -> Prediction:
-        """Predict from x_t (B, C, H, W) at steps i (B,) int64 of the chain."""
-        time = self.chain.at(i, i).time
-        return self.read(self.net(xt, time, **cond).float(), xt, i)
-
-    def read(self, output: Tensor, xt: Tensor, i: Tensor) -> Prediction:
+    def read(self, output: Tensor, x: Tensor, level: Level | Step, c: Scalings | None = None) -> Prediction:
         """The prediction that a network's output (B, C or 2C, H, W) stands for."""
         raw, values = output.chunk(2, dim=1) if self.variance in LEARNED else (output, None)
-        if raw.shape != xt.shape:
-            raise ValueError(f"the network gave {tuple(output.shape)} for images {tuple(xt.shape)}: wrong channels or size")
-        step, scale = self.chain.at(i, xt), self.scalings(i, xt)
-        x0 = scale.skip * xt + scale.out * raw
-        x0 = x0.clamp(-1, 1) if self.clip else x0
-        x0 = self.project(x0) if self.project else x0
-        # a network that predicts the mean is believed even where its x0 is clipped, as in the published code
-        mean = raw if self.parametrization is previous else step.coef_x0 * x0 + step.coef_xt * xt
+        if raw.shape != x.shape:
+            raise ValueError(f"the network gave {tuple(output.shape)} for images {tuple(x.shape)}: wrong channels or size")
+        c = Scalings(*wide(c or self.parametrization(level), x))
+        x0 = reduce(lambda x0, f: f(x0), self.after, c.skip * x + c.out * raw)
+        if not isinstance(level, Step):
+            return Prediction(raw, values, x0, None, None)
+        step = Step(*wide(level, x))
+        mean = raw if c.is_mean else step.coef_x0 * x0 + step.coef_xt * x
         return Prediction(raw, values, x0, mean, self.variance(step, values))
+
+
+def clip(x0: Tensor) -> Tensor:
+    """x0 held in the range of images."""
+    return x0.clamp(-1, 1)

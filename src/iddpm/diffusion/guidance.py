@@ -1,36 +1,43 @@
-"""Classifier guidance: the gradient of log p(y | x_t) bends each step towards a class (Dhariwal & Nichol 2021, section 4)."""
+"""Guidance bends a denoiser's predictions towards what is wanted. It wraps `denoise`, so that any solver takes it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm.diffusion.denoiser import Network, Prediction
-from iddpm.diffusion.schedule import Chain, Step
+from iddpm.diffusion.denoiser import Denoise, Network, Prediction
+from iddpm.diffusion.schedule import Level
 
-Gradient = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, H, W), steps i (B,)) -> the scaled gradient, like x_t
+Gradient = Callable[[Tensor, Any], Tensor]  # (x_t (B, C, H, W), level) -> the scaled gradient, like x_t
 
 
-def classifier_gradient(net: Network, chain: Chain, y: Tensor, scale: float = 1.0) -> Gradient:
+def classifier_gradient(net: Network, y: Tensor, scale: float = 1.0) -> Gradient:
     """scale times the gradient of log p(y | x_t) of a classifier (x_t, time) -> logits (B, K), for classes y (B,)."""
 
-    def gradient(xt: Tensor, i: Tensor) -> Tensor:
+    def gradient(x: Tensor, level: Level) -> Tensor:
+        time = level.time.to(x.device, torch.float32).flatten().expand(len(x))
         with torch.inference_mode(False), torch.enable_grad():
-            x = xt.detach().clone().requires_grad_(True)
-            log_p = F.log_softmax(net(x, chain.at(i, i).time.clone()).float(), dim=1)
+            x = x.detach().clone().requires_grad_(True)
+            log_p = F.log_softmax(net(x, time.clone()).float(), dim=1)
             (grad,) = torch.autograd.grad(log_p.gather(1, y.clone()[:, None]).sum(), x)
         return scale * grad
 
     return gradient
 
 
-def shift_mean(p: Prediction, gradient: Tensor) -> Prediction:
-    """The prediction with its mean moved by variance times gradient (algorithm 1): for `ancestral`."""
-    return p._replace(mean=p.mean + p.log_var.exp() * gradient)
+def guided(denoise: Denoise, gradient: Gradient) -> Denoise:
+    """The denoiser, bent by a classifier's gradient (Dhariwal & Nichol 2021, section 4), for steps whose entries are 0-dim.
 
+    The mean moves by variance times gradient (algorithm 1), which `ancestral` reads; x0 by that of the score, sigma^2/alpha
+    times gradient (algorithm 2), which all others read. In pure noise, where alpha is 0, there is no x0 to move.
+    """
 
-def shift_score(p: Prediction, xt: Tensor, s: Step, gradient: Tensor) -> Prediction:
-    """The prediction with its eps moved by -sigma times gradient, and x0 and mean to match (algorithm 2): for `ddim`."""
-    x0 = p.x0 + s.sigma**2 / s.alpha * gradient
-    return p._replace(x0=x0, mean=s.coef_x0 * x0 + s.coef_xt * xt)
+    def bent(x: Tensor, step: Any) -> Prediction:
+        p, g = denoise(x, step), gradient(x, step)
+        mean = p.mean + p.log_var.exp() * g if p.mean is not None and p.log_var is not None else None
+        x0 = p.x0 + step.sigma**2 / step.alpha * g if step.alpha else p.x0
+        return p._replace(x0=x0, mean=mean)
+
+    return bent

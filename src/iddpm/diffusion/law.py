@@ -1,35 +1,43 @@
-"""Laws of t: which steps of the chain a batch trains on, and the importance weight that keeps the loss unbiased.
+"""Laws of t: which levels a batch trains on, and the importance weight that keeps the loss unbiased.
 
-A law maps uniform numbers, one for each image of the global batch in its order, to steps: it draws nothing itself, so the
-steps do not depend on how the batch is split.
+A law maps uniform numbers, one for each image of the global batch in its order, to u: it draws nothing itself, so the
+levels do not depend on how the batch is split.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.schedule import Schedule, below_one
+
 
 class Draw(NamedTuple):
-    """Steps i (B,) int64 and the weights (B,) float32 of their losses; the weights average to 1."""
+    """u (B,) float64 in [0, 1), which the schedule turns into levels, and the weights (B,) float32 of their losses."""
 
-    i: Tensor
+    u: Tensor
     weight: Tensor
 
 
 class Uniform:
-    """Every step alike."""
+    """Every level alike"""
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    looks = False  # whether `update` reads the losses: of several processes they are gathered only then
 
-    def __call__(self, u: Tensor) -> Draw:
-        """Steps for u (B,) float64 in [0, 1)."""
-        return Draw((u * self.steps).long().clamp(max=self.steps - 1), torch.ones(len(u)))
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
 
-    def update(self, i: Tensor, losses: Tensor) -> None:
-        """Take note of the whole step's (i, loss), in global order; this law does not look."""
+    def __call__(self, v: Tensor) -> Draw:
+        """u for v (B,) float64 in [0, 1)."""
+        return Draw(below_one(self.place(v)), torch.ones(len(v)))
+
+    def place(self, v: Tensor) -> Tensor:
+        """u of uniform numbers v, both (B,) float64."""
+        return v.double()
+
+    def update(self, u: Tensor, losses: Tensor) -> None:
+        """Take note of the whole step's (u, loss), in global order; most laws do not look."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -39,22 +47,58 @@ class Uniform:
 
 
 class Stratified(Uniform):
-    """One step from each of B equal strata of the chain: the same law, less noise (Kingma et al. 2021, appendix I.1)."""
+    """One level from each of B equal strata of [0, 1): the same law, less noise (Kingma et al. 2021, appendix I.1)"""
 
-    def __call__(self, u: Tensor) -> Draw:
-        return super().__call__((torch.arange(len(u)) + u) / len(u))
+    def place(self, v: Tensor) -> Tensor:
+        return (torch.arange(len(v)) + v.double()) / len(v)
+
+
+class Lognormal(Uniform):
+    """log(sigma/alpha) normal: where EDM found that there is most to learn (Karras et al. 2022, table 1)"""
+
+    P_mean: Annotated[float, "mean of log(sigma/alpha)", -20.0, 20.0] = -1.2
+    P_std: Annotated[float, "deviation of log(sigma/alpha)", 0.01, 20.0] = 1.2
+
+    def __init__(self, schedule: Schedule, P_mean: float = -1.2, P_std: float = 1.2):
+        super().__init__(schedule)
+        self.P_mean, self.P_std = P_mean, P_std
+
+    def place(self, v: Tensor) -> Tensor:
+        return self.schedule.u_of(torch.exp(self.P_mean + self.P_std * normal(v)))
+
+
+class LogitNormal(Uniform):
+    """logit(u) normal: the middle of the schedule more often than its ends (Esser et al. 2024, section 3.1)"""
+
+    logit_mean: Annotated[float, "mean of logit(u): above 0, noisier levels are trained on more", -20.0, 20.0] = 0.0
+    logit_std: Annotated[float, "deviation of logit(u)", 0.01, 20.0] = 1.0
+
+    def __init__(self, schedule: Schedule, logit_mean: float = 0.0, logit_std: float = 1.0):
+        super().__init__(schedule)
+        self.logit_mean, self.logit_std = logit_mean, logit_std
+
+    def place(self, v: Tensor) -> Tensor:
+        return torch.sigmoid(self.logit_mean + self.logit_std * normal(v))
+
+
+def normal(v: Tensor) -> Tensor:
+    """Standard normal numbers for uniform ones, float64; those of 0 and 1 stay finite."""
+    return torch.special.ndtri(v.double().clamp(2**-53, 1 - 2**-53))
 
 
 class LossSecondMoment(Uniform):
-    """p(i) proportional to sqrt(E[loss_i^2]) over each step's last `history` losses (Nichol & Dhariwal 2021, eq. 18).
+    """p(i) proportional to sqrt(E[loss_i^2]) over each step's last `history` losses (Nichol & Dhariwal 2021, eq. 18)
 
     Uniform until every step has a full history; a share `uniform` of the law stays uniform for ever. A loss that is not finite
     is left out, so it cannot poison the law.
     """
 
-    def __init__(self, steps: int, history: int = 10, uniform: float = 0.001):
-        super().__init__(steps)
-        self.uniform = uniform
+    looks = True
+
+    def __init__(self, schedule: Schedule, history: int = 10, uniform: float = 0.001):
+        super().__init__(schedule)
+        self.steps, self.uniform = schedule.steps, uniform
+        steps = self.steps
         self._losses = torch.zeros(steps, history, dtype=torch.float64)  # oldest first
         self._counts = torch.zeros(steps, dtype=torch.int64)
 
@@ -72,10 +116,10 @@ class LossSecondMoment(Uniform):
     def __call__(self, u: Tensor) -> Draw:
         p = self.probabilities()
         i = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=self.steps - 1)
-        return Draw(i, (1 / (self.steps * p[i])).float())
+        return Draw((i + 0.5) / self.steps, (1 / (self.steps * p[i])).float())
 
-    def update(self, i: Tensor, losses: Tensor) -> None:
-        for step, loss in zip(i.tolist(), losses.double().tolist()):
+    def update(self, u: Tensor, losses: Tensor) -> None:
+        for step, loss in zip((u * self.steps).long().tolist(), losses.double().tolist()):
             if not abs(loss) < float("inf"):
                 continue
             count = int(self._counts[step])
@@ -92,8 +136,10 @@ class LossSecondMoment(Uniform):
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
 
 
-LAWS: dict[str, Callable[[int], Uniform]] = {
+LAWS: dict[str, Callable[..., Uniform]] = {
     "uniform": Uniform,
     "stratified": Stratified,
     "loss-second-moment": LossSecondMoment,
+    "lognormal": Lognormal,
+    "logit-normal": LogitNormal,
 }

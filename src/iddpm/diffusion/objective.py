@@ -1,4 +1,7 @@
-"""Training objectives: (denoiser, x0, eps, steps) -> the loss of each image, and the terms it is made of."""
+"""Training objectives: (denoiser, schedule, x0, eps, u) -> the loss of each image, and the terms it is made of.
+
+x0 (B, C, H, W) in [-1, 1], eps standard normal like it, u (B,) float64 in [0, 1): the levels are schedule(u).
+"""
 
 from collections.abc import Callable
 
@@ -7,51 +10,61 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm.diffusion.bound import mean_flat, vlb_term
-from iddpm.diffusion.denoiser import Cond, Denoiser
+from iddpm.diffusion.denoiser import Cond, Denoiser, wide
+from iddpm.diffusion.schedule import Schedule
+from iddpm.diffusion.weighting import Weighting, uniform
 
 Terms = dict[str, Tensor]  # "loss" and what it is made of, each (B,)
 
 
-def simple(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond = {}) -> Terms:
-    """Squared error of the network's output (Ho et al. 2020, eq. 14)."""
-    return _squared_error(denoiser, x0, eps, i, cond, vb_scale=0.0)
+def simple(
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *, weighting: Weighting = uniform
+) -> Terms:
+    """Squared error of the network's output, weighted by level (Ho et al. 2020, eq. 14)"""
+    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting)
 
 
-def hybrid(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond = {}) -> Terms:
-    """simple + T/1000 vlb, where the bound trains only the variance (Nichol & Dhariwal 2021, eq. 16, lambda 0.001 T steps)."""
-    return _squared_error(denoiser, x0, eps, i, cond, vb_scale=denoiser.chain.steps / 1000)
+def hybrid(
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *, weighting: Weighting = uniform
+) -> Terms:
+    """simple + T/1000 vlb, where the bound trains only the variance (Nichol & Dhariwal 2021, eq. 16, lambda 0.001 T steps)"""
+    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting, vb_scale=schedule.steps / 1000)
 
 
-def hybrid_unscaled(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond = {}) -> Terms:
-    """simple + one term of the bound as it is (the published code's MSE with a learned variance)."""
-    return _squared_error(denoiser, x0, eps, i, cond, vb_scale=1.0)
+def hybrid_unscaled(
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *, weighting: Weighting = uniform
+) -> Terms:
+    """simple + one term of the bound as it is (the published code's MSE with a learned variance)"""
+    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting, vb_scale=1.0)
 
 
-def vlb(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond = {}) -> Terms:
-    """The whole bound, estimated from one step: T times its term, in bits/dim (the published code's RESCALED_KL)."""
-    return {"loss": denoiser.chain.steps * vlb_unscaled(denoiser, x0, eps, i, cond)["loss"]}
+def vlb(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
+    """The whole bound, estimated from one step: T times its term, in bits/dim (the published code's RESCALED_KL)"""
+    return {"loss": schedule.steps * vlb_unscaled(denoiser, schedule, x0, eps, u, cond)["loss"]}
 
 
-def vlb_unscaled(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond = {}) -> Terms:
-    """One term of the bound, in bits/dim (the published code's KL)."""
-    step = denoiser.chain.at(i, x0)
-    xt = step.alpha * x0 + step.sigma * eps
-    return {"loss": vlb_term(denoiser(xt, i, cond), x0, xt, step)}
+def vlb_unscaled(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
+    """One term of the bound, in bits/dim (the published code's KL)"""
+    step = schedule(u)
+    alpha, sigma = wide((step.alpha, step.sigma), x0)
+    xt = alpha * x0 + sigma * eps
+    return {"loss": vlb_term(denoiser(xt, step, cond), x0, xt, step)}
 
 
-def clean_cross_entropy(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond) -> Terms:
-    """cross_entropy of the clean images, at the time of step 0: a plain classifier."""
-    zero = torch.zeros_like(i)
-    return _ranked(denoiser.net(x0, denoiser.chain.at(zero, zero).time), cond["y"])
+def clean_cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
+    """cross_entropy of the clean images, at the least noisy time: a plain classifier"""
+    time = schedule(torch.zeros_like(u)).time
+    return _ranked(denoiser.net(x0, time.to(x0.device, torch.float32)), cond["y"])
 
 
-def cross_entropy(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond) -> Terms:
+def cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
     """-log p(y | x_t), in nats, of a classifier in the place of the network, which classes cond["y"] (B,) teach.
 
     Beside it acc@1 and acc@5, the share whose class is the first, or among the first five (Dhariwal & Nichol 2021, appendix H).
     """
-    step = denoiser.chain.at(i, x0)
-    return _ranked(denoiser.net(step.alpha * x0 + step.sigma * eps, denoiser.chain.at(i, i).time), cond["y"])
+    level = schedule(u)
+    alpha, sigma = wide((level.alpha, level.sigma), x0)
+    return _ranked(denoiser.net(alpha * x0 + sigma * eps, level.time.to(x0.device, torch.float32)), cond["y"])
 
 
 def _ranked(logits: Tensor, y: Tensor) -> Terms:
@@ -61,16 +74,33 @@ def _ranked(logits: Tensor, y: Tensor) -> Terms:
     return {"loss": loss, "acc@1": (rank < 1).float(), "acc@5": (rank < 5).float()}
 
 
-def _squared_error(denoiser: Denoiser, x0: Tensor, eps: Tensor, i: Tensor, cond: Cond, vb_scale: float) -> Terms:
-    step, scale = denoiser.chain.at(i, x0), denoiser.scalings(i, x0)
-    xt = step.alpha * x0 + step.sigma * eps
-    p = denoiser(xt, i, cond)
-    mse = mean_flat((p.raw - (scale.of_x0 * x0 + scale.of_eps * eps)) ** 2)
+def _squared_error(
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond, weighting: Weighting,
+    vb_scale: float = 0.0,
+) -> Terms:  # fmt: skip
+    level = schedule(u)
+    c = denoiser.parametrization(level)
+    alpha, sigma, of_x0, of_eps = wide((level.alpha, level.sigma, c.of_x0, c.of_eps), x0)
+    xt = alpha * x0 + sigma * eps
+    p = denoiser(xt, level, cond)
+    mse = mean_flat((p.raw - (of_x0 * x0 + of_eps * eps)) ** 2)  # of the target as it is, not by way of x0: 1/alpha is large
+    loss = mse if weighting is uniform else weighting(level, c).to(mse) * mse
     if not vb_scale or p.values is None:
-        return {"loss": mse, "mse": mse}
+        return {"loss": loss, "mse": mse}
+    assert p.mean is not None  # a learned variance goes with a chain, whose levels are steps
     frozen = p._replace(mean=p.mean.detach())  # the bound must not pull at the mean: its gradient is far noisier
-    vb = vb_scale * vlb_term(frozen, x0, xt, step)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    vb = vb_scale * vlb_term(frozen, x0, xt, level)
+    return {"loss": loss + vb, "mse": mse, "vb": vb}
 
 
-OBJECTIVES: dict[str, Callable[..., Terms]] = {f.__name__: f for f in (simple, hybrid, hybrid_unscaled, vlb, vlb_unscaled)}
+# What a row asks of the rest of a config is said here, and checked before anything is trained.
+LEARN_VARIANCE = (hybrid, hybrid_unscaled)  # nothing to train without a learned variance
+CHAIN_ONLY = (hybrid, hybrid_unscaled, vlb, vlb_unscaled)  # read the terms of a chain's bound
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {
+    "simple": simple,
+    "hybrid": hybrid,
+    "hybrid_unscaled": hybrid_unscaled,
+    "vlb": vlb,
+    "vlb_unscaled": vlb_unscaled,
+}

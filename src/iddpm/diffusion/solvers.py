@@ -1,89 +1,82 @@
-"""Solvers walk a chain from noise to images. Each is a generator of (step, x, x0): watch it, or `run` it to its end."""
+"""Solvers walk a grid of levels from noise to images: (denoise, x, grid, noise) -> a generator of (x, x0): watch it, or `run` it.
+
+x (B, C, H, W) is standard normal times grid.start; noise(k) is the k-th draw like it: noise(0) made x, and step k, counted from
+0, takes noise(k + 1). A solver that draws nothing never calls it.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iddpm.diffusion.bound import Noise
-from iddpm.diffusion.denoiser import Cond, Denoiser, Prediction
-from iddpm.diffusion.guidance import Gradient, shift_mean, shift_score
-from iddpm.diffusion.schedule import Step
+from iddpm.diffusion.denoiser import Denoise
+from iddpm.diffusion.grid import Grid, Step
 
 
 class State(NamedTuple):
-    """Where a solver stands after step i: x is what the next step starts from, x0 the network's present guess."""
+    """Where a solver stands after a step: x is what the next step starts from, x0 the network's present guess."""
 
-    i: int
     x: Tensor
     x0: Tensor
 
 
-# ---- one step: (prediction, x_t, step, eps) -> x_{t-1}
+Solver = Callable[[Denoise, Tensor, Grid, Noise], Iterator[State]]
 
 
-def ancestral_step(p: Prediction, xt: Tensor, s: Step, eps: Tensor) -> Tensor:
-    """A draw from p(x_{t-1} | x_t); the last step gives its mean (Ho et al. 2020, algorithm 2)."""
-    return p.mean + (1 - s.first) * torch.exp(0.5 * p.log_var) * eps
+def ancestral(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
+    """Draws from p(x_{t-1} | x_t); the last step gives its mean (Ho et al. 2020, algorithm 2)"""
+    for k, s in enumerate(grid):
+        p = denoise(x, s)
+        assert p.mean is not None and p.log_var is not None  # as every denoiser gives them at a step
+        x = p.mean if s.last else p.mean + torch.exp(0.5 * p.log_var) * noise(k + 1)
+        yield State(x, p.x0)
 
 
-def ddim_step(p: Prediction, xt: Tensor, s: Step, eps: Tensor, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021 (DDIM), eq. 12; eta = 0 draws nothing, eta = 1 has the variance of `fixed_small`."""
-    fresh = eta * torch.exp(0.5 * s.log_min)  # as the mean below, without a difference of nearly equal float32 numbers
-    eps_hat = (xt - s.alpha * p.x0) / s.sigma
-    mean = s.alpha_prev * p.x0 + ((1 - eta**2) * s.sigma_prev**2 + (eta * s.coef_xt * s.sigma) ** 2).sqrt() * eps_hat
-    return mean + (1 - s.first) * fresh * eps
+@dataclass(frozen=True)
+class Ddim:
+    """Without fresh noise, or with a share eta of the chain's (Song et al. 2021, DDIM, eq. 12)"""
+
+    eta: Annotated[float, "share of fresh noise; 1 has the variance of the posterior", 0.0, 1.0] = 0.0
+
+    def __call__(self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
+        for k, s in enumerate(grid):
+            p = denoise(x, s)
+            x = self.step(p.x0, x, s)
+            if self.eta and not s.last:
+                x = x + self.eta * torch.exp(0.5 * s.log_min) * noise(k + 1)
+            yield State(x, p.x0)
+
+    def step(self, x0: Tensor, x: Tensor, s: Step) -> Tensor:
+        """The mean of x_to. Its variance is written so that no nearly equal numbers are subtracted."""
+        kept = ((1 - self.eta**2) * s.sigma_to**2 + (self.eta * s.coef_xt * s.sigma) ** 2).sqrt()
+        return s.alpha_to * x0 + kept * (x - s.alpha * x0) / s.sigma
 
 
-def ddim_inverse_step(p: Prediction, xt: Tensor, s: Step) -> Tensor:
-    """One step of the deterministic DDIM path towards noise, x_t -> x_{t+1}."""
-    return s.alpha_next * p.x0 + s.sigma_next * (xt - s.alpha * p.x0) / s.sigma
+def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
+    """DPM-Solver++ of order 2, multistep: one call a step (Lu et al. 2022, algorithm 2)"""
+    old: tuple[Tensor, Tensor] | None = None  # x0 and the width in log(alpha/sigma) of the step before
+    for s in grid:
+        p, h = denoise(x, s), (s.alpha_to / s.sigma_to).log() - (s.alpha / s.sigma).log()
+        # in log(alpha/sigma) the first step from pure noise and the last to the image are infinitely wide: of order 1
+        d = p.x0 if old is None or s.last else p.x0 + (p.x0 - old[0]) * h / (2 * old[1])
+        x, old = s.sigma_to / s.sigma * x - s.alpha_to * torch.expm1(-h) * d, (p.x0, h)
+        yield State(x, p.x0)
 
 
-# ---- whole paths
-
-
-def ancestral(denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}, gradient: Gradient | None = None) -> Iterator[State]:
-    """Draw from the chain itself, x (B, C, H, W) standard normal. Step i uses the draw noise(steps - i); noise(0) made x.
-
-    A `gradient` guides each step by moving its mean.
-    """
-    for k, (i, at) in enumerate(_down(denoiser, x)):
-        p = denoiser(x, at, cond)
-        if gradient is not None:
-            p = shift_mean(p, gradient(x, at))
-        x = ancestral_step(p, x, denoiser.chain.at(at, x), noise(k + 1) if i else torch.zeros_like(x))
-        yield State(i, x, p.x0)
-
-
-def ddim(
-    denoiser: Denoiser, x: Tensor, noise: Noise, cond: Cond = {}, gradient: Gradient | None = None, *, eta: float = 0.0
-) -> Iterator[State]:
-    """DDIM from x (B, C, H, W) standard normal; eta in [0, 1]. Noise is drawn as in `ancestral`, and only where eta > 0.
-
-    A `gradient` guides each step by moving its score.
-    """
-    for k, (i, at) in enumerate(_down(denoiser, x)):
-        p, s = denoiser(x, at, cond), denoiser.chain.at(at, x)
-        if gradient is not None:
-            p = shift_score(p, x, s, gradient(x, at))
-        eps = noise(k + 1) if eta and i else torch.zeros_like(x)
-        x = ddim_step(p, x, s, eps, eta)
-        yield State(i, x, p.x0)
-
-
-def ddim_inversion(denoiser: Denoiser, x: Tensor, cond: Cond = {}) -> Iterator[State]:
+def ddim_inversion(denoise: Denoise, x: Tensor, grid: Grid) -> Iterator[State]:
     """The noise from which DDIM (eta = 0) comes back to the images x (B, C, H, W), in [-1, 1], up to the step size.
 
-    The images are taken as x at step 0; the last of the K - 1 states is what `ddim` starts from.
+    The images are taken as x at the least noisy level; the last of the K - 1 states is what `ddim` starts from.
     """
-    for i in range(denoiser.chain.steps - 1):
-        at = torch.full((len(x),), i, device=x.device)
-        p = denoiser(x, at, cond)
-        x = ddim_inverse_step(p, x, denoiser.chain.at(at, x))
-        yield State(i, x, p.x0)
+    steps = list(grid)[::-1]
+    for s, to in zip(steps, steps[1:]):
+        p = denoise(x, s)
+        x = to.alpha * p.x0 + to.sigma * (x - s.alpha * p.x0) / s.sigma
+        yield State(x, p.x0)
 
 
 def run(path: Iterable[State]) -> Tensor:
@@ -92,9 +85,4 @@ def run(path: Iterable[State]) -> Tensor:
     return last.x
 
 
-def _down(denoiser: Denoiser, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for i in reversed(range(denoiser.chain.steps)):
-        yield i, torch.full((len(x),), i, device=x.device)
-
-
-SOLVERS: dict[str, Callable[..., Iterator[State]]] = {f.__name__: f for f in (ancestral, ddim)}
+SOLVERS: dict[str, Any] = {"ancestral": ancestral, "ddim": Ddim, "dpmpp_2m": dpmpp_2m}

@@ -347,3 +347,51 @@ class Classifier(Encoder):
         _, outputs = self.encode(x, t)
         h = torch.cat([h.mean((2, 3)) for h in outputs], dim=1) if self.sees_all else outputs[-1]
         return self.out(h).to(x.dtype)
+
+
+# ---- from the settings of a run
+
+
+class Asked(NamedTuple):
+    """What a task asks of a network."""
+
+    image_size: tuple[int, int]  # (height, width)
+    in_channels: int
+    out_channels: int  # or, of logits, the classes
+    classes: int | None  # that it is told of each image; None: none
+    logits: bool = False  # it tells the class instead of making an image
+    small: bool = False  # it is shown a small image
+    small_level: bool = False  # and how much noise is on that
+
+
+def unet(asked: Asked, settings: Any) -> UNet | Classifier:
+    """The U-Net of Nichol & Dhariwal 2021
+
+    `settings` has the fields of `config.Model`. ValueError where sizes and channels do not fit together.
+    """
+    side = min(asked.image_size)
+    mult = _numbers(settings.channel_mult) or channel_mult_for(side)
+    if bad := [s for s in asked.image_size if s % 2 ** (len(mult) - 1)]:
+        raise ValueError(f"{len(mult)} levels need an image size of multiples of {2 ** (len(mult) - 1)}, not {bad[0]}")
+    common: dict[str, Any] = dict(
+        in_channels=asked.in_channels,
+        out_channels=asked.out_channels,
+        attention=attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult)),
+        channel_mult=mult,
+    )
+    same = ("num_channels", "num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels")
+    same += ("use_scale_shift_norm", "resblock_updown", "new_attention_order")
+    common |= {name: getattr(settings, name) for name in same}
+    if asked.logits:
+        if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
+            raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
+        return Classifier(**common, image_size=side, pool=settings.classifier_pool)
+    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample)
+    return SuperResUNet(**common, sees_noise_level=asked.small_level) if asked.small else UNet(**common)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part.strip())
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": unet}

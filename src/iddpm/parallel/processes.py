@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,29 @@ def world() -> int:
 def share(n: int) -> range:
     """This process's consecutive part of n things; the parts differ by one at the most."""
     return range(rank() * n // world(), (rank() + 1) * n // world())
+
+
+class Round(NamedTuple):
+    """Consecutive items that the processes put through a network at the same time."""
+
+    every: range  # of all processes together, in the order of their ranks: what `gather` of their results is of
+    mine: range  # this process's own; empty where it has none
+    call: range  # what it puts through the network: its own, or the first of `every` where it has none
+
+
+def rounds(n: int, batch_size: int, evenly: bool = False) -> Iterator[Round]:
+    """n items in rounds of up to `batch_size` for each process. Every process gets as many rounds, and nothing empty to call.
+
+    The items are cut in batches that do not depend on how many processes there are, so that neither do the results, to the
+    bit; in a short last round some processes have then nothing. `evenly` shares each round out instead, which is faster
+    where there are fewer batches than processes.
+    """
+    together = batch_size * world()
+    for start in range(0, n, together):
+        every = range(start, min(start + together, n))
+        own = share(len(every)) if evenly else range(rank() * batch_size, (rank() + 1) * batch_size)
+        mine = every[own.start : own.stop]
+        yield Round(every, mine, mine or every[:1])
 
 
 # ---- numbers and tensors of all processes

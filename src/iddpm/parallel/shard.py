@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,11 +97,35 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+class Placed(NamedTuple):
+    """What this process holds of a tensor."""
+
+    own: Tensor  # shares the tensor's memory
+    offset: tuple[int, ...]  # where it begins in the whole
+    leads: bool  # whether this process is the first of those that hold the same
+
+
+def placed(tensor: Tensor) -> Placed:
+    """This process's part of a tensor, and where it lies; of one that is not sharded, each process holds all."""
+    if not is_sharded(tensor):
+        return Placed(tensor, (0,) * tensor.dim(), processes.rank() == 0)
+    sharded: Any = tensor  # a DTensor
+    own, offset, size, leads = sharded.to_local(), [0] * tensor.dim(), list(tensor.shape), True
+    mesh, placements = sharded.device_mesh, sharded.placements
+    for k, n, placement in zip(mesh.get_coordinate(), mesh.shape, placements):
+        if placement.is_replicate():
+            leads = leads and k == 0
+            continue
+        d = placement.dim
+        longest = -(-size[d] // n)  # as torch.chunk cuts: the last may be shorter, or empty
+        begin = min(k * longest, size[d])
+        offset[d], size[d] = offset[d] + begin, min(longest, size[d] - begin)
+    assert tuple(own.shape) == tuple(size), (own.shape, size, placements)
+    return Placed(own, tuple(offset), leads)
+
+
 @torch.no_grad()
 def put(source: Tensor, target: Tensor) -> None:
     """Write all of a tensor, known to every process, into one that may be sharded."""
-    if is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
-    target.copy_(source)
+    own, offset, _ = placed(target)
+    own.copy_(source[tuple(slice(a, a + n) for a, n in zip(offset, own.shape))])

@@ -1,5 +1,6 @@
 """Names the process that keeps the others waiting, by signs of life in the key-value store through which they met."""
 
+import contextlib
 import json
 import os
 import socket
@@ -49,13 +50,13 @@ class _Watcher:
 
     def run(self) -> None:
         pause = min(2.0, self.timeout / 8)
-        while not self.ended.wait(pause):
-            try:
-                self._beat()
+        with contextlib.suppress(Exception):  # the store went with its process, and the collectives fail by themselves
+            while True:
+                self._beat()  # the first at once: who hangs soon after the start has been seen
                 if time.monotonic() - self.told[0] > self.timeout:
                     self._blame(pause)
-            except Exception:  # the store went with the process that kept it, and the collectives fail by themselves
-                return
+                if self.ended.wait(pause):
+                    return
 
     def _beat(self) -> None:
         self.beats += 1

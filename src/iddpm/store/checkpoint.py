@@ -2,8 +2,8 @@
 
 checkpoints/step_00001000/
     weights.safetensors  weights-ema-0.9999.safetensors     float32; config and provenance in the file's metadata
-    state/optimizer.safetensors                             with them, what DCP keeps of a run, by `shards`; of a sharded
-                                                            run optimizer.rank00000.safetensors ..., a part each
+    state/optimizer.safetensors                             with them, what a run remembers as tensors, by `shards`; of a
+                                                            sharded run optimizer.rank00000.safetensors ..., a part each
     state/state.json                                        the numbers that a resumed run needs besides
     manifest.json                                           size and sha256 of each file, written last
 """
@@ -11,10 +11,10 @@ checkpoints/step_00001000/
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import safetensors
 import torch
@@ -26,16 +26,10 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
 from iddpm.store import files as storage
 from iddpm.store import remote as places
-from iddpm.store.files import STEP_DIR, Entry, verify
-from iddpm.store.files import flush as _flush
-from iddpm.store.files import sha256 as _sha256
+from iddpm.store import shards
+from iddpm.store.files import Best, Entry, verify
 
-if TYPE_CHECKING:
-    from iddpm.store.shards import Part
-
-__all__ = ["Folder", "Held", "Saved", "Weights", "_flush", "_sha256", "load", "newest", "read_weights", "save", "verify"]
-
-WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for iddpm.dcp
+WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for `shards`
 
 
 class Saved(NamedTuple):
@@ -49,11 +43,11 @@ class Saved(NamedTuple):
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], state: dict[str, Any]) -> "Saved":
-        """From tensors by their names in a checkpoint."""
+        """From tensors by their names in a checkpoint. Sharded ones are put together: every process must call this."""
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "state/optimizer": {}}
         for name, tensor in tensors.items():
             group, key = name.split(":", 1)
-            groups.setdefault(group, {})[key] = tensor
+            groups.setdefault(group, {})[key] = shard.whole(tensor).cpu() if shard.is_sharded(tensor) else tensor
         averages = {float(k.removeprefix("weights-ema-")): v for k, v in groups.items() if k.startswith("weights-ema-")}
         return Saved(state["step"], groups["weights"], averages, groups["state/optimizer"], state)
 
@@ -87,17 +81,13 @@ class Held(NamedTuple):
 
     def names(self) -> list[str]:
         """What `fill` can read."""
-        from iddpm.store import shards as dcp
-
-        return dcp.names(self.folder)
+        return list(shards.layouts(self.folder))
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Read tensors, which may be sharded, in place; UserError where one is missing. Of a remote one, no copy is left."""
-        from iddpm.store import shards as dcp
-
         if places.remote(self.folder) and (fault := verify(self.folder)):  # each process has its own copy
             raise UserError(f"{self.folder}: {fault}")
-        dcp.fill(self.folder, targets)
+        shards.fill(self.folder, targets)
         places.forget(self.folder)
 
 
@@ -120,57 +110,52 @@ class Draft:
         rate = {"ema_rate": float(group.removeprefix("weights-ema-"))} if group.startswith("weights-ema-") else {}
         return {"format": "pt", "iddpm": json.dumps(self._about | rate), "config": self._config}
 
-    def write(self, parts: "Iterable[Part]", rank: int) -> dict[str, Entry]:
-        """Write a process's parts; returns an entry for each file. OSError on a full disk."""
-        from iddpm.store import shards as dcp
-
-        groups: dict[str, list[Part]] = {}
-        for part in parts:
-            groups.setdefault(dcp.group(part.name), []).append(part)
-        entries: dict[str, Entry] = {}
-        for group, members in groups.items():
-            entries |= dcp.write(self.folder, members, rank if self.sharded else None, self.about(group))
-        return entries
-
     def commit(self, entries: Mapping[str, Entry]) -> Path:
         """Put the weights together where they are in parts, vouch for all files, and give the checkpoint its place."""
-        from iddpm.store import shards as dcp
-
         entries = dict(entries)
         for group in sorted({name.split(".rank")[0] for name in entries if name.startswith("weights")} if self.sharded else ()):
-            made, used = dcp.assemble(self.folder, group, self.about(group))
+            made, used = shards.assemble(self.folder, group, self.about(group))
             entries = {k: v for k, v in entries.items() if k not in used} | made
         entries["state/state.json"] = storage.write_text(self.folder / "state" / "state.json", json.dumps(self.state))
         storage.commit(self.folder, self.final, entries)
         return self.final
 
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        storage.discard(self.folder)
 
-
-def save(run: Path, config: Config, saved: Saved, keep: int = 0) -> Path:
-    """Write checkpoints/step_N aside, flush, rename; then delete all but the newest `keep` (0: none). OSError on a full disk."""
-    from iddpm.store.shards import Part
-
-    held = {name: t.detach().cpu() for name, t in saved.tensors().items()}
-    draft = Draft(run, config, saved.state)
-    storage.fresh(draft.folder)
+def save(run: Path, config: Config, saved: Saved) -> Path:
+    """Keep a state as a checkpoint of a run, which need not be there yet; UserError where it cannot be written."""
+    run.mkdir(parents=True, exist_ok=True)
+    folder = Folder(run)
     try:
-        path = draft.commit(draft.write([Part(n, t, (0,) * t.dim(), tuple(t.shape)) for n, t in held.items()], 0))
-    except BaseException:
-        draft.discard()
-        raise
-    storage.prune(run, keep, last=saved.step)
-    return path
+        folder.begin(config, saved.tensors(), saved.state)
+        return storage.step_dir(run, saved.step)
+    finally:
+        folder.close()
+
+
+class Store(Protocol):
+    """Where the checkpoints of a run are. Every process calls each of these."""
+
+    def newest(self) -> tuple[Saved | Held | None, list[str]]:
+        """The newest state that can be read, and a line for each newer one that was passed over."""
+        ...
+
+    def begin(self, config: Config, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Path | None:
+        """Have a state saved, complete or absent whatever happens; returns a checkpoint that is complete now, and new."""
+        ...
+
+    def settle(self, wait: bool = False) -> Path | None:
+        """Look after a save that is under way, to its end with `wait`; returns it when it is complete."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class _Job(NamedTuple):
-    """A save under way: `entries` of this process's files while they are written, then None while the first process commits."""
+    """A save under way: first all processes write, then one of several commits, which one that is alone does at once."""
 
     draft: Draft
-    writing: bool
-    future: "Future[Any]"
+    committing: bool
+    future: "futures.Future[Any]"
 
 
 class Folder:
@@ -184,7 +169,7 @@ class Folder:
         self.run, self.keep, self.keep_every, self.background = run, keep, keep_every, background
         self._job: _Job | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
 
     def newest(self) -> tuple[Held | None, list[str]]:
         """The newest state that verifies, and one line for each newer one that was passed over; the first process looks.
@@ -205,40 +190,30 @@ class Folder:
         folder = self.run / "checkpoints" / name
         return Held(folder, _state(folder) | {"best": best}), passed_over
 
-    def save(self, config: Config, saved: Saved) -> Path:
-        """Keep a state, at once."""
-        path = save(self.run, config, saved)
-        self._tidy(saved.state)
-        return path
-
-    def _tidy(self, state: Mapping[str, Any]) -> None:
-        """Name the best that a state in its place knows of; then delete the checkpoints that are not to be kept."""
-        if state.get("best"):
-            storage.name_best(self.run, state["best"])
-        storage.prune(self.run, self.keep, self.keep_every, state["step"])
-
     def begin(self, config: Config, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path | None:
         """Copy a state, whose tensors may be sharded, and have it written; every process calls this.
 
         Waits for a save that is under way, and returns its path if it is new.
         """
-        from iddpm.store import shards as dcp
-
         before = self.settle(wait=True)
         draft = Draft(self.run, config, state, any(map(shard.is_sharded, tensors.values())))
-        rank, alone = processes.rank(), processes.world() == 1
-        if rank == 0:
-            storage.fresh(draft.folder)
-        parts = dcp.stage(tensors, alone, self._buffers)  # agrees on a plan: no process writes before the folder is there
+        error: BaseException | None = None
+        if processes.rank() == 0:
+            try:
+                storage.fresh(draft.folder)
+            except (OSError, UserError) as e:
+                error = e
+        self._raise(draft, error)  # and no process writes before the folder is there
+        parts = shards.stage(tensors, self._buffers if self.background else None)
 
         def work() -> dict[str, Entry]:
-            entries = draft.write(parts, rank)
+            entries = shards.write(draft.folder, parts, processes.rank() if draft.sharded else None, draft.about)
             parts.clear()
-            if alone:
+            if processes.world() == 1:
                 self._commit(draft, entries)
             return entries
 
-        self._job = _Job(draft, True, self._pool.submit(work))
+        self._job = _Job(draft, False, self._pool.submit(work))
         return before if self.background else self.settle(wait=True)
 
     def settle(self, wait: bool = False) -> Path | None:
@@ -248,49 +223,109 @@ class Folder:
         write, with nothing of it left behind.
         """
         while self._job:
-            draft, writing, future = self._job
+            draft, committing, future = self._job
             if wait:
-                _finished(future)
+                futures.wait([future])
             done, failed = processes.count(future.done(), future.done() and future.exception() is not None)
             if done < processes.world():
                 return None
+            self._job = None
             if failed:
-                self._job = None
-                self._fail(draft, future)
-            if not writing or processes.world() == 1:
-                self._job = None
+                self._raise(draft, future.exception())
+            if committing or processes.world() == 1:
                 return draft.final
             entries = {k: Entry(*v) for mine in processes.every(future.result()) for k, v in mine.items()}
-            leads = processes.rank() == 0
-            self._job = _Job(draft, False, self._pool.submit(self._commit if leads else _nothing, draft, entries))
+            self._job = _Job(draft, True, self._pool.submit(self._commit, draft, entries))
         return None
 
     def close(self) -> None:
         """Wait for this process's thread, whatever became of the others."""
         self._pool.shutdown()
-        if self._job and processes.world() > 1 and processes.rank() == 0 and self._job.writing:
-            self._job.draft.discard()
+        if self._job and processes.world() > 1 and processes.rank() == 0 and not self._job.committing:
+            storage.discard(self._job.draft.folder)
 
     def _commit(self, draft: Draft, entries: Mapping[str, Entry]) -> None:
-        draft.commit(entries)
-        self._tidy(draft.state)
+        """Of the first process: put a checkpoint in its place, name the best, and delete those that are not to be kept."""
+        if processes.rank() == 0:
+            draft.commit(entries)
+            if draft.state.get("best"):
+                storage.name_best(self.run, draft.state["best"])
+            storage.prune(self.run, self.keep, self.keep_every, draft.state["step"])
 
-    def _fail(self, draft: Draft, future: "Future[Any]") -> None:
-        error = future.exception()
+    def _raise(self, draft: Draft, error: BaseException | None) -> None:
+        """What went wrong on any process, on all of them: UserError where a storage failed. Nothing of the draft is left."""
+        reasons = processes.every(self._reason(error))
+        if not any(reasons):
+            return
         if processes.rank() == 0 and not isinstance(error, places.Unreachable):  # what is left there has no manifest
-            draft.discard()
-        reasons = processes.every(f"{getattr(error, 'strerror', None) or error}" if error else None)
-        if error and not isinstance(error, (OSError, places.Unreachable)):
+            storage.discard(draft.folder)
+        if error and not isinstance(error, (OSError, UserError)):
             raise error
         why = next(f"{reason} (rank {k})" if len(reasons) > 1 else reason for k, reason in enumerate(reasons) if reason)
         raise UserError(f"{draft.final} could not be written: {why}; the checkpoint before it is whole")
 
+    def _reason(self, error: BaseException | None) -> str:
+        if isinstance(error, FileNotFoundError) and not places.remote(self.run) and not self.run.exists():
+            return f"{self.run} is no longer there; if it was renamed, go on with --run and its new name"
+        return f"{getattr(error, 'strerror', None) or error or type(error).__name__}" if error else ""
 
-def _finished(future: "Future[Any]") -> None:
-    wait([future])
+
+class State(Protocol):
+    """What is saved of a run in training."""
+
+    step: int
+    measured: int
+    best: Best | None
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def numbers(self) -> dict[str, Any]: ...
 
 
-def _nothing(*ignored: Any) -> None: ...
+class Saves:
+    """The saves of a run in training: says which are complete, and which is the best."""
+
+    def __init__(self, store: Store, run: Path, config: Config, state: State, say: Callable[[str], None]):
+        self.store, self.run, self.config, self.state, self.say = store, run, config, state, say
+        self.path: Path | None = None
+        self.first = state.step
+
+    def rank(self, found: Best) -> None:
+        """Take the present state for the best where its samples are, or where the best was measured under other conditions.
+
+        The save that is then `due` names it; of the state that the run began with, which is saved already, that is done here.
+        """
+        best, self.state.measured = self.state.best, found.step
+        if best and best.conditions == found.conditions and best.value <= found.value:
+            return
+        self.state.best = found
+        if found.step == self.first and processes.rank() == 0:
+            storage.name_best(self.run, found._asdict())
+
+    def due(self) -> bool:
+        """Whether the present state is the best, and yet to be saved."""
+        return self.state.best is not None and self.state.best.step == self.state.step > self.first
+
+    def begin(self) -> None:
+        """Save the present state."""
+        self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
+
+    def settle(self, wait: bool) -> None:
+        """Look after a save that is under way; with `wait`, see it complete."""
+        self._done(self.store.settle(wait))
+
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.store.close()
+
+    def _done(self, path: Path | None) -> None:
+        if not path:
+            return
+        self.path, best = path, self.state.best
+        is_best = best is not None and path == storage.step_dir(self.run, best.step)
+        self.say(f"saved {path}" + (f", the best by {best.metric}" if best and is_best else ""))
 
 
 # ---- reading
@@ -308,9 +343,7 @@ def newest(run: Path, verify: Callable[[Path], str | None] = verify) -> tuple[Pa
 
 def load(folder: Path) -> Saved:
     """All of a verified checkpoint."""
-    from iddpm.store import shards as dcp
-
-    return Saved.of(dcp.load(folder), _state(folder))
+    return Saved.of(shards.load(folder), _state(folder))
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -335,7 +368,7 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
     """
     path = source
     if source.is_dir():
-        own = STEP_DIR.search(source.name)
+        own = storage.STEP_DIR.search(source.name)
         path = _weights_file(source if own else _checkpoint_of(source, step, ema_rate), ema_rate)
         if own and places.remote(source) and (fault := verify(source, path.name)):
             raise UserError(f"{source}: {fault}")
@@ -377,19 +410,14 @@ def _checkpoint_of(run: Path, step: int | None, rate: float | None) -> Path:
 def _weights_file(folder: Path, rate: float | None) -> Path:
     if rate == 0:
         return folder / "weights.safetensors"
-    config = Config.from_json(_metadata(folder / "weights.safetensors")["config"], str(folder))
+    path = folder / "weights.safetensors"
+    try:
+        metadata, _ = storage.read_header(path)
+        config = Config.from_json(metadata["config"], str(folder))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path} is damaged or missing ({e})") from None
     rates = [float(r) for r in config.train.ema_rate.split(",") if r.strip()]
     if rate is not None and rate not in rates:
         raise UserError(f"--ema_rate {rate}: this run kept {', '.join(map(str, rates)) or 'none'}, and 0 for the raw weights")
     chosen = rate if rate is not None else rates[0] if rates else 0
     return folder / (f"weights-ema-{chosen}.safetensors" if chosen else "weights.safetensors")
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        if places.remote(path):
-            return storage.read_header(path).metadata
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged or missing ({e})") from None

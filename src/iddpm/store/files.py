@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
-from iddpm.store import mirror
+from iddpm.store import log
 from iddpm.store import remote as places
 from iddpm.store.remote import sha256
 
 STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
 BEST = "best.json"
+MOST = 100 << 20  # bytes of a header, as in safetensors: what says more is no such file
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -132,13 +133,11 @@ def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) ->
 
 
 def fresh(folder: Path) -> None:
-    """An empty folder in the place of what a crash may have left there."""
-    if places.remote(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        folder.rmtree()
-        return
-    discard(folder)
-    folder.mkdir(parents=True)
+    """An empty folder in the place of what a crash may have left there; OSError where its run is no longer there."""
+    _delete(folder)
+    if not places.remote(folder):
+        folder.parent.mkdir(exist_ok=True)  # not its run: one that was renamed would begin anew under its old name
+        folder.mkdir()
 
 
 def sweep(run: Path) -> None:
@@ -148,14 +147,17 @@ def sweep(run: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there. Its manifest goes first: a deletion cut short must not look like damage."""
-    if places.remote(folder):
-        with contextlib.suppress(OSError, UserError):
-            fresh(folder)
-        return
-    with contextlib.suppress(OSError):
+    """Delete a folder, if it is there and can be deleted."""
+    with contextlib.suppress(OSError, UserError):
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Its manifest goes first: a deletion cut short must not look like damage."""
+    with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmtree() if places.remote(folder) else shutil.rmtree(folder)
 
 
 def write_tensors(path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str], get: Callable[[str], Tensor]) -> Entry:
@@ -202,25 +204,22 @@ def _write(path: Path, blocks: Callable[[], Iterator[memoryview | bytes]]) -> En
 
     if places.remote(path):
         path.stream(measured)
-        found = Entry(path.size() or 0, entry.digest)
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with open(path, "wb", buffering=0) as file:
             for block in measured():
                 rest = memoryview(block)
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        found = Entry(path.stat().st_size, sha256(path))
-    if found != entry:
+    if places.size(path) != entry.size or (not places.remote(path) and sha256(path) != entry.digest):
         raise OSError(f"{path} reads back differently from what was written")
     return entry
 
 
 def commit(folder: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     """Vouch for the files of a folder written aside, and put it in its place; the log is there before it."""
-    if places.remote(folder):
-        mirror.sync()
+    log.sync()
     write_text(folder / MANIFEST, json.dumps({name: list(entry) for name, entry in sorted(entries.items())}, indent=1))
     if places.remote(folder):
         return
@@ -248,70 +247,55 @@ def verify(folder: Path, only: str = "") -> str | None:
 
     What was compared of a remote one has then been fetched, and is read from this machine until `places.forget`.
     """
-    if places.remote(folder):
-        return _verify_remote(folder, only)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, (size, digest) in manifest.items():
-            if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
+        manifest = {name: Entry(*entry) for name, entry in json.loads((folder / MANIFEST).read_text()).items()}
+        for name, entry in manifest.items():
+            size = places.size(folder / name)
+            if size is None:
+                return f"incomplete ({name} is missing)"
+            if places.remote(folder):
+                whole = size == entry.size and (only not in ("", name) or places.fetch(folder / name, entry.digest))
+            else:
+                whole = entry == (size, sha256(folder / name))
+            if not whole:
                 return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"incomplete (it has no {MANIFEST}: its saving was cut short)"
+    except UserError:  # no answer says nothing about the checkpoint
+        raise
     except (OSError, ValueError, AttributeError, TypeError) as e:
         return f"incomplete ({e})"
     return None
 
 
-def _verify_remote(folder: places.Remote, only: str) -> str | None:
-    try:
-        manifest = {name: Entry(*entry) for name, entry in json.loads((folder / MANIFEST).read_text()).items()}
-    except FileNotFoundError:
-        return f"incomplete (it has no {MANIFEST}: its saving was cut short)"
-    except UserError:  # no answer says nothing about the checkpoint
-        raise
-    except (ValueError, AttributeError, TypeError) as e:
-        return f"incomplete ({e})"
-    for name, (size, digest) in manifest.items():
-        if (found := (folder / name).size()) != size:
-            return f"incomplete ({name} is missing)" if found is None else f"{name} is damaged"
-        if only in ("", name) and places.fetch(folder / name, digest) is None:
-            return f"{name} is damaged"
-    return None
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a .safetensors file says of its content: metadata, and the tensors' shapes and types, as tensors without content.
 
-
-class Header(NamedTuple):
-    """What a .safetensors file says of its content: metadata, and the tensors' shapes and types, as tensors without content."""
-
-    metadata: dict[str, str]
-    tensors: dict[str, Tensor]
-
-
-def read_header(path: Path) -> Header:
-    """The header of a file; OSError or ValueError where it has none."""
+    OSError or ValueError where it has none.
+    """
     if places.remote(path):
-        size = int.from_bytes(path.read_bytes(0, 8), "little")
-        header = json.loads(path.read_bytes(8, 8 + size))
+        length = int.from_bytes(path.read_bytes(0, 8), "little")
+        header = path.read_bytes(8, 8 + length) if length < MOST else b""
     else:
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.pop("__metadata__", {})
-    return Header(metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in header.items()})
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length < MOST else b""
+    tensors = json.loads(header)
+    metadata = tensors.pop("__metadata__", {})
+    return metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in tensors.items()}
 
 
-class Reader:
-    """Reads tensors, or windows of them, from .safetensors files, a copy of a remote one, that stay open until `close`."""
+class Reader(contextlib.ExitStack):
+    """Reads windows of tensors from .safetensors files, a copy of a remote one, that stay open while it lasts."""
 
     def __init__(self) -> None:
-        self._stack, self._files = contextlib.ExitStack(), dict[Path, safetensors.safe_open]()
+        super().__init__()
+        self.files: dict[Path, safetensors.safe_open] = {}
 
-    def read(self, path: Path, name: str, offset: tuple[int, ...] = (), size: tuple[int, ...] = ()) -> Tensor:
-        """A tensor, or its window that begins at `offset` and has the shape `size`."""
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
+    def read(self, path: Path, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """The window of a tensor that begins at `offset` and has the shape `size`."""
+        if path not in self.files:
+            self.files[path] = self.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
         if not size:
-            return self._files[path].get_tensor(name)
-        return self._files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+            return self.files[path].get_tensor(name)
+        return self.files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]

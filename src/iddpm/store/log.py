@@ -1,10 +1,16 @@
 """What training tells: sums that stay on the device until they are logged, and the files and lines they end up in."""
 
+import contextlib
 import csv
 import json
 import os
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,9 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
-from iddpm.store import mirror
+from iddpm.store import remote as places
+
+EVERY = 30.0  # seconds between two copies of a log to its remote storage: about what a kill may cost of it
 
 
 class Meter:
@@ -49,41 +57,71 @@ class Logger:
     """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.
 
     Opened at `step` it keeps the rows up to there: a resumed run does not repeat those it had written past its checkpoint.
-    On a remote storage, where nothing can be appended to, the files are written on this machine and copied by `mirror`.
+    A remote storage cannot append: there the files are written on this machine, and copied when a row is written, at most
+    every EVERY seconds, before each checkpoint is put in its place (`sync`), and at the end.
     """
 
     def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
-        folder = mirror.mirror(run)
+        self._target = run if places.remote(run) else None
+        folder = Path(tempfile.mkdtemp(dir=places.scratch())) if self._target else run
         self.path, self.csv = folder / "log.jsonl", folder / "progress.csv"
+        self._sent: dict[Path, tuple[int, int]] = {}  # size and time of change of what was copied
+        self._copying, self._copied, self._told = threading.Lock(), time.monotonic(), False
         kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(aside, self.path)
         self._columns: list[str] = []
-        self.latest: Mapping[str, Any] = {}
         self._write_csv()
         self._board = _tensorboard(folder, step) if tensorboard else None
+        if self._target:
+            _remote.add(self)
 
     def row(self, **values: Any) -> None:
         """Append a row of numbers."""
-        self.latest = values
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._append(values)
         self._write_csv(values)
         if self._board:
             for name, value in values.items():
                 if name not in ("step", "time"):
                     self._board.add_scalar(name, value, values["step"])
+        self._copy_in_time()
 
     def event(self, step: int, text: str) -> None:
         """Append a remark, as on a changed setting."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), "event": text}) + "\n")
+        self._append({"step": step, "time": time.time(), "event": text})
+        self._copy_in_time()
 
     def close(self) -> None:
         if self._board:
             self._board.close()
-        mirror.sync()
+        self.copy()
+
+    def copy(self) -> None:
+        """Copy what has changed to the remote storage; UserError where that fails."""
+        if not self._target:
+            return
+        with self._copying:
+            self._copied, folder = time.monotonic(), self.path.parent
+            for file in (p for p in sorted(folder.rglob("*")) if p.is_file()):
+                stamp = (file.stat().st_size, file.stat().st_mtime_ns)
+                if self._sent.get(file) != stamp:
+                    (self._target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+                    self._sent[file] = stamp
+
+    def _copy_in_time(self) -> None:
+        if not self._target or time.monotonic() - self._copied < EVERY:
+            return
+        try:
+            self.copy()
+        except (OSError, UserError) as e:  # the next time, or with the next save, which says it loudly
+            if not self._told:
+                print(f"the log waits on this machine: {e}", file=sys.stderr)
+            self._told, self._copied = True, time.monotonic()
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _write_csv(self, row: Mapping[str, Any] | None = None) -> None:
         if row is not None and set(row) <= set(self._columns):
@@ -98,14 +136,36 @@ class Logger:
             writer.writerows(rows)
 
 
+_remote: "weakref.WeakSet[Logger]" = weakref.WeakSet()  # those in use
+
+
+def sync() -> None:
+    """Copy what the loggers of remote runs have not yet; UserError where that fails."""
+    for logger in list(_remote):
+        logger.copy()
+
+
+@contextmanager
+def copied() -> Iterator[None]:
+    """At its end, also by an error, the logs of remote runs are where they belong, and their loggers done with."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError, UserError):
+            sync()
+        raise
+    else:
+        sync()
+    finally:
+        _remote.clear()
+
+
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """All rows of a run's log.jsonl; a last line cut short by a crash is left out."""
     path, rows = run / "log.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows
 
 

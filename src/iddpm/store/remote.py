@@ -72,26 +72,21 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
     # ---- what is there
 
-    def info(self) -> dict[str, Any] | None:
-        """What the storage knows of it; None where there is nothing."""
+    def info(self) -> dict[str, Any]:
+        """What the storage knows of it; nothing where there is nothing."""
         try:
             return cast(dict[str, Any], self.ask(lambda fs, key: fs.info(key)))
         except FileNotFoundError:
-            return None
+            return {}
 
     def exists(self) -> bool:
-        return self.info() is not None
+        return bool(self.info())
 
     def is_file(self) -> bool:
-        return (self.info() or {}).get("type") == "file"
+        return self.info().get("type") == "file"
 
     def is_dir(self) -> bool:
-        return (self.info() or {}).get("type") == "directory"
-
-    def size(self) -> int | None:
-        """In bytes; None where there is nothing."""
-        found = self.info()
-        return None if found is None else int(found["size"] or 0)
+        return self.info().get("type") == "directory"
 
     def modified(self) -> float | None:
         """When it was written, by the storage's clock, in seconds; None where there is nothing."""
@@ -181,10 +176,6 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
         self.put(write)
 
-    def upload(self, file: Path) -> None:
-        """Make it the content of a local file."""
-        self.put(lambda fs, key: fs.put_file(str(file), key))
-
     # ---- patience
 
     def put(self, work: Callable[[Any, str], T]) -> T:
@@ -245,24 +236,19 @@ def _system(path: Remote) -> Any:
     with _guard:
         key = (os.getpid(), path.parts[:2])
         if key not in _systems:
-            _systems[key] = _open(path)
+            import fsspec
+
+            scheme = path.parts[0][:-1]
+            try:
+                _systems[key] = fsspec.core.url_to_fs(str(path), use_listings_cache=False)[0]
+            except ImportError as e:
+                hint = "pip install 'iddpm[s3]'" if scheme in ("s3", "s3a") else " ".join(str(e).split())
+                raise UserError(f"{path}: the driver of {scheme}:// is not installed: {hint}") from None
+            except ValueError as e:
+                why = f"{scheme}:// is unknown to fsspec: give a folder, s3://BUCKET/..., gs://..."
+                why = " ".join(str(e).split()) if scheme in fsspec.available_protocols() else why
+                raise UserError(f"{path}: {why}") from None
         return _systems[key]
-
-
-def _open(path: Remote) -> Any:
-    import fsspec
-
-    scheme = path.parts[0][:-1]
-    try:
-        return fsspec.core.url_to_fs(str(path), use_listings_cache=False)[0]
-    except ImportError as e:
-        extra = "iddpm[s3]" if scheme in ("s3", "s3a") else None
-        hint = f"pip install '{extra}'" if extra else " ".join(str(e).split())
-        raise UserError(f"{path}: the driver of {scheme}:// is not installed: {hint}") from None
-    except ValueError as e:
-        if scheme in fsspec.available_protocols():
-            raise UserError(f"{path}: {' '.join(str(e).split())}") from None
-        raise UserError(f"{path}: {scheme}:// is unknown to fsspec: give a folder, s3://BUCKET/..., gs://...") from None
 
 
 # ---- writing in one step, here or there
@@ -292,7 +278,7 @@ def lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:  # its file system knows none
-        return True
+        pass
     return True
 
 
@@ -309,6 +295,14 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def size(path: Path) -> int | None:
+    """In bytes; None where there is nothing."""
+    if remote(path):
+        found = path.info()
+        return int(found["size"] or 0) if found else None
+    return path.stat().st_size if path.exists() else None
 
 
 def opened(path: Path) -> BinaryIO:
@@ -332,8 +326,7 @@ def scratch() -> Path:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
                     shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix="iddpm-scratch-"))
-            handle = os.open(folder / ".holder", os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(os.open(folder / ".holder", os.O_CREAT | os.O_RDWR, 0o600))
             _scratch.append(folder)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return _scratch[0]
@@ -354,15 +347,14 @@ def fetch(path: Path, digest: str = "") -> Path | None:
     copy = Path(name)
     for _ in range(2):  # a file that comes damaged may be whole where it lies
         path.ask(lambda fs, key: fs.get_file(key, name))
-        if not digest or sha256(copy) == digest:
-            break
-    else:
-        copy.unlink()
-        return None
-    if digest:
-        with _guard:
-            _copies[path] = (digest, copy)
-    return copy
+        if not digest:
+            return copy
+        if sha256(copy) == digest:
+            with _guard:
+                _copies[path] = (digest, copy)
+            return copy
+    copy.unlink()
+    return None
 
 
 def forget(path: Path) -> None:

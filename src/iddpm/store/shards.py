@@ -1,33 +1,22 @@
-"""torch's distributed checkpoint (DCP) over safetensors: who saves which part of a tensor, and who needs which part of a file.
+"""The tensors of a checkpoint in .safetensors files: which process saves which part, and who reads what of which file.
 
 A tensor is named GROUP:KEY. A group is one file, GROUP.safetensors, where its tensors are whole; else each process has its
-parts in GROUP.rankNNNNN.safetensors, whose metadata holds, under "parts", [offset, shape of the whole] of each. DCP plans; its
-pickles stay on the wire between the processes: nothing executable is written or read.
+parts in GROUP.rankNNNNN.safetensors, whose metadata holds, under "parts", [offset, shape of the whole] of each. Every process
+knows by itself what it saves and what it needs: nothing is planned together, and nothing executable is written or read.
 """
 
 import json
+import math
 import re
-import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from iddpm.errors import UserError
+from iddpm.parallel import shard
 from iddpm.store import files as storage
 
 FILE = re.compile(r"(.+?)(?:\.rank(\d+))?\.safetensors")
@@ -42,180 +31,95 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-def group(name: str) -> str:
-    return name.split(":", 1)[0]
+class Layout(NamedTuple):
+    """Where a tensor lies in the files of a folder: each chunk is a file, an offset in the whole, and a size."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[tuple[Path, tuple[int, ...], tuple[int, ...]]]
 
 
-def key(name: str) -> str:
-    return name.split(":", 1)[1]
+# ---- saving
 
 
-# ---- saving: a copy in memory
+def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None) -> list[Part]:
+    """Those parts of the tensors, plain or sharded, that this process is to save: of what several hold, the first's.
 
-
-class _Memory(dcp.StorageWriter):
-    """A storage that keeps copies in memory, pinned and used again and again where the tensors are on a GPU."""
-
-    def __init__(self, buffers: dict[str, Tensor]):
-        self.parts: list[Part] = []
-        self._buffers = buffers
-
-    def reset(self, checkpoint_id: Any = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        for item in plan.items:
-            assert item.type != WriteItemType.BYTE_IO and item.tensor_data, item.index
-            data, name = item.tensor_data, item.index.fqn
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
-            copy = self._copy(name, tensor.detach())
-            self.parts.append(Part(name, copy, tuple(data.chunk.offsets), tuple(data.size)))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        return done
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "cuda":
-            return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return self._buffers[name].copy_(tensor, non_blocking=True)
-
-    def finish(self, metadata: Metadata, results: Any) -> None: ...
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-def stage(tensors: Mapping[str, Tensor], alone: bool, buffers: dict[str, Tensor]) -> list[Part]:
-    """Copies of those parts of the tensors, plain or sharded, that this process is to save; all processes call it together.
-
-    What several hold, the first of them saves. `buffers` keeps pinned memory from one call to the next.
+    With `buffers` they are copies, and training may go on; the buffers keep pinned memory from one call to the next. Without,
+    what is on the CPU is not copied.
     """
-    memory = _Memory(buffers)
-    with _quiet():
-        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True)
-        dcp.save(dict(tensors), storage_writer=memory, planner=planner, no_dist=alone)
-    return memory.parts
+    parts = []
+    for name, tensor in tensors.items():
+        own, offset, leads = shard.placed(tensor.detach())
+        if leads and (own.numel() or not tensor.numel()):
+            copy = own.cpu() if buffers is None else _copied(own, name, buffers)
+            parts.append(Part(name, copy, offset, tuple(tensor.shape)))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies are made meanwhile, all at once
+    return parts
 
 
-# ---- writing and putting together
+def _copied(tensor: Tensor, name: str, buffers: dict[str, Tensor]) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if name not in buffers:
+        buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return buffers[name].copy_(tensor, non_blocking=True)
 
 
-def write(folder: Path, parts: Iterable[Part], rank: int | None, about: Mapping[str, str]) -> dict[str, storage.Entry]:
-    """Write a process's parts, a file for each group; whole tensors where there is no rank. Returns what was written."""
-    groups: dict[str, list[Part]] = {}
+def write(
+    folder: Path, parts: Iterable[Part], rank: int | None, about: Callable[[str], Mapping[str, str]]
+) -> dict[str, storage.Entry]:
+    """Write a process's parts, a file for each group with the metadata about(group); without a rank, they are whole tensors.
+
+    Returns an entry for each file; OSError on a full disk.
+    """
+    groups: dict[str, dict[str, Part]] = {}
     for part in parts:
-        groups.setdefault(group(part.name), []).append(part)
+        group, _, key = part.name.partition(":")
+        groups.setdefault(group, {})[key] = part
     entries = {}
-    for name, members in groups.items():
-        file = f"{name}.safetensors" if rank is None else f"{name}.rank{rank:05d}.safetensors"
-        places = {key(part.name): [part.offset, part.shape] for part in members}
-        metadata = dict(about) if rank is None else {**about, "parts": json.dumps(places)}
-        tensors = {key(part.name): part.tensor for part in members}
+    for group, members in groups.items():
+        file = f"{group}.safetensors" if rank is None else f"{group}.rank{rank:05d}.safetensors"
+        places = {key: [part.offset, part.shape] for key, part in members.items()}
+        metadata = {**about(group), **({} if rank is None else {"parts": json.dumps(places)})}
+        tensors = {key: part.tensor for key, part in members.items()}
         entries[file] = storage.write_tensors(folder / file, tensors, metadata, tensors.__getitem__)
     return entries
 
 
-def assemble(folder: Path, name: str, about: Mapping[str, str]) -> tuple[dict[str, storage.Entry], list[str]]:
+def assemble(folder: Path, group: str, about: Mapping[str, str]) -> tuple[dict[str, storage.Entry], list[str]]:
     """Put the parts of a group together, a tensor at a time: what was written, and the names of the files now deleted."""
-    held = _Held(folder, name)
-    like = {key(n): torch.empty(m.size, dtype=m.properties.dtype, device="meta") for n, m in held.tensors.items()}
+    held = {name.partition(":")[2]: layout for name, layout in layouts(folder, group).items()}
+    used = sorted((folder / group).parent.glob(f"{Path(group).name}.rank*.safetensors"))
+    like = {key: torch.empty(layout.shape, dtype=layout.dtype, device="meta") for key, layout in held.items()}
+    file = f"{group}.safetensors"
     with storage.Reader() as reader:
-
-        def get(k: str) -> Tensor:
-            whole = torch.empty(like[k].shape, dtype=like[k].dtype)
-            for chunk in held.tensors[f"{name}:{k}"].chunks:
-                window = tuple(slice(a, a + n) for a, n in zip(chunk.offsets, chunk.sizes))
-                whole[window] = reader.read(held.files[MetadataIndex(f"{name}:{k}", chunk.offsets)], k)
-            return whole
-
-        entries = {f"{name}.safetensors": storage.write_tensors(folder / f"{name}.safetensors", like, about, get)}
-    for path in held.paths:
+        entry = storage.write_tensors(folder / file, like, about, lambda key: _whole(reader, key, held[key]))
+    for path in used:
         path.unlink()
-    return entries, [path.relative_to(folder).as_posix() for path in held.paths]
+    return {file: entry}, [path.relative_to(folder).as_posix() for path in used]
 
 
 # ---- loading
 
 
-class _Held:
-    """What the files of a folder hold: of each tensor its type, shape and parts, and which file has which part."""
-
-    def __init__(self, folder: Path, only: str = ""):
-        self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.files: dict[MetadataIndex, Path] = {}
-        self.paths: list[Path] = []
-        for path in sorted(folder.rglob("*.safetensors")):
-            match = FILE.fullmatch(path.relative_to(folder).as_posix())
-            assert match
-            if only in ("", match[1]):
-                self._take(path, match[1])
-
-    def _take(self, path: Path, name: str) -> None:
-        self.paths.append(path)
-        header = storage.read_header(path)
-        places = json.loads(header.metadata.get("parts", "{}"))
-        for k, tensor in header.tensors.items():
-            offset, shape = places.get(k, [[0] * tensor.dim(), tensor.shape])
-            whole = f"{name}:{k}"
-            if whole not in self.tensors:
-                properties = TensorProperties(dtype=tensor.dtype)
-                self.tensors[whole] = TensorStorageMetadata(properties, torch.Size(shape), [])
-            if tensor.numel():  # an empty part has the offset of a neighbour
-                self.tensors[whole].chunks.append(ChunkStorageMetadata(torch.Size(offset), tensor.shape))
-                self.files[MetadataIndex(whole, offset)] = path
-
-
-class _Files(dcp.StorageReader):
-    """A folder of .safetensors files as a storage of DCP: reads of each file only what a plan asks for."""
-
-    def __init__(self, held: _Held):
-        self.held = held
-
-    def reset(self, checkpoint_id: Any = None) -> None: ...
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(dict(self.held.tensors))
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        with storage.Reader() as reader:
-            for item in plan.items:
-                name = item.storage_index.fqn
-                path = self.held.files[MetadataIndex(name, item.storage_index.offset)]
-                window = reader.read(path, key(name), tuple(item.storage_offsets), tuple(item.lengths))
-                planner.resolve_tensor(item).detach().copy_(window)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-def names(folder: Path) -> list[str]:
-    """The tensors of a folder."""
-    return list(_Held(folder).tensors)
+def layouts(folder: Path, only: str = "") -> dict[str, Layout]:
+    """The tensors of a folder, or of one of its groups, by name."""
+    found: dict[str, Layout] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        match = FILE.fullmatch(path.relative_to(folder).as_posix())
+        assert match
+        if only not in ("", match[1]):
+            continue
+        metadata, tensors = storage.read_header(path)
+        places = json.loads(metadata.get("parts", "{}"))
+        for key, tensor in tensors.items():
+            offset, shape = places.get(key, [[0] * tensor.dim(), tensor.shape])
+            layout = found.setdefault(f"{match[1]}:{key}", Layout(tensor.dtype, tuple(shape), []))
+            if tensor.numel():
+                layout.chunks.append((path, tuple(offset), tuple(tensor.shape)))
+    return found
 
 
 def fill(folder: Path, targets: Mapping[str, Tensor]) -> None:
@@ -223,27 +127,42 @@ def fill(folder: Path, targets: Mapping[str, Tensor]) -> None:
 
     UserError where one is not there or has another shape.
     """
-    held = _Held(folder)
+    held = layouts(folder)
     for name, target in targets.items():
-        if name not in held.tensors:
-            raise UserError(f"{folder} holds no {key(name)} in {group(name)}")
-        if held.tensors[name].size != target.shape:
-            shapes = f"{tuple(held.tensors[name].size)}, not {tuple(target.shape)}"
-            raise UserError(f"{folder}: {key(name)} in {group(name)} has the shape {shapes}")
-    with _quiet():
-        dcp.load(dict(targets), storage_reader=_Files(held), planner=dcp.DefaultLoadPlanner(False, False), no_dist=True)
+        group, _, key = name.partition(":")
+        if name not in held:
+            raise UserError(f"{folder} holds no {key} in {group}")
+        if held[name].shape != target.shape:
+            shapes = f"{held[name].shape}, not {tuple(target.shape)}"
+            raise UserError(f"{folder}: {key} in {group} has the shape {shapes}")
+    with storage.Reader() as reader:
+        for name, target in targets.items():
+            own, offset, _ = shard.placed(target.detach())
+            _read(reader, name.partition(":")[2], held[name], own, offset)
 
 
 def load(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, whole."""
-    held = _Held(folder).tensors
-    whole = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in held.items()}
-    fill(folder, whole)
+    with storage.Reader() as reader:
+        return {name: _whole(reader, name.partition(":")[2], layout) for name, layout in layouts(folder).items()}
+
+
+def _whole(reader: storage.Reader, key: str, layout: Layout) -> Tensor:
+    whole = torch.empty(layout.shape, dtype=layout.dtype)
+    _read(reader, key, layout, whole, (0,) * whole.dim())
     return whole
 
 
-@contextmanager
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is what no_dist means
-        yield
+def _read(reader: storage.Reader, key: str, layout: Layout, target: Tensor, offset: tuple[int, ...]) -> None:
+    """Fill a target that begins at an offset in the whole from the chunks that it overlaps; they must cover it."""
+    missing = target.numel()
+    for path, begin, size in layout.chunks:
+        low = [max(a, b) for a, b in zip(offset, begin)]
+        high = [min(a + n, b + m) for a, n, b, m in zip(offset, target.shape, begin, size)]
+        shape = tuple(b - a for a, b in zip(low, high))
+        if all(n > 0 for n in shape) and target.numel():
+            window = reader.read(path, key, tuple(a - b for a, b in zip(low, begin)), shape)
+            target[tuple(slice(a - b, a - b + n) for a, b, n in zip(low, offset, shape))].copy_(window)
+            missing -= math.prod(shape)
+    if missing > 0:
+        raise UserError(f"the files beside {layout.chunks[0][0] if layout.chunks else key} hold but a part of {key}")

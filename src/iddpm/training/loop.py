@@ -25,9 +25,9 @@ from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import Tell, watch
 from iddpm.sampling import draw as sample
 from iddpm.store import checkpoint
+from iddpm.store.checkpoint import Saves, Store
 from iddpm.store.log import Logger, Meter, duration
 from iddpm.store.remote import place
-from iddpm.training.saves import Saves, Store
 from iddpm.training.state import TrainState, copy_weights, initialise
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
@@ -355,7 +355,7 @@ def _sample_sheet(
     A super-resolution model shows what it makes of the first images of the data. Returns the path, or why there is none.
     """
     path = run / "samples" / f"step_{state.step:08d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     try:
         with _averaged(config, state, device, _watchful(state, "drawing samples", tell, stopping)) as net:
             _draw_sheet(config, net, device, data, path)

@@ -76,8 +76,7 @@ class TrainState:
 
     def to_saved(self) -> checkpoint.Saved:
         """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
-        whole = {name: shard.whole(t).cpu() if shard.is_sharded(t) else t for name, t in self.tensors().items()}
-        return checkpoint.Saved.of(whole, self.numbers())
+        return checkpoint.Saved.of(self.tensors(), self.numbers())
 
     def restore(self, saved: checkpoint.Saved | checkpoint.Held, config: Config) -> None:
         """Become what was saved, by any number of processes. Rates and decays come from the config, not from the checkpoint.

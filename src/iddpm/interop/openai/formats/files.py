@@ -27,6 +27,7 @@ from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
 from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.parallel import processes
 from iddpm.store.checkpoint import Saved, Weights
 from iddpm.store.files import flush, sha256
 
@@ -228,9 +229,17 @@ class Store:
         """The state to go on from; nothing is ever passed over, since the file is named."""
         return (load_run(self.resume, self.config)[0] if self.resume else None), []
 
-    def save(self, config: Config, saved: Saved) -> Path:
-        """Keep a state; returns the model's file."""
-        return save_run(self.folder, config, saved)
+    def begin(self, config: Config, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Path | None:
+        """Keep a state, at once; the first process returns the model's file."""
+        saved = Saved.of(tensors, state)
+        path = save_run(self.folder, config, saved) if processes.rank() == 0 else None
+        processes.barrier()
+        return path
+
+    def settle(self, wait: bool = False) -> None:
+        """Nothing is ever under way."""
+
+    def close(self) -> None: ...
 
 
 def read_model(path: Path, config: Config) -> Weights:

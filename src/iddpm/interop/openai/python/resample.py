@@ -55,13 +55,14 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
-        self.law = LossSecondMoment(diffusion.num_timesteps, history_per_term, uniform_prob)
+        self.law = LossSecondMoment(_Counted(diffusion.num_timesteps), history_per_term, uniform_prob)
 
     def weights(self) -> np.ndarray:
         return self.law.probabilities().numpy() if self._warmed_up() else np.ones([self.diffusion.num_timesteps])
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        self.law.update(torch.as_tensor(ts), torch.as_tensor(losses, dtype=torch.float64))
+        u = (torch.as_tensor(ts).double() + 0.5) / self.law.steps  # the middle of each step's share
+        self.law.update(u, torch.as_tensor(losses, dtype=torch.float64))
 
     def _warmed_up(self) -> bool:
         return self.law.warm()

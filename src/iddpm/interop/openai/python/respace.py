@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from iddpm.diffusion.schedule import Chain, respace
+from iddpm.diffusion.grid import Chain, respace
 from iddpm.interop.openai.python.gaussian_diffusion import GaussianDiffusion, Given, Kwargs, Model, Out
 
 

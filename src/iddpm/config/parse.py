@@ -1,0 +1,86 @@
+"""What flags say in words: numbers, sizes, seeds, ends."""
+
+import math
+from typing import Any
+
+from iddpm.config.choices import choices
+from iddpm.config.groups import Diffusion, Model, Train
+from iddpm.config.run import Config
+from iddpm.errors import UserError
+
+
+def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
+    """The comma-separated numbers of a flag."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--{name} {text!r}: give numbers separated by commas") from None
+
+
+def image_size(model: Model) -> tuple[int, int]:
+    """(height, width) in pixels, each from 8 to 1024."""
+    return _size(model.image_size, "image_size", 8)
+
+
+def small_size(model: Model) -> tuple[int, int]:
+    """(height, width) of what a model of --task enlarge enlarges, each a whole fraction of the image's."""
+    if not model.small_size:
+        raise UserError("--task enlarge enlarges images: from which --small_size?")
+    small, large = _size(model.small_size, "small_size", 1), image_size(model)
+    if any(big % little or big == little for big, little in zip(large, small)):
+        raise UserError(f"--small_size {model.small_size}: {model.image_size} must be a whole multiple of it, twice or more")
+    return small
+
+
+def _size(text: str, name: str, low: int) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() and low <= int(p) <= 1024 for p in parts):
+        raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
+    return int(parts[0]), int(parts[-1])
+
+
+def check_sampling_steps(config: Config) -> None:
+    """Raise UserError where the spec of sampling steps asks for more than there are (the strides of ddimN come later)."""
+    spec, chain = config.sample.sampling_steps, is_chain(config.diffusion)
+    text = spec.removeprefix("ddim")
+    if not (spec == "all" or (text and all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")))):
+        raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
+    if not chain and not spec.isdigit():
+        name = config.diffusion.noise_schedule
+        raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {name} are only counted, as 50")
+    total = 0 if spec == "all" else sum(int(part) for part in text.split(","))
+    if chain and total > config.diffusion.diffusion_steps:
+        steps = config.diffusion.diffusion_steps
+        raise UserError(f"--sampling_steps {spec}: the chain has only {steps} steps (--diffusion_steps)")
+
+
+def is_chain(d: Diffusion) -> bool:
+    """Whether the schedule is a discrete chain: its row has betas."""
+    return "betas" in choices("noise_schedule")[d.noise_schedule].knows
+
+
+def ema_rates(train: Train) -> tuple[float, ...]:
+    """The rates of the averages, in the order given."""
+    return numbers(train.ema_rate, "ema_rate", float)
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds of 0-63 or 7,9,20-29, in the order given."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and (not last.isdigit() or int(last) < int(first))):
+            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29")
+        seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text!r} names a seed twice")
+    return seeds
+
+
+def total_steps(train: Train) -> int:
+    """Optimizer steps of the whole run; UserError where neither --steps nor --images says."""
+    if train.steps and train.images:
+        raise UserError("--steps and --images both say when to stop: give one")
+    if not train.steps and not train.images:
+        raise UserError("say when to stop: --steps N or --images N (or take a --preset)")
+    return train.steps or math.ceil(train.images / train.batch_size)

@@ -1,0 +1,29 @@
+"""What a run is to learn: each task is a row, which the rest of the program asks instead of comparing names."""
+
+from typing import NamedTuple
+
+
+class Task(NamedTuple):
+    """What a task is, does and needs."""
+
+    help: str
+    draws: bool = False  # makes images from noise alone: can be measured against real ones
+    enlarges: bool = False  # is shown a small image, and makes a large one of it
+    classifies: bool = False  # makes no images: tells the class of noisy ones, to guide another model
+    next: str = ""  # what a user does with the trained run, with {run} and {data}
+
+
+TASKS = {
+    "images": Task("a model of images", draws=True, next="iddpm sample {run}"),
+    "enlarge": Task(
+        "a model that enlarges images (super-resolution)",
+        enlarges=True,
+        next="iddpm sample {run} --high_res {data}, or iddpm sample BASE --then {run}",
+    ),
+    "classify": Task(
+        "a classifier of noisy images, to guide a model", classifies=True, next="iddpm sample RUN --classifier {run}"
+    ),
+}
+
+# What --network said of the task before the two were parted: in configs of version 1, and in users' fingers.
+TASK_OF = {"super_res": "enlarge", "classifier": "classify"}

@@ -1,0 +1,154 @@
+"""Grids of levels: what solvers and the bound walk, and the discrete chain x_0 -> x_1 ... -> x_T, which is one."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm.diffusion.schedule import Discrete, Schedule
+
+
+class Step(NamedTuple):
+    """A level, by its first three names, and the next one nearer to the data (`_to`); float64, (B,) or 0-dim.
+
+    q(x_to | x_t, x_0) has the mean coef_x0 x_0 + coef_xt x_t and a log variance between log_min and log_max.
+    """
+
+    time: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    time_to: Tensor
+    alpha_to: Tensor
+    sigma_to: Tensor
+    coef_x0: Tensor
+    coef_xt: Tensor
+    log_min: Tensor  # log of the posterior variance; at the last step, where that is 0, a stand-in
+    log_max: Tensor  # log beta
+    last: Tensor  # 1 at the step whose result is the image, else 0
+
+
+class Grid:
+    """Steps between levels, least noisy first in `table`; `start` is what unit noise is multiplied with at the noisy end."""
+
+    def __init__(self, table: Step, start: float = 1.0):
+        self.table, self.start, self.steps = table, start, len(table.time)
+
+    def __call__(self, u: Tensor) -> Step:
+        """The steps (B,) of u (B,) float64 in [0, 1): the floor of u times their number."""
+        return self.at((u * self.steps).long())
+
+    def at(self, i: Tensor) -> Step:
+        """The steps number i (B,) int64, counted from 0 at the least noisy."""
+        return Step(*(column[i] for column in self.table))
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps, noisiest first, each entry 0-dim."""
+        return (Step(*row) for row in zip(*(column.flip(0).unbind() for column in self.table)))
+
+    def u_of(self, ratio: Tensor) -> Tensor:
+        """The u (B,) of the least noisy step whose sigma/alpha is `ratio` (B,) or more: the middle of its share of [0, 1)."""
+        i = torch.searchsorted(self.table.sigma / self.table.alpha, ratio).clamp(max=self.steps - 1)
+        return (i + 0.5) / self.steps
+
+
+class Chain(Grid):
+    """The Markov chain of a discrete schedule on the steps `kept` of it (all by default), with its float64 tables.
+
+    Steps are counted 0 .. K-1, where K = len(kept), in the direction of more noise. A network trained on the whole schedule
+    sees the step's number there, times 1000/T with `rescale_time` (Nichol & Dhariwal's code, `rescale_timesteps`).
+    """
+
+    def __init__(self, schedule: Discrete, kept: Sequence[int] | None = None, *, rescale_time: bool = True):
+        whole = schedule.betas()
+        self.kept = list(range(schedule.steps)) if kept is None else sorted(set(kept))
+        self.schedule_steps = schedule.steps
+        bar = (1 - whole).cumprod(0)[self.kept]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        self.betas = whole if len(self.kept) == schedule.steps else 1 - bar / before
+        variance = self.betas * (1 - before) / (1 - bar)
+        # at step 0 the posterior variance is 0: the published code takes its neighbour's for it
+        variance = torch.cat([variance[1:2], variance[1:]]) if len(self.kept) > 1 else self.betas
+        time = torch.tensor(self.kept, dtype=torch.float32) * (1000.0 / schedule.steps if rescale_time else 1.0)
+        super().__init__(
+            Step(
+                time=time.double(),
+                alpha=bar.sqrt(),
+                sigma=(1 - bar).sqrt(),
+                time_to=torch.cat([torch.zeros(1), time[:-1]]).double(),
+                alpha_to=before.sqrt(),
+                sigma_to=(1 - before).sqrt(),
+                coef_x0=self.betas * before.sqrt() / (1 - bar),
+                coef_xt=(1 - before) * (1 - self.betas).sqrt() / (1 - bar),
+                log_min=variance.log(),
+                log_max=self.betas.log(),
+                last=_last(len(self.kept)),
+            )
+        )
+
+
+def walk(schedule: Schedule, steps: int) -> Grid:
+    """The grid of so many steps of a continuous schedule, which ends at the image: alpha 1, sigma 0."""
+    level = schedule(schedule.walk(steps))  # type: ignore[attr-defined]
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    time = torch.cat([zero, level.time[:-1]])
+    alpha, sigma = torch.cat([one, level.alpha[:-1]]), torch.cat([zero, level.sigma[:-1]])
+    beta = level.sigma**2 - (level.alpha / alpha * sigma) ** 2
+    variance = beta * sigma**2 / level.sigma**2
+    variance[0] = beta[0]  # a neighbour's, as a chain has it, would be larger than beta here
+    table = Step(
+        *level,
+        time_to=time,
+        alpha_to=alpha,
+        sigma_to=sigma,
+        coef_x0=alpha * beta / level.sigma**2,
+        coef_xt=level.alpha / alpha * sigma**2 / level.sigma**2,
+        log_min=variance.log(),
+        log_max=beta.log(),
+        last=_last(steps),
+    )
+    return Grid(table, start=level.sigma[-1].item())
+
+
+def _last(steps: int) -> Tensor:
+    return (torch.arange(steps) == 0).double()
+
+
+# ---- which steps of a chain are kept
+
+
+def respace(steps: int, spec: str | Sequence[int] = "") -> list[int]:
+    """The steps, out of `steps`, that a sampling spec keeps, ascending.
+
+    "250": that many, evenly; "10,15,20": so many in each equal section; "ddim50": every (steps/50)-th from 0; "": all.
+    Raises ValueError where a section is shorter than its count, or no stride gives the count of a "ddim" spec.
+    """
+    if isinstance(spec, str):
+        if spec.startswith("ddim"):
+            return _strided(steps, _count(spec[len("ddim") :], spec))
+        spec = [_count(part, spec) for part in spec.split(",")] if spec else [steps]
+    kept: list[int] = []
+    for k, count in enumerate(spec):
+        size = steps // len(spec) + (k < steps % len(spec))
+        start = k * (steps // len(spec)) + min(k, steps % len(spec))
+        if count > size:
+            raise ValueError(f"cannot take {count} steps from a section of {size} (of {steps} in all): ask for at most {size}")
+        stride, position = ((size - 1) / (count - 1) if count > 1 else 1), 0.0
+        for _ in range(count):  # summed, not multiplied: the published rounding depends on it
+            kept.append(start + round(position))
+            position += stride
+    return kept
+
+
+def _count(text: str, spec: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"sampling steps {spec!r}: give a count (250), counts per section (10,15,20), or ddimN (ddim50)")
+    return int(text)
+
+
+def _strided(steps: int, count: int) -> list[int]:
+    for stride in range(1, steps + 1):
+        if len(kept := range(0, steps, stride)) == count:
+            return list(kept)
+    near = sorted({len(range(0, steps, s)) for s in range(1, steps + 1)}, key=lambda n: abs(n - count))[:3]
+    raise ValueError(f"ddim{count}: no whole stride takes {count} of {steps} steps; possible near it: {sorted(near)}")
