@@ -14,8 +14,7 @@ from iddpm.diffusion import parametrization
 from iddpm.diffusion.bound import mean_flat, prior_term
 from iddpm.diffusion.denoiser import VARIANCES
 from iddpm.diffusion.grid import Chain, Step
-from iddpm.diffusion.schedule import MAX_BETA, Cosine, Linear
-from iddpm.diffusion.solvers import Ddim
+from iddpm.diffusion.schedule import MAX_BETA, Cosine, Level, Linear
 from iddpm.interop.openai.python.losses import discretized_gaussian_log_likelihood, normal_kl
 
 Model = Callable[..., Tensor]  # (x, t, **model_kwargs)
@@ -110,9 +109,8 @@ class GaussianDiffusion:
         self.chain = Chain(Given(self.betas))
         s = self.chain.table
         self._steps = torch.stack(s).float()  # (columns, T)
-        self._from_eps, self._from_xprev = (
-            torch.stack([c.skip, c.out]).float() for c in (parametrization.eps(s), parametrization.previous(s))
-        )
+        level, previous = parametrization.eps(Level(*s[:3])), parametrization.previous(s)
+        self._from_eps, self._from_xprev = (torch.stack([c.skip, c.out]).float() for c in (level, previous))
 
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
@@ -240,9 +238,10 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        step, noise = self._at(t, x), torch.randn_like(x)
-        sample = Ddim(eta).step(out["pred_xstart"], x, step) + (1 - step.last) * eta * torch.exp(0.5 * step.log_min) * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        x0, step = out["pred_xstart"], self._at(t, x)
+        eps, fresh = self._predict_eps_from_xstart(x, t, x0), (1 - step.last) * eta * torch.exp(0.5 * step.log_min)
+        kept = ((1 - eta**2) * step.sigma_to**2 + (eta * step.coef_xt * step.sigma) ** 2).sqrt()  # of the noise that is there
+        return {"sample": step.alpha_to * x0 + kept * eps + fresh * torch.randn_like(x), "pred_xstart": x0}
 
     def ddim_reverse_sample(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: Denoised = None,

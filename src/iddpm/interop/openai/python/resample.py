@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.law import LossSecondMoment
+from iddpm.diffusion.schedule import Linear
 from iddpm.parallel.processes import gather
 
 
@@ -55,7 +57,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
-        self.law = LossSecondMoment(_Counted(diffusion.num_timesteps), history_per_term, uniform_prob)
+        counted = Chain(Linear(diffusion.num_timesteps))  # any chain of as many steps: the law only counts them
+        self.law = LossSecondMoment(counted, history_per_term, uniform_prob)
 
     def weights(self) -> np.ndarray:
         return self.law.probabilities().numpy() if self._warmed_up() else np.ones([self.diffusion.num_timesteps])
