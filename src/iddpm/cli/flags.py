@@ -5,7 +5,9 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from iddpm.config import fields_of
+from iddpm.config import fields_of, own_numbers
+from iddpm.config.choices import choices
+from iddpm.config.fields import Field
 from iddpm.errors import UserError
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
@@ -17,6 +19,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
         self.booleans: set[str] = set()
+        self.known: set[str] = set()  # names of the flags added
+        self.shown: dict[str, list[str]] = {}  # kinds of choice, and a line on each row
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see iddpm {self.prog.split()[-1]} --help)")
@@ -24,17 +28,33 @@ class Parser(argparse.ArgumentParser):
     def add_fields(self, group: type, title: str = "", inherited: bool = False) -> None:
         """A flag for each field a user may set; what is not given is absent from the result."""
         section = self.add_argument_group(title or (group.__doc__ or "").rstrip("."))
-        for name, (kind, default, meta) in fields_of(group).items():
-            if not meta.get("flag", True):
+        for name, f in fields_of(group).items():
+            if not f.flag:
                 continue
-            shown = "the run's" if inherited else "none" if default == "" else default
-            text = f"{meta['help']} [{shown}]".replace("%", "%%")
-            if kind is bool:
-                self.booleans.add(name)
-                section.add_argument(f"--{name}", type=boolean, metavar="BOOL", default=argparse.SUPPRESS, help=text)
-            else:
-                metavar = "|".join(meta["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT")
-                section.add_argument(f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+            self._add(section, name, f, inherited)
+            for number, (chooser, about, rows) in own_numbers(group).items():
+                if chooser == name and number not in self.known:
+                    self._add(section, number, Field(*about, only=f"{chooser}={'|'.join(rows)}"), inherited)
+            if f.kind and f.kind not in self.shown:
+                self.shown[f.kind] = [f"  {row:20} {choice.help}" for row, choice in choices(f.kind).items()]
+
+    def _add(self, section: Any, name: str, f: Field, inherited: bool) -> None:
+        self.known.add(name)
+        shown = "the run's" if inherited else "none" if f.default == "" else f.default
+        owner = f" ({only.replace('=', ' ', 1)})" if (only := f.only.split(" ")[0]) and "=" in only else ""
+        text = f"{f.help}{owner} [{shown}]".replace("%", "%%")
+        if f.type is bool:
+            self.booleans.add(name)
+            section.add_argument(f"--{name}", type=boolean, metavar="BOOL", default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = ",".join(f.allowed()) if f.many else "|".join(f.allowed())
+            metavar = metavar or {int: "N", float: "X"}.get(f.type, "TEXT")
+            section.add_argument(f"--{name}", type=f.type, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+    def format_help(self) -> str:
+        """The help, with a line on each row of the choices at its end."""
+        parts = [f"--{kind}:\n" + "\n".join(rows) for kind, rows in self.shown.items() if len(rows) > 1]
+        return super().format_help() + ("\n" + "\n\n".join(parts) + "\n" if parts else "")
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments given, by name. Underscores and hyphens are alike; --flag and --no-flag mean True and False."""

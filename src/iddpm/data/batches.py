@@ -97,7 +97,7 @@ def conditions(config: Config, data: Images, indices: np.ndarray, x0: Tensor, st
     m, seed, cond = config.model, config.train.seed, {}
     if m.class_cond and data.labels is not None:
         cond["y"] = torch.from_numpy(data.labels[indices])
-    if m.network == "super_res":
+    if config.task.enlarges:
         cond["low_res"] = shrink(x0, small_size(m))
     if m.low_res_noise:
         levels = m.low_res_noise * rng.uniform(seed, rng.LOW_RES, step, config.train.batch_size).float()

@@ -1,54 +1,58 @@
-"""What the verbs that use trained weights share."""
+"""From the path of a run or of weights to a network that is ready to use."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from iddpm.config import Config, Sample, Which, check, fields_of, make
+import torch
+
+from iddpm import build
+from iddpm.config import Config, Which, check
+from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
-from iddpm.store.remote import place
-
-if TYPE_CHECKING:
-    import torch
-
-    from iddpm.diffusion.denoiser import Network
-    from iddpm.store.checkpoint import Weights
+from iddpm.parallel import processes
+from iddpm.store.checkpoint import Weights, read_weights
+from iddpm.store.files import best
 
 
 class Opened(NamedTuple):
     """Trained weights, ready to use."""
 
-    weights: "Weights"
-    config: Config  # the run's, with the flags given
-    net: "Network"
-    device: "torch.device"
+    weights: Weights
+    config: Config  # the run's, with the changes asked for
+    net: Network
+    device: torch.device
     which: Which
 
+    @property
+    def home(self) -> Path:
+        """The run's folder of a weights file, or the folder of a lone one."""
+        return beside(self.weights.path)
 
-def open_weights(run: str, given: dict[str, Any]) -> Opened:
-    """The weights, the config with the flags given, the network and device a verb works with."""
-    which = make(Which, given)
-    from iddpm import build
-    from iddpm.parallel import processes
-    from iddpm.sampling import draw as sample
-    from iddpm.store import checkpoint
 
-    step = _step(place(run), which)
+def open_weights(source: Path, which: Which, changes: Mapping[str, Any] = {}) -> Opened:
+    """The weights of a run, a checkpoint or a file, with `changes` to how it samples; UserError where they fail."""
     device = processes.own_device(build.device(which.device))
-    weights = checkpoint.read_weights(place(run), step, which.ema_rate if which.ema_rate >= 0 else None)
-    config = weights.config.updated({k: v for k, v in given.items() if k in fields_of(Sample)})
-    if given.get("solver") == "ancestral" and "eta" not in given:
-        config = config.updated({"eta": 0.0})
-    check(config)
-    build.chain(config.diffusion, config.sample.sampling_steps)
-    return Opened(weights, config, sample.restore(weights, device, which.precision), device, which)
+    weights = read_weights(source, _step(source, which), which.ema_rate if which.ema_rate >= 0 else None)
+    config = build.require_fit(check(weights.config.updated(changes)))
+    return Opened(weights, config, restore(weights, device, which.precision), device, which)
+
+
+def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> Network:
+    """The trained network of some weights, ready to predict."""
+    with torch.device("meta"):  # so that the weights are in memory once, not twice
+        net = build.network(weights.config)
+    try:
+        net.load_state_dict(weights.tensors, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{weights.path} does not hold the network its config names: {str(e).splitlines()[1].strip()}") from None
+    return build.in_precision(net.to(device).eval().requires_grad_(False), device, precision)
 
 
 def _step(run: Path, which: Which) -> int | None:
     """The step of the checkpoint asked for; None: the newest."""
     if not which.best:
         return which.checkpoint_step if which.checkpoint_step >= 0 else None
-    from iddpm.store.files import best
-
     if which.checkpoint_step >= 0:
         raise UserError("--best and --checkpoint_step both name a checkpoint: give one")
     if (step := best(run)) is None:

@@ -1,9 +1,15 @@
 """Sheets of images, for people to look at."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from iddpm.config import Config
+from iddpm.parallel import processes
+from iddpm.sampling.job import Job, enlarged, job, trained_classes
+from iddpm.store.remote import replace
 
 
 def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
@@ -57,3 +63,25 @@ def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
 def picture(image: np.ndarray) -> Image.Image:
     """One image (H, W, C) uint8 as Pillow's."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def preview(config: Config, count: int = 64) -> Job:
+    """The job of a run's own grid: fixed seeds, of each class as many as fit in `count`, or `count` images."""
+    known = trained_classes(config)
+    per_class = max(1, count // max(1, known)) * known
+    return job(config, range(min(per_class, 256) if config.model.class_cond else count))
+
+
+def comparison_file(config: Config, path: Path, drawn: np.ndarray, small: np.ndarray, originals: np.ndarray | None) -> None:
+    """A picture, a row for each image: the small one, its bicubic enlargement, the model's, the original where there is one."""
+    columns = {"small": small, "bicubic": enlarged(config, small), "model": drawn}
+    if originals is not None:
+        columns["original"] = originals.transpose(0, 2, 3, 1)
+    save_picture(comparison(columns), path)
+
+
+def save_picture(sheet: Image.Image, path: Path) -> None:
+    """Write a PNG in one step; of several processes, the first does."""
+    if processes.rank():
+        return
+    replace(path, lambda file: sheet.save(file, format="PNG"))

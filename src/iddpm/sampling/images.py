@@ -1,0 +1,15 @@
+"""Images as bytes and as numbers."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_uint8(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] as (B, H, W, C) uint8, rounded to the nearest level."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def as_float(images: np.ndarray) -> Tensor:
+    """Images (B, H, W, C) uint8 as (B, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

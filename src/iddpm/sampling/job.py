@@ -1,0 +1,115 @@
+"""Which images to draw: seeds, classes, and the small images to enlarge."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from iddpm.config import Config, Draw, image_size, seed_list, small_size
+from iddpm.data import Images, read_npz
+from iddpm.data.super_res import bicubic, shrink
+from iddpm.errors import UserError
+from iddpm.sampling.images import as_float, as_uint8
+from iddpm.store.remote import place
+
+
+class Job(NamedTuple):
+    """Which images to draw: one for each seed, of the class beside it (none: -1), enlarged from the small image beside it."""
+
+    seeds: Sequence[int]
+    labels: Sequence[int]
+    low_res: np.ndarray | None = None  # (N, h, w, C) uint8
+
+    def part(self, a: int, b: int | None = None) -> "Job":
+        """Images a .. b - 1 of the job."""
+        return Job(self.seeds[a:b], self.labels[a:b], None if self.low_res is None else self.low_res[a:b])
+
+
+def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
+    """The job of some seeds; seed s takes the (s modulo n)-th of the n labels asked for, by default of all classes.
+
+    `labels` are names or numbers, comma-separated; UserError where the model was not trained on one, or knows no classes.
+    """
+    if not config.model.class_cond:
+        if labels:
+            raise UserError("--labels: this model was trained without classes")
+        return Job(seeds, [-1] * len(seeds))
+    names, known, wanted = config.data.classes, trained_classes(config), []
+    for text in (part.strip() for part in labels.split(",") if part.strip()):
+        if text in names:
+            wanted.append(names.index(text))
+        elif text.isdigit() and int(text) < known:
+            wanted.append(int(text))
+        else:
+            shown = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} (or 0 to {known - 1})"
+            raise UserError(f"--labels {text}: the model knows {shown if names else f'0 to {known - 1}'}")
+    wanted = wanted or list(range(known))
+    return Job(seeds, [wanted[s % len(wanted)] for s in seeds])
+
+
+def trained_classes(config: Config) -> int:
+    """How many classes a model was trained on: as many as are named, of those that it has room for."""
+    return len(config.data.classes) or config.model.num_classes
+
+
+def class_name(config: Config, y: int) -> str:
+    """The name of class y, or its number where it has none."""
+    return config.data.classes[y] if y < len(config.data.classes) else str(y)
+
+
+class Inputs(NamedTuple):
+    """The small images that a super-resolution model is to enlarge, and what they were made from, where that is known."""
+
+    low_res: np.ndarray  # (N, h, w, C) uint8
+    labels: list[int] | None
+    originals: np.ndarray | None  # (N, C, H, W) uint8
+
+
+def inputs(draw: Draw, config: Config) -> Inputs:
+    """The images of --low_res or --high_res, and their labels; UserError where they do not fit the model."""
+    m, known = config.model, trained_classes(config)
+    path, size = (draw.low_res, small_size(m)) if draw.low_res else (draw.high_res, image_size(m))
+    if path.endswith(".npz"):
+        images, labels = read_npz(place(path), size, m.image_channels)
+        if labels is not None and m.class_cond and labels.max() >= known:
+            raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {known - 1}")
+    else:
+        classes, rule = (config.data.classes, config.data.labels) if m.class_cond else (None, "none")
+        data = Images.open(path, size, m.image_channels, labels=rule, classes=classes)
+        if draw.low_res:
+            data.require_size(size)
+        images, labels = data.batch(np.arange(len(data))), data.labels
+    given = None if labels is None else [int(y) for y in labels]
+    return Inputs(shrunk(config, images), given, images) if draw.high_res else Inputs(images.transpose(0, 2, 3, 1), given, None)
+
+
+def asked(draw: Draw, config: Config, classes_of: Config, given: Inputs | None) -> Job:
+    """The job of a command: of the model's classes, or of the classifier's that guides it; with inputs, seed k enlarges input k.
+
+    UserError where seeds and images, or classes, do not fit together.
+    """
+    if given is None:
+        count = len([part for part in draw.labels.split(",") if part.strip()]) or trained_classes(classes_of)
+        count = draw.num_samples or (10 * count if classes_of.model.class_cond else 64)
+        return job(classes_of, seed_list(draw.seeds) if draw.seeds else range(count), draw.labels)
+    n = len(given.low_res)
+    seeds = seed_list(draw.seeds) if draw.seeds else list(range(draw.num_samples or n))
+    if max(seeds) >= n:
+        raise UserError(f"there are {n} images to enlarge, numbered from 0: ask for fewer than {max(seeds) + 1}")
+    task = job(config, seeds, draw.labels)
+    if config.model.class_cond and not draw.labels:
+        if given.labels is None:
+            raise UserError("this model knows classes, and the images to enlarge have none: give --labels")
+        task = task._replace(labels=[given.labels[s] for s in seeds])
+    return task._replace(low_res=given.low_res[seeds])
+
+
+def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:
+    """The small images (N, h, w, C) uint8 that a super-resolution model makes of originals (N, C, H, W) uint8."""
+    return as_uint8(shrink(torch.from_numpy(originals).float() / 127.5 - 1, small_size(config.model))).numpy()
+
+
+def enlarged(config: Config, small: np.ndarray) -> np.ndarray:
+    """The bicubic enlargement (N, H, W, C) uint8 of small images (N, h, w, C) uint8: the baseline."""
+    return as_uint8(bicubic(as_float(small), image_size(config.model))).numpy()
