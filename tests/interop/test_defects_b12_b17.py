@@ -134,7 +134,7 @@ def test_b13_the_classes_of_other_data_are_those_of_the_training(trained, pictur
 
 @red_with(prefix_of_any_name)
 def test_b13_names_without_an_underscore_are_of_the_class_of_their_folder(pictures):
-    config = flags.to_config("unet", CLASSES | dict(data_dir=str(pictures)))
+    config = flags.to_config("images", CLASSES | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
     assert config.data.classes == ("across", "disc", "down")
     assert [images.classes[y] for y in images.labels] == [file.parent.name for file in images.files]
@@ -347,7 +347,7 @@ def test_b16_each_base_sample_is_enlarged_once(upsampler, tmp_path):
 
 @red_with(low_res_as_it_comes)
 def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
-    config = flags.to_config("super_res", SMALL | TRAIN | dict(data_dir=str(pictures)))
+    config = flags.to_config("enlarge", SMALL | TRAIN | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
     levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["low_res"] + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3

@@ -325,7 +325,7 @@ def test_b26_a_published_preset_has_the_published_flags(preset, file):
     words = row["flags"].split()
     parser = Parser(prog="iddpm image_train")
     VERBS["image_train"].parser(parser)
-    published = flags.to_config("unet", parser.read([*words, "--lr", "1e-4", "--batch_size", "128"]))
+    published = flags.to_config("images", parser.read([*words, "--lr", "1e-4", "--batch_size", "128"]))
     ours = Config().updated(PRESETS[preset][1])
     names = "image_size num_channels num_res_blocks dropout learn_sigma diffusion_steps noise_schedule attention_resolutions"
     for name in f"{names} num_heads use_scale_shift_norm lr batch_size rescale_timesteps".split():

@@ -14,7 +14,7 @@ from iddpm.training.loop import train
 from iddpm.training.state import TrainState
 from interop.written import FLAGS, same, write
 
-CONFIG = flags.to_config("unet", FLAGS | {"ema_rate": "0.9,0.99", "batch_size": 8})
+CONFIG = flags.to_config("images", FLAGS | {"ema_rate": "0.9,0.99", "batch_size": 8})
 CPU = torch.device("cpu")
 
 

@@ -50,7 +50,7 @@ def test_a_run_made_of_the_originals_files_draws_what_its_network_draws(tmp_path
     source = write(tmp_path / "files")
     code, out, _ = command("import", source.model, "--run", tmp_path / "run", *typed(**FLAGS))
     assert code == 0
-    config = original.to_config("unet", FLAGS)
+    config = original.to_config("images", FLAGS)
 
     def noise(k: int) -> torch.Tensor:
         return rng.normal(0, rng.SAMPLE, k, range(3), (3, 32, 32))
@@ -204,16 +204,16 @@ def test_trained_classes_are_named_or_counted_or_those_of_a_folder(tmp_path, com
     assert "room for 1000" in command(*line, "--run", tmp_path / "d", "--classes", "1001")[2]
 
 
-@pytest.mark.parametrize(("kind", "program"), [("super_res", "improved"), ("classifier", "guided")])
+@pytest.mark.parametrize(("kind", "program"), [("enlarge", "improved"), ("classify", "guided")])
 def test_upsamplers_and_classifiers_are_imported_too(tmp_path, command, kind, program):
     settings = {
-        "super_res": dict(FLAGS, large_size=32, small_size=8),
-        "classifier": dict(image_size=64, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
+        "enlarge": dict(FLAGS, large_size=32, small_size=8),
+        "classify": dict(image_size=64, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
                            diffusion_steps=20, noise_schedule="cosine"),
     }[kind]  # fmt: skip
-    settings.pop("image_size") if kind == "super_res" else None
-    heads = dict(num_head_channels=64) if kind == "classifier" else {}
-    rates = (0.9,) if kind == "super_res" else ()  # the original's classifier_train keeps no averages
+    settings.pop("image_size") if kind == "enlarge" else None
+    heads = dict(num_head_channels=64) if kind == "classify" else {}
+    rates = (0.9,) if kind == "enlarge" else ()  # the original's classifier_train keeps no averages
     source = write(tmp_path / "files", settings=settings, kind=kind, program=program, rates=rates, updates=2)
     code, out, _ = command("import", source.model, "--run", tmp_path / "run", *typed(**settings, **heads))
     assert (code, "the optimizer after 2 steps" in out) == (0, True)

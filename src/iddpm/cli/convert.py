@@ -68,10 +68,10 @@ def _content(saved: "Saved") -> str:
 
 def _next(config: Config, saved: "Saved", run: Path) -> str:
     use = {
-        "unet": f"iddpm sample {run}, iddpm nll {run} DATA",
-        "super_res": f"iddpm sample {run} --low_res SMALL_IMAGES, or iddpm sample BASE --then {run}",
-        "classifier": f"iddpm sample RUN --classifier {run}",
-    }[config.model.network]
+        "images": f"iddpm sample {run}, iddpm nll {run} DATA",
+        "enlarge": f"iddpm sample {run} --low_res SMALL_IMAGES, or iddpm sample BASE --then {run}",
+        "classify": f"iddpm sample RUN --classifier {run}",
+    }[config.model.task]
     if saved.state.get("weights_only"):
         return f"{use}; to train from these weights, iddpm train DATA --run NEW --init_from {run} --steps N"
     return f"{use}; to train on, iddpm train DATA --run {run} --steps N"

@@ -19,7 +19,10 @@ from iddpm.interop.openai.formats import files, flags
 from iddpm.interop.openai.python import logger
 from iddpm.measure import bound as nll
 from iddpm.parallel import processes
-from iddpm.sampling import draw as sample
+from iddpm.sampling import draw
+from iddpm.sampling.job import Job, trained_classes
+from iddpm.sampling.open import restore
+from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
 from iddpm.training import loop as train
 
@@ -29,15 +32,15 @@ OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of ou
 
 def run(name: str, given: Given) -> None:
     """Do what the command of that name does."""
-    network, program, work = COMMANDS[name]
+    task, program, work = COMMANDS[name]
     with processes.session(build.device(given["device"])):
-        work(_config(network, program, given), given, processes.own_device(build.device(given["device"])))
+        work(_config(task, program, given), given, processes.own_device(build.device(given["device"])))
 
 
-def _config(network: str, program: str, given: Given) -> Config:
+def _config(task: str, program: str, given: Given) -> Config:
     known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}  # it never had an effect
-    config = flags.to_config(network, known, program, processes.world())
-    return check(config.updated({k: given[k] for k in ("seed", "device") if k in given}))
+    config = flags.to_config(task, known, program, processes.world())
+    return build.require_fit(check(config.updated({k: given[k] for k in ("seed", "device") if k in given})))
 
 
 def _path(given: Given, flag: str, what: str) -> Path:
@@ -53,8 +56,8 @@ def _path(given: Given, flag: str, what: str) -> Path:
 class _Log:
     """The rows of a run in the original's columns and files; the terms of a classifier's loss begin with train_."""
 
-    def __init__(self, network: str):
-        self.renamed = ("loss", "acc@") if network == "classifier" else ()
+    def __init__(self, config: Config):
+        self.renamed = ("loss", "acc@") if config.task.classifies else ()
 
     def row(self, **values: Any) -> None:
         for name, value in values.items():
@@ -88,14 +91,15 @@ def _train(config: Config, given: Given, device: torch.device) -> None:
     logger.log(f"logs in {logger.get_dir()}, checkpoints in {folder}")
     if config.train.steps == ENDLESS:
         logger.log("this run goes on until it is stopped; Ctrl-C saves it, --steps N ends it")
-    network = config.model.network
     last = train.train(
         config, images, folder,
-        say=logger.log, store=files.Store(folder, resume, config), log=lambda step: _Log(network), save_start=True,
+        say=logger.log, store=files.Store(folder, resume, config), log=lambda step: _Log(config), save_start=True,
         held_out=open_validation(config), sheets=False,
     )  # fmt: skip
     if last and processes.rank() == 0:
-        print(f"done: {last}\nnext: the {flags.KINDS[network].sampler} command with --model_path, or iddpm import {last}")
+        print(
+            f"done: {last}\nnext: the {flags.KINDS[config.model.task].sampler} command with --model_path, or iddpm import {last}"
+        )
 
 
 # ---- sampling
@@ -104,40 +108,42 @@ def _train(config: Config, given: Given, device: torch.device) -> None:
 def _open(path: Path, config: Config, device: torch.device) -> tuple[Weights, Network]:
     """The weights of a file of the original's, with the classes stored beside them, and the network."""
     weights = files.read_model(path, config)
-    return weights, sample.restore(weights, device, config.train.precision)
+    return weights, restore(weights, device, config.train.precision)
 
 
 def _sample(config: Config, given: Given, device: torch.device) -> None:
     weights, net = _open(_path(given, "model_path", "weights"), config, device)
     config, guide = weights.config, None
     if "classifier_path" in given:
-        judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classifier", "guided", given), device)
-        guide = sample.Guide(judge.config, scores, given["classifier_scale"])
-    build.chain(config.diffusion, config.sample.sampling_steps)
-    job = _enlarging(given, config) if "base_samples" in given else _drawing(given, guide.config if guide else config)
+        judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classify", "guided", given), device)
+        guide = draw.Guide(judge.config, scores, given["classifier_scale"])
+    grid = build.grid(config)
+    job = _enlarging(given, config) if config.task.enlarges else _drawing(given, guide.config if guide else config)
     logger.configure()
     n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
     out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
-    asked = {k: v for k, v in given.items() if k not in ("batch_size", "device")}
-    sample.draw_into(
-        out, config, job, json.loads(json.dumps(asked)),
-        draw=lambda rest, tick: sample.images(config, net, rest, device, size, tick, guide),
-        ticks=lambda n: sample.solver_steps(config, n, size),
-    )  # fmt: skip
+    draw_into(
+        out,
+        config,
+        job,
+        {k: v for k, v in given.items() if k not in ("batch_size", "device")},
+        draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
+        ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
+    )
     if processes.rank() == 0:
         print(f"{n} images: {out}")
 
 
-def _drawing(given: Given, config: Config) -> sample.Job:
+def _drawing(given: Given, config: Config) -> Job:
     """As many images as asked, their classes drawn at random from those trained, as the original draws them."""
     seeds = range(given["seed"] << 32, (given["seed"] << 32) + given["num_samples"])
     if not config.model.class_cond:
-        return sample.Job(seeds, [-1] * len(seeds))
-    drawn = rng.uniform(given["seed"], rng.SAMPLE, 0, len(seeds)) * sample.trained_classes(config)
-    return sample.Job(seeds, drawn.long().tolist())
+        return Job(seeds, [-1] * len(seeds))
+    drawn = rng.uniform(given["seed"], rng.SAMPLE, 0, len(seeds)) * trained_classes(config)
+    return Job(seeds, drawn.long().tolist())
 
 
-def _enlarging(given: Given, config: Config) -> sample.Job:
+def _enlarging(given: Given, config: Config) -> Job:
     """The base samples, each once."""
     path = _path(given, "base_samples", "images")
     images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
@@ -148,11 +154,11 @@ def _enlarging(given: Given, config: Config) -> sample.Job:
     if config.model.class_cond:
         if labels is None:
             raise UserError(f"{path} has no labels (arr_1), and this model was trained with classes")
-        if labels.max() >= (known := sample.trained_classes(config)):
+        if labels.max() >= (known := trained_classes(config)):
             raise UserError(f"{path} has the label {labels.max()}: the model knows 0 to {known - 1}")
         classes = labels[:n].tolist()
     first = given["seed"] << 32
-    return sample.Job(range(first, first + n), classes, images[:n].transpose(0, 2, 3, 1))
+    return Job(range(first, first + n), classes, images[:n].transpose(0, 2, 3, 1))
 
 
 # ---- likelihood
@@ -183,12 +189,12 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
 
 
 Work = Callable[[Config, Given, torch.device], None]
-COMMANDS: dict[str, tuple[str, str, Work]] = {  # the network, the program whose flags these are, and what is done
-    "image_train": ("unet", "improved", _train),
-    "image_sample": ("unet", "improved", _sample),
-    "image_nll": ("unet", "improved", _nll),
-    "super_res_train": ("super_res", "improved", _train),
-    "super_res_sample": ("super_res", "improved", _sample),
-    "classifier_train": ("classifier", "guided", _train),
-    "classifier_sample": ("unet", "guided", _sample),
+COMMANDS: dict[str, tuple[str, str, Work]] = {  # the task, the program whose flags these are, and what is done
+    "image_train": ("images", "improved", _train),
+    "image_sample": ("images", "improved", _sample),
+    "image_nll": ("images", "improved", _nll),
+    "super_res_train": ("enlarge", "improved", _train),
+    "super_res_sample": ("enlarge", "improved", _sample),
+    "classifier_train": ("classify", "guided", _train),
+    "classifier_sample": ("images", "guided", _sample),
 }

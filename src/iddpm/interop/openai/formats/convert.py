@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm.config import Config, check, ema_rates, fields_of, image_size
+from iddpm import build
+from iddpm.config import Config, check, ema_rates, every_field, image_size
 from iddpm.data import Images
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats import files
@@ -66,13 +67,13 @@ def _named_averages(saved: Saved) -> list[tuple[str, Mapping[str, Tensor]]]:
 def _stored(record: Path, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The config that iddpm kept, with flags that do not contradict it."""
     config = files.recorded(record)
-    metas, now = {k: m for _, g in config.groups() for k, (_, _, m) in fields_of(g).items()}, config.flat()
+    fields, now = every_field(), config.flat()
     for name, value in given.items():
-        if name not in now:
+        if name not in fields:
             raise UserError(f"--{name}: {record} holds the config; change it by our names, if at all")
-        if metas[name]["fixed"] and value != now[name]:
-            raise UserError(f"--{name} {value} contradicts {record}, which says {now[name]}")
-    return check(config.updated(dict(given))), [f"config: {record}"]
+        if fields[name].fixed and value != now.get(name):
+            raise UserError(f"--{name} {value} contradicts {record}, which says {now.get(name, 'none')}")
+    return build.require_fit(check(config.updated(given))), [f"config: {record}"]
 
 
 def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:
@@ -93,7 +94,7 @@ def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, 
     """The averages to take along: those asked for, or all, the one whose file was given first."""
     if "ema_rate" in given:
         return list(ema_rates(config.train))
-    if not kin.averages and config.model.network != "classifier" and kin.optimizer:
+    if not kin.averages and not config.task.classifies and kin.optimizer:
         raise UserError(
             f"ema_RATE_{kin.digits}.pt is missing beside {kin.model}: training would go on without averages; "
             f"for the weights by themselves give --alone"
@@ -158,7 +159,7 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str]
 
 def _padded_config(config: Config, rows: int) -> tuple[Config, list[str]]:
     have = config.model.num_classes
-    if not config.model.class_cond or config.model.network == "classifier" or not rows or rows == have:
+    if not config.model.class_cond or config.task.classifies or not rows or rows == have:
         return config, []
     if rows < have:
         raise UserError(f"--label_rows {rows}: the network has {have}")
@@ -172,5 +173,5 @@ def _command(config: Config, file: Path) -> str:
         program, flags = from_config(config)
     except UserError as e:
         return f"iddpm import {file} ({e}: its own code cannot use these files)"
-    kind, defaults = KINDS[config.model.network], NETWORKS[program][config.model.network]
+    kind, defaults = KINDS[config.model.task], NETWORKS[program][config.model.task]
     return f"in {program}-diffusion, python scripts/{kind.sampler}.py --{kind.weights} {file} {line(flags, defaults)}"

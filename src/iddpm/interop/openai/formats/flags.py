@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from iddpm.config import ENDLESS, Config, Diffusion, Model, fields_of, image_size, numbers, small_size
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 
 NUM_CLASSES = 1000  # rows of label_emb, however many classes are trained
@@ -43,10 +44,10 @@ def _super_res(image: Mapping[str, Any], *without: str) -> dict[str, Any]:
 SUPER_RES = _super_res(IMAGE, "sigma_small")
 GUIDED_SUPER_RES = _super_res(GUIDED_IMAGE, "channel_mult", "use_new_attention_order")
 
-# What makes a network of a kind, and its process, in each program.
+# What makes the network of a task, and its process, in each program.
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
-    "improved": {"unet": IMAGE, "super_res": SUPER_RES},
-    "guided": {"unet": GUIDED_IMAGE, "super_res": GUIDED_SUPER_RES, "classifier": CLASSIFIER | DIFFUSION},
+    "improved": {"images": IMAGE, "enlarge": SUPER_RES},
+    "guided": {"images": GUIDED_IMAGE, "enlarge": GUIDED_SUPER_RES, "classify": CLASSIFIER | DIFFUSION},
 }
 
 TRAIN: dict[str, Any] = dict(
@@ -62,11 +63,11 @@ CLASSIFIER_TRAIN: dict[str, Any] = dict(
 
 COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     program: {
-        "image_train": TRAIN | nets["unet"],
-        "image_sample": SAMPLE | nets["unet"],
-        "image_nll": NLL | nets["unet"],
-        "super_res_train": TRAIN | nets["super_res"],
-        "super_res_sample": SAMPLE | {"base_samples": ""} | nets["super_res"],
+        "image_train": TRAIN | nets["images"],
+        "image_sample": SAMPLE | nets["images"],
+        "image_nll": NLL | nets["images"],
+        "super_res_train": TRAIN | nets["enlarge"],
+        "super_res_sample": SAMPLE | {"base_samples": ""} | nets["enlarge"],
     }
     for program, nets in NETWORKS.items()
 }
@@ -77,7 +78,7 @@ COMMANDS["guided"] |= {
 
 
 class Kind(NamedTuple):
-    """What the original calls one of our networks."""
+    """What the original has for one of our tasks."""
 
     words: str
     size: str  # the flag of the image's size
@@ -86,9 +87,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "unet": Kind("a model of images", "image_size", "image_sample", "model_path"),
-    "super_res": Kind("a super-resolution model", "large_size", "super_res_sample", "model_path"),
-    "classifier": Kind("a classifier", "image_size", "classifier_sample", "classifier_path"),
+    "images": Kind("a model of images", "image_size", "image_sample", "model_path"),
+    "enlarge": Kind("a super-resolution model", "large_size", "super_res_sample", "model_path"),
+    "classify": Kind("a classifier", "image_size", "classifier_sample", "classifier_path"),
 }
 
 # ---- what they mean
@@ -113,7 +114,7 @@ MEANINGS: dict[str, Callable[[Any], Fields]] = {  # of flags whose values are ot
     "use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
     "classifier_use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
     "timestep_respacing": lambda v: {"sampling_steps": v or "all"},
-    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral", "eta": 0.0},
+    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral"},
     "lr_anneal_steps": lambda v: {"lr_anneal_steps": v, "steps": v or ENDLESS},
     "anneal_lr": lambda v: {"lr_anneal_steps": -1 if v else 0},
 }
@@ -129,19 +130,19 @@ OF_CLASSIFIERS: Fields = dict(  # they see the step's own number, learn from mir
 WIDTHS_512 = "1,1,2,2,4,4"  # guided-diffusion builds its upsampler to 512 pixels as wide as that to 256
 
 
-def to_config(network: str, given: Mapping[str, Any], program: str = "improved", processes: int = 1) -> Config:
+def to_config(task: str, given: Mapping[str, Any], program: str = "improved", processes: int = 1) -> Config:
     """The config that the original's flags name; those that make the network and are not given have the program's defaults.
 
-    `network` is unet, super_res or classifier. Flags that mean nothing for it are passed over, as the original's own recipes
+    `task` is one of ours. Flags that mean nothing for it are passed over, as the original's own recipes
     need. `batch_size` is that of each of the `processes`.
     """
-    judge = network == "classifier"
+    judge = TASKS[task].classifies
 
     def meant(name: str) -> bool:  # classifier_sample has flags of two networks: the classifier, and the model that it guides
         return name in CLASSIFIER | DIFFUSION or name not in GUIDED_IMAGE if judge else not name.startswith("classifier_")
 
-    flags = {k: v for k, v in (NETWORKS[program][network] | dict(given)).items() if meant(k)}
-    flat: Fields = {"network": network, **ALWAYS}
+    flags = {k: v for k, v in (NETWORKS[program][task] | dict(given)).items() if meant(k)}
+    flat: Fields = {"task": task, **ALWAYS}
     for name, value in flags.items():
         if name in MEANINGS:
             flat |= MEANINGS[name](value)
@@ -150,7 +151,7 @@ def to_config(network: str, given: Mapping[str, Any], program: str = "improved",
     if "batch_size" in flags:
         flat["batch_size"] = flags["batch_size"] * processes
     flat |= OF_CLASSIFIERS if judge else {"objective": objective(flags)}
-    if network != "super_res":
+    if not TASKS[task].enlarges:
         flat.pop("small_size", None)
     elif not flat.get("channel_mult") and flat["image_size"] == "512":
         flat["channel_mult"] = WIDTHS_512
@@ -168,9 +169,10 @@ def objective(flags: Mapping[str, Any]) -> str:
 
 # ---- and back
 
+SCHEDULES = ("linear", "cosine")
 SUPPORTED: dict[str, dict[str, tuple[int, ...]]] = {  # sizes without --channel_mult
-    "improved": {"unet": (32, 64, 256), "super_res": (64, 256)},
-    "guided": {"unet": (64, 128, 256, 512), "super_res": (64, 256, 512), "classifier": (64, 128, 256, 512)},
+    "improved": {"images": (32, 64, 256), "enlarge": (64, 256)},
+    "guided": {"images": (64, 128, 256, 512), "enlarge": (64, 256, 512), "classify": (64, 128, 256, 512)},
 }
 
 
@@ -179,12 +181,12 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
 
     UserError, with the first setting that has no counterpart, where neither program can make this network.
     """
-    kind, faults = config.model.network, []
+    task, faults = config.model.task, []
     for program, networks in NETWORKS.items():
-        if kind not in networks:
+        if task not in networks:
             continue
-        flags = _candidate(config, networks[kind])
-        fault = _unsupported(program, kind, flags) or _difference(to_config(kind, flags, program), config)
+        flags = _candidate(config, networks[task])
+        fault = _unsupported(program, task, flags) or _difference(to_config(task, flags, program), config)
         if fault is None:
             return program, flags
         faults.append(fault)
@@ -198,23 +200,25 @@ def _candidate(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
         image_size=side, large_size=side, use_fp16=half, classifier_use_fp16=half, use_kl=d.objective == "vlb",
         predict_xstart=d.parametrization == "x0", timestep_respacing=flat["sampling_steps"].replace("all", ""),
     )  # fmt: skip
-    if config.model.network == "super_res":
+    if config.task.enlarges:
         own["small_size"] = max(small_size(config.model))
     if _plain(config.model, "channel_mult") == _plain(dataclasses.replace(config.model, channel_mult=""), "channel_mult"):
         own["channel_mult"] = ""
     scaled = {"hybrid": True, "hybrid_unscaled": False}  # elsewhere it has no effect
-    own["rescale_learned_sigmas"] = scaled.get(_loss(d), defaults["rescale_learned_sigmas"])
+    own["rescale_learned_sigmas"] = scaled.get(d.objective_name, defaults["rescale_learned_sigmas"])
     return {name: own[name] for name in defaults}
 
 
-def _unsupported(program: str, kind: str, flags: Mapping[str, Any]) -> str | None:
+def _unsupported(program: str, task: str, flags: Mapping[str, Any]) -> str | None:
     """The first of the flags that would stop the program."""
-    mult, sizes = numbers(flags.get("channel_mult", ""), "channel_mult", float), SUPPORTED[program][kind]
-    if not mult and (size := flags[KINDS[kind].size]) not in sizes:
+    mult, sizes = numbers(flags.get("channel_mult", ""), "channel_mult", float), SUPPORTED[program][task]
+    if not mult and (size := flags[KINDS[task].size]) not in sizes:
         return f"--image_size {size} ({program}-diffusion knows {', '.join(map(str, sizes))})"
     if any(m % 1 for m in mult):
         return f"--channel_mult {flags['channel_mult']} (it takes whole numbers)"
-    attention = flags["classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"]
+    if flags["noise_schedule"] not in SCHEDULES:
+        return f"--noise_schedule {flags['noise_schedule']}"
+    attention = flags.get("classifier_attention_resolutions", flags.get("attention_resolutions"))
     return None if attention else "--attention_resolutions none"
 
 
@@ -231,7 +235,7 @@ def _plain(group: Model | Diffusion, name: str) -> Any:
     """The value of a field, spelled in one way."""
     if isinstance(group, Diffusion):
         same = name == "rescale_timesteps" and group.diffusion_steps == 1000  # the network sees the same times
-        return _loss(group) if name == "objective" else True if same else getattr(group, name)
+        return group.objective_name if name == "objective" else True if same else getattr(group, name)
     if name == "channel_mult":
         from iddpm.nn import channel_mult_for
 
@@ -242,10 +246,6 @@ def _plain(group: Model | Diffusion, name: str) -> Any:
     if name == "attention_resolutions":
         return sorted(numbers(group.attention_resolutions, name))
     return getattr(group, name)
-
-
-def _loss(d: Diffusion) -> str:
-    return ("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective
 
 
 def line(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

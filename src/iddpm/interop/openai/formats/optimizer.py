@@ -32,7 +32,7 @@ def layout_of(config: Config) -> str:
     if config.train.precision != "fp16":
         return "each"
     m = config.model
-    guided = m.network == "classifier" or m.resblock_updown or m.new_attention_order or m.num_head_channels > 0
+    guided = config.task.classifies or m.resblock_updown or m.new_attention_order or m.num_head_channels > 0
     return "guided" if guided else "flat"
 
 

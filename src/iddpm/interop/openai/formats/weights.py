@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, Model, check, image_size, numbers
+from iddpm.config import Config, Model, check, image_size, numbers, settings_of
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, PREFIXED, TWINS, line, to_config
 from iddpm.interop.openai.formats.published import PUBLISHED, Published
@@ -117,14 +118,14 @@ def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
     last, rows = shapes.get("out.2.weight", (first,))[0], shapes.get("label_emb.weight", (0,))[0]
     usual = [c for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)]
     channels = usual[0] if usual else min(first, last)
-    network = "super_res" if usual and first == 2 * channels else "unet"
+    task = "enlarge" if usual and first == 2 * channels else "images"
     ends = dict(image_channels=channels, learn_sigma=last == 2 * channels, class_cond=rows > 0, num_classes=rows)
-    return dict(network=network, **ends)
+    return dict(task=task, **ends)
 
 
 def _judge(shapes: Shapes, first: int, levels: int) -> dict[str, Any]:
     """What a classifier's last layers tell: its pool, its classes, and with attention the image's size."""
-    fields: dict[str, Any] = dict(network="classifier", image_channels=first, class_cond=True)
+    fields: dict[str, Any] = dict(task="classify", image_channels=first, class_cond=True)
     if (place := shapes.get("out.2.positional_embedding")) is not None:
         side = round((place[1] - 1) ** 0.5) * 2 ** (levels - 1)
         return fields | dict(classifier_pool="attention", image_size=str(side), num_classes=shapes["out.2.c_proj.bias"][0])
@@ -168,9 +169,9 @@ def _text(shape: tuple[int, ...]) -> str:
 
 def cures(told: Told, config: Config) -> list[str]:
     """The flags that a config would need to have the network that was told; none where it has it."""
-    m, network = config.model, told.fields["network"]
-    if network != m.network:
-        return [f"--network {network}, for it is {KINDS[network].words}, not {KINDS[m.network].words}"]
+    m, task = config.model, told.fields["task"]
+    if task != m.task:
+        return [f"--task {task}, for it is {KINDS[task].words}, not {KINDS[m.task].words}"]
     side = min(image_size(m))
     has, is_ = config.flat(), told.at(side)
     has["channel_mult"] = numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(side)
@@ -179,10 +180,10 @@ def cures(told: Told, config: Config) -> list[str]:
     different = [name for name in SHOWN if name in is_ and is_[name] != has[name]]
     found = []
     for name in different:
-        shown = PREFIXED.get(name, name) if network == "classifier" else name
+        shown = PREFIXED.get(name, name) if config.task.classifies else name
         if name == "channel_mult":
             mult = f"--channel_mult {','.join(f'{x:g}' for x in told.mult)}"
-            usual = [f"--{KINDS[network].size} {s}" for s in told.usual_sizes()]
+            usual = [f"--{KINDS[task].size} {s}" for s in told.usual_sizes()]
             found.append(f"{' or '.join(usual)} (or {mult})" if usual else mult)
         elif name != "attention_resolutions":
             found.append(f"--{shown} {is_[name]}")
@@ -223,27 +224,28 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
     nothing to go by for the image size, the chain's length or its schedule.
     """
     told = tell(shapes, source)
-    network = told.fields["network"]
+    task = told.fields["task"]
     if twice := [(k, v) for k, v in TWINS.items() if k in given and v in given]:
         raise UserError(f"--{twice[0][0]} and --{twice[0][1]} say the same in two ways: give one")
     if published:
         row = row_of(published)
         program, assumed = row.program, {}
-        config = to_config(row.network, row.flags | dict(given), program)
+        config = to_config(row.task, row.flags | dict(given), program)
     else:
         program, side = _program(told, given), _side(told, given)
         missing = _missing(shapes, told, given, side)
         if side is None or missing:
             raise UserError(_question(told, program, missing, source))
         fields = told.at(side)
-        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if network == "classifier" else fields
-        config = to_config(network, named | dict(given), program)
+        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if TASKS[task].classifies else fields
+        config = to_config(task, named | dict(given), program)
         config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
         assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
-    void = ("learn_sigma",) if network == "classifier" else ()  # a classifier's recipes pass it, to no effect
-    config = config.updated({k: v for k, v in given.items() if k in config.flat() and k not in void})
+    void = ("learn_sigma",) if TASKS[task].classifies else ()  # a classifier's recipes pass it, to no effect
+    ours = settings_of(*(group for _, group in config.groups()))
+    config = config.updated({k: v for k, v in given.items() if k in ours and k not in void})
     check_fit(shapes, config, source)
-    return Settled(check(config), program, assumed, [] if published else alike(told))
+    return Settled(build.require_fit(check(config)), program, assumed, [] if published else alike(told))
 
 
 def row_of(published: str) -> Published:
@@ -261,7 +263,7 @@ def alike(told: Told) -> list[str]:
 
 
 def _program(told: Told, given: Mapping[str, Any]) -> str:
-    guided = told.fields["network"] == "classifier" or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
+    guided = TASKS[told.fields["task"]].classifies or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
     return "guided" if guided or any(given.get(k) not in (None, False, -1, "") for k in SIGNS) else "improved"
 
 
@@ -271,15 +273,15 @@ def _side(told: Told, given: Mapping[str, Any]) -> int | None:
 
 
 def _missing(shapes: Shapes, told: Told, given: Mapping[str, Any], side: int | None) -> list[str]:
-    network = told.fields["network"]
-    wanted = ["small_size"] * (network == "super_res") + ["diffusion_steps", "noise_schedule"]
+    task = told.fields["task"]
+    wanted = ["small_size"] * TASKS[task].enlarges + ["diffusion_steps", "noise_schedule"]
     wanted += ["low_res_noise"] * ("level_embed.0.weight" in shapes)
-    return [KINDS[network].size] * (side is None) + [name for name in wanted if name not in given]
+    return [KINDS[task].size] * (side is None) + [name for name in wanted if name not in given]
 
 
 def _question(told: Told, program: str, missing: list[str], source: str) -> str:
     """What to ask for, with all that helps to answer."""
-    kind, sizes, names_alike = KINDS[told.fields["network"]], told.usual_sizes(), alike(told)
+    kind, sizes, names_alike = KINDS[told.fields["task"]], told.usual_sizes(), alike(told)
     seen = ", ".join(f"{k} {told.fields[k]}" for k in SHOWN if told.fields.get(k))
     names = [f"--{name}" for name in missing]
     if missing[0] == kind.size and sizes:
@@ -292,7 +294,7 @@ def _question(told: Told, program: str, missing: list[str], source: str) -> str:
 
 def _assumed(told: Told, config: Config | None, program: str) -> dict[str, Any]:
     """What shapes cannot tell, of the network and the process, and its default; with a config, only what matters there."""
-    if told.fields["network"] == "classifier":
+    if TASKS[told.fields["task"]].classifies:
         return {}
     matters = dict(
         num_heads=config is None or config.model.num_head_channels <= 0,
@@ -302,5 +304,5 @@ def _assumed(told: Told, config: Config | None, program: str) -> dict[str, Any]:
         rescale_timesteps=config is None or config.diffusion.diffusion_steps != 1000,  # there the network sees the same times
         sigma_small=not told.fields["learn_sigma"],
     )
-    defaults = NETWORKS[program][told.fields["network"]]
+    defaults = NETWORKS[program][told.fields["task"]]
     return {name: defaults[name] for name, does in matters.items() if does and name in defaults}
