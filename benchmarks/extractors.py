@@ -89,7 +89,7 @@ def pairs(folder: Path, device: torch.device) -> dict[str, Callable[[], tuple[Ca
         path = folder / f"{name}.pth"
         if weights:
             torch.save(weights, path)
-        network = extractors.open(name, str(path) if weights else "", device).network
+        network = extractors.open(name, {f"{name}_weights": str(path)} if weights else {}, device).network
         return lambda images: network(images)["pool"]
 
     return {

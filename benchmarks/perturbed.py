@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
+from iddpm.config.choices import make
 from iddpm.data import Order
 from iddpm.measure import extractors
-from iddpm.measure.compare import Comparison, compare, possible
+from iddpm.measure.compare import possible
 from iddpm.measure.features import extract
 from iddpm.measure.image_sets import ImageSet, open_images
-from iddpm.measure.sides import Side
+from iddpm.measure.metrics.interface import Comparison
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--extractor", default="lite0-128")
     parser.add_argument("--weights", default="")
     args = parser.parse_args()
-    extractor = extractors.open(args.extractor, args.weights, torch.device("cpu"))
+    extractor = extractors.open(args.extractor, {f"{args.extractor.partition('-')[0]}_weights": args.weights})
     images = open_images(args.data)
     assert images.labels is not None, "the images need classes, half of which are dropped"
     order = Order(images.n, 0).indices(0, images.n)
@@ -79,14 +79,14 @@ def main() -> None:
         "copies of a tenth": (same, np.tile(first[: args.n // 10], 10)),
     }
     with tempfile.TemporaryDirectory() as folder:
-        reference = Side.of(extract(images._replace(home=Path(folder)), first, extractor))
+        reference = extract(images._replace(home=Path(folder)), first, extractor).side
+        metrics = {name: make("metrics", name) for name in ("fd", "sfd", "is", "kd", "memorisation", "prdc")}
         rows = {}
         for name, (damage, chosen) in sets.items():
             features = extract(damaged(images, damage, name, Path(folder)), chosen, extractor)
-            both = Comparison(Side.of(features), reference, extractor, 5)
-            names = possible(both, ["fd", "sfd", "is", "kd", "prdc", "memorisation"], False, lambda line: None)
-            found = compare(both, names, None)  # without a floor: that is the first row
-            rows[name] = {r.finding.name: r.finding.estimate for r in found}
+            both = Comparison(features.side, reference, extractor)
+            found = [f for metric in possible(both, metrics, False) for f in metric(both)]
+            rows[name] = {f.name: f.estimate for f in found}
         columns = list(rows["other real images"])
         print(f"| {args.n} against {args.n} images | " + " | ".join(columns) + " |")
         print("|---" * (len(columns) + 1) + "|")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from conftest import flags, start
 from iddpm.cli.main import main
-from iddpm.measure import extractors, features, figures
+from iddpm.config.choices import ADDED
+from iddpm.measure import features, figures
 from iddpm.measure.extractors import Extractor
 from iddpm.measure.figures import Figure
 from iddpm.measure.image_sets import ImageSet
@@ -25,7 +26,7 @@ WIDTH = 12
 PROJECTION = torch.from_numpy(np.random.default_rng(5).standard_normal((3 * 4 * 4, WIDTH)))
 
 
-def pixels(weights: str, device: torch.device) -> Extractor:
+def pixels(device: torch.device) -> Extractor:
     """Random projections of the image shrunk to 4x4."""
 
     def network(images):
@@ -37,7 +38,7 @@ def pixels(weights: str, device: torch.device) -> Extractor:
 
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch):
-    monkeypatch.setitem(extractors.EXTRACTORS, "pixels", pixels)
+    monkeypatch.setitem(ADDED, ("extractor", "pixels"), pixels)
 
 
 def evaluate(samples, reference, **settings) -> int:
@@ -70,8 +71,8 @@ def test_every_metric_is_computed_and_carries_what_decides_it(sets, tmp_path, ca
     assert evaluate(sets["samples"], sets["real"], out=out, seed=3) == 0
     rows = json.loads(out.read_text())["figures"]
     assert [row["name"] for row in rows] == [
-        "FD-pixels", "IS-pixels", "IS-pixels of all at once", "KD-pixels", "precision", "recall", "density", "coverage",
-        "label consistency", "near copies (1 % expected)", "nearest distance ratio",
+        "FD-pixels", "IS-pixels", "IS-pixels of all at once", "KD-pixels", "near copies (1 % expected)", "nearest distance ratio",
+        "precision", "recall", "density", "coverage", "label consistency",
     ]  # fmt: skip
     for row in rows:
         against = None if row["name"].startswith("IS") else 100
@@ -96,7 +97,7 @@ def test_the_figures_are_those_of_the_arithmetic_on_all_features_at_once(sets, t
 
     def rows(path):
         with np.load(path) as file:
-            return pixels("", torch.device("cpu")).network(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2))["pool"]
+            return pixels(torch.device("cpu")).network(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2))["pool"]
 
     ours, theirs = rows(sets["samples"]), rows(sets["real"])
     identity = torch.nn.Identity()
@@ -130,13 +131,13 @@ def test_each_sample_is_named_with_its_nearest_real_image(sets, tmp_path):
 def test_a_second_evaluation_reads_what_the_first_one_computed(sets, tmp_path, monkeypatch):
     assert evaluate(sets["samples"], sets["real"], out=tmp_path / "a.json") == 0
 
-    def never(weights, device):
+    def never(device):
         def network(images):
             raise AssertionError("the features are there")
 
-        return pixels(weights, device)._replace(network=network)
+        return pixels(device)._replace(network=network)
 
-    monkeypatch.setitem(extractors.EXTRACTORS, "pixels", never)
+    monkeypatch.setitem(ADDED, ("extractor", "pixels"), never)
     assert evaluate(sets["samples"], sets["real"], out=tmp_path / "b.json") == 0
     assert values(tmp_path / "a.json") == values(tmp_path / "b.json")
 
@@ -165,8 +166,8 @@ def test_an_extraction_that_is_cut_goes_on_where_it_was(tmp_path, monkeypatch, c
     monkeypatch.setattr(features, "SAVE_EVERY", 0.0)
     calls = []
 
-    def cut(weights, device):
-        whole = pixels(weights, device)
+    def cut(device):
+        whole = pixels(device)
 
         def network(images):
             calls.append(len(images))
@@ -176,9 +177,9 @@ def test_an_extraction_that_is_cut_goes_on_where_it_was(tmp_path, monkeypatch, c
 
         return whole._replace(network=network)
 
-    monkeypatch.setitem(extractors.EXTRACTORS, "pixels", cut)
+    monkeypatch.setitem(ADDED, ("extractor", "pixels"), cut)
     assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 2
-    monkeypatch.setitem(extractors.EXTRACTORS, "pixels", pixels)
+    monkeypatch.setitem(ADDED, ("extractor", "pixels"), pixels)
     capsys.readouterr()
     assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 0
     told = capsys.readouterr()
@@ -200,7 +201,7 @@ def test_memory_does_not_grow_with_the_images_where_only_frechet_distances_are_a
 
     def peak(n: int) -> int:
         tracemalloc.start()
-        held = features.extract(synthetic(n), np.arange(n), pixels("", torch.device("cpu")), block=500)
+        held = features.extract(synthetic(n), np.arange(n), pixels(torch.device("cpu")), block=500)
         held.gaussian("pool")
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -247,7 +248,7 @@ REAL = dict(num_samples=20, batch_size=4, sampling_steps=3, metrics="fd,is,kd,pr
 
 def real_extractor() -> Extractor:
     """Of which only the widths matter."""
-    return pixels("", torch.device("cpu"))._replace(widths={"pool": 1280})
+    return pixels(torch.device("cpu"))._replace(widths={"pool": 1280})
 
 
 def real_command(run, pictures, out) -> list[str]:
@@ -463,8 +464,8 @@ def line(capsys) -> str:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(extractor="pixel"), "there is no extractor 'pixel': did you mean pixels?"),
-        (dict(metrics="fid"), "--metrics fid is not one of: fd, sfd, is"),
+        (dict(extractor="pixel"), "--extractor 'pixel' is not one of: .*, pixels"),
+        (dict(metrics="fid"), "--metrics 'fid' is not one of: fd, sfd, is"),
         (dict(metrics="sfd"), "--metrics sfd: pixels has no spatial features"),
         (dict(solver="ddim"), "--solver has no effect: .* holds images that are drawn already"),
         (dict(draws=2), "--draws has no effect"),
@@ -495,15 +496,15 @@ def test_a_single_image_is_refused(sets, tmp_path, capsys):
 def test_features_that_are_not_finite_are_one_line_and_leave_nothing_wrong(sets, tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "s.npz", images(40, 1))
 
-    def broken(weights, device):
+    def broken(device):
         def network(images):
-            found = pixels(weights, device).network(images)
+            found = pixels(device).network(images)
             found["pool"][5] = torch.nan
             return found
 
-        return pixels(weights, device)._replace(network=network)
+        return pixels(device)._replace(network=network)
 
-    monkeypatch.setitem(extractors.EXTRACTORS, "pixels", broken)
+    monkeypatch.setitem(ADDED, ("extractor", "pixels"), broken)
     assert evaluate(tmp_path / "s.npz", sets["real"]) == 2
     assert "are not finite" in line(capsys)
 

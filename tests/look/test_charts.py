@@ -6,15 +6,30 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from iddpm.look.charts import Curve, Points, against_steps, bound
+from iddpm.look import bounds
+from iddpm.measure.bound import Bound
 
 SVG = "{http://www.w3.org/2000/svg}"
 POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
+def measured(kept, total, error, vb=None, prior=0.0, vb_error=0.0):
+    """A bound of two images, whose mean and standard error are given; of one where there is no error."""
+    each = np.array([total]) if np.isnan(error) else np.array([total - error, total + error])
+    vb = np.zeros(len(kept)) if vb is None else np.asarray(vb, dtype=float)
+    blank = np.zeros(len(each))
+    return Bound(
+        np.arange(len(each)), each, blank + prior, blank, np.asarray(kept), max(kept) + 1, 0,
+        {"vb": vb}, {"vb": vb * vb_error}, 0.0,
+    )  # fmt: skip
+
+
 def curve(t, vb, name="a", prior=0.01, error=0.0):
-    vb = np.asarray(vb, dtype=float)
-    return Curve(name, np.asarray(t), vb, vb * error, prior, vb.sum() + prior, 0.01)
+    return name, measured(t, float(np.sum(vb)) + prior, 0.01, vb, prior, error)
+
+
+def bound(curves, title, note=""):
+    return bounds.terms_and_sums(*zip(*curves), title, note)
 
 
 def texts(root):
@@ -93,7 +108,11 @@ def test_it_says_what_it_shows():
 
 
 def points(steps, total, error=0.1, name="a"):
-    return Points(name, np.asarray(steps), np.asarray(total, dtype=float), np.full(len(steps), error))
+    return name, [measured(range(n), t, error) for n, t in zip(steps, total)]
+
+
+def against_steps(curves, title, note=""):
+    return bounds.against_steps(*zip(*curves), title, note)
 
 
 def bars(root):

@@ -15,7 +15,7 @@ from iddpm.config import Config
 from iddpm.data import Order
 from iddpm.errors import UserError
 from iddpm.measure import bound as nll
-from iddpm.measure.bound import Progress, measure, summary, write_original_tables, write_tables
+from iddpm.measure.bound import Progress, bits_per_dim, summary, write_original_tables, write_tables
 from iddpm.sampling import draw as sample
 from iddpm.store import checkpoint
 
@@ -77,7 +77,7 @@ def test_the_bound_is_the_published_one_in_uneven_batches(monkeypatch, key):
             sampling_steps=e["respacing"] or "all", clip_denoised=e["clip_denoised"],
         )
     )  # fmt: skip
-    bound = measure(config, Stub(6 if learned else 3), Golden(), CPU, chosen=np.arange(4), batch_size=3, say=quiet)
+    bound = bits_per_dim(config, Stub(6 if learned else 3), Golden(), CPU, chosen=np.arange(4), batch_size=3, say=quiet)
     np.testing.assert_allclose(bound.total, golden["total_bpd"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(bound.prior, golden["prior_bpd"], rtol=1e-4)
     np.testing.assert_allclose(bound.decoder, golden["vb"][:, -1], rtol=1e-4)
@@ -127,7 +127,7 @@ def second_computation(config, net, x0, y, place, seed, kept):
 def test_the_bound_of_a_trained_model_is_a_second_computations(trained, config, data, spec, kept):
     weights = checkpoint.read_weights(trained)
     config = weights.config.updated(dict(sampling_steps=spec))
-    bound = measure(config, sample.restore(weights, CPU), data, CPU, num_samples=5, batch_size=2, seed=3, say=quiet)
+    bound = bits_per_dim(config, sample.restore(weights, CPU), data, CPU, num_samples=5, batch_size=2, seed=3, say=quiet)
     net = build.network(config).eval()
     net.load_state_dict(weights.tensors)
     rows = []
@@ -152,7 +152,7 @@ def test_the_bound_of_a_trained_model_is_a_second_computations(trained, config, 
 def test_every_image_counts_once_and_equally_and_the_last_partial_batch_too(config, data, net):
     """The original wrapped round, left out the tail, and averaged the means of batches (FIELD B17)."""
     config = config.updated(dict(sampling_steps="3"))
-    bounds = [measure(config, net, data, CPU, batch_size=n, say=quiet) for n in (22, 5)]
+    bounds = [bits_per_dim(config, net, data, CPU, batch_size=n, say=quiet) for n in (22, 5)]
     assert all(sorted(bound.indices) == list(range(22)) for bound in bounds)
     whole, parts = (bound.total for bound in bounds)
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
@@ -168,7 +168,7 @@ def test_training_lowers_the_bound(trained, config, data):
     config = config.updated(dict(sampling_steps="all"))
     untrained = build.in_precision(TrainState(config, CPU).net.eval(), CPU, "fp32")
     better = sample.restore(checkpoint.read_weights(trained), CPU)
-    before, after = (measure(config, n, data, CPU, say=quiet).total.mean() for n in (untrained, better))
+    before, after = (bits_per_dim(config, n, data, CPU, say=quiet).total.mean() for n in (untrained, better))
     assert after < 0.9 * before
 
 
@@ -199,14 +199,14 @@ def cut_after(terms):
 def test_a_measurement_broken_off_anywhere_goes_on_to_the_very_same_numbers(eager, config, data, net, tmp_path, terms):
     config = config.updated(dict(sampling_steps="5"))
     job = dict(batch_size=4, identity=dict(a=1), say=quiet)
-    whole = measure(config, net, data, CPU, **job)
+    whole = bits_per_dim(config, net, data, CPU, **job)
     with pytest.raises(Cut):
-        measure(config, net, data, CPU, **job, state=tmp_path / "s", tick=cut_after(terms))
+        bits_per_dim(config, net, data, CPU, **job, state=tmp_path / "s", tick=cut_after(terms))
     said, ticks, spent = [], [], 0.0
     if terms:
         with np.load(tmp_path / "s") as file:
             spent = float(file["seconds"][0])
-    rest = measure(config, net, data, CPU, **(job | dict(say=said.append)), state=tmp_path / "s", tick=ticks.append)
+    rest = bits_per_dim(config, net, data, CPU, **(job | dict(say=said.append)), state=tmp_path / "s", tick=ticks.append)
     assert sum(ticks) == 5 * 22
     assert (terms > 0) == (spent > 0) and rest.seconds > spent
     assert any("going on" in line for line in said) == (terms > 0)
@@ -217,20 +217,20 @@ def test_a_measurement_broken_off_anywhere_goes_on_to_the_very_same_numbers(eage
 
 def test_a_broken_off_measurement_may_go_on_in_smaller_batches_but_not_as_another(eager, config, data, net, tmp_path):
     config, said = config.updated(dict(sampling_steps="5")), []
-    whole = measure(config, net, data, CPU, batch_size=8, say=quiet)
+    whole = bits_per_dim(config, net, data, CPU, batch_size=8, say=quiet)
     with pytest.raises(Cut):
-        measure(config, net, data, CPU, batch_size=8, say=quiet, state=tmp_path / "s", tick=cut_after(70))
+        bits_per_dim(config, net, data, CPU, batch_size=8, say=quiet, state=tmp_path / "s", tick=cut_after(70))
     kept = (tmp_path / "s").read_bytes()
-    rest = measure(config, net, data, CPU, batch_size=3, say=said.append, state=tmp_path / "s")
+    rest = bits_per_dim(config, net, data, CPU, batch_size=3, say=said.append, state=tmp_path / "s")
     assert "going on" in said[0]
     np.testing.assert_allclose(rest.total, whole.total, rtol=1e-5)
     (tmp_path / "s").write_bytes(kept)
     said.clear()
-    measure(config, net, data, CPU, seed=1, say=said.append, state=tmp_path / "s")
+    bits_per_dim(config, net, data, CPU, seed=1, say=said.append, state=tmp_path / "s")
     assert "other images, seed" in said[0] and "anew" in said[0]
     (tmp_path / "s").write_bytes(kept[: len(kept) // 2])
     said.clear()
-    again = measure(config, net, data, CPU, batch_size=8, say=said.append, state=tmp_path / "s")
+    again = bits_per_dim(config, net, data, CPU, batch_size=8, say=said.append, state=tmp_path / "s")
     assert "damaged" in said[0]
     assert np.array_equal(again.total, whole.total)
 
@@ -248,19 +248,19 @@ def test_a_bound_that_is_not_finite_names_the_image(config, data, net):
         return net(x, t, **cond) * torch.tensor(float("nan"))
 
     with pytest.raises(UserError, match=r"\.png is not finite"):
-        measure(config.updated(dict(sampling_steps="3")), broken, data, CPU, say=quiet)
+        bits_per_dim(config.updated(dict(sampling_steps="3")), broken, data, CPU, say=quiet)
 
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_an_upsampler_sees_the_small_image_of_each_and_no_noise_on_it(config, data, augmented):
-    flat = dict(network="super_res", small_size="4", low_res_noise=0.3 * augmented, sampling_steps="2", learn_sigma=False)
+    flat = dict(task="enlarge", small_size="4", low_res_noise=0.3 * augmented, sampling_steps="2", learn_sigma=False)
     seen = []
 
     def spy(x, t, **cond):
         seen.append(cond)
         return Stub(1)(x.expand(-1, 3, -1, -1), t)
 
-    measure(config.updated(flat), spy, data, CPU, chosen=np.array([7, 3]), say=quiet)
+    bits_per_dim(config.updated(flat), spy, data, CPU, chosen=np.array([7, 3]), say=quiet)
     blocks = data.batch([7, 3]).reshape(2, 1, 4, 2, 4, 2).mean((3, 5))  # b c h 2 w 2
     small = (seen[-1]["low_res"].numpy() + 1) * 127.5
     assert np.abs(small - np.round(small)).max() < 1e-4
@@ -271,7 +271,7 @@ def test_an_upsampler_sees_the_small_image_of_each_and_no_noise_on_it(config, da
 
 
 def test_tables_name_their_order_and_the_originals_run_from_the_noise_down(config, data, net, tmp_path):
-    bound = measure(config.updated(dict(sampling_steps="4")), net, data, CPU, num_samples=6, say=quiet)
+    bound = bits_per_dim(config.updated(dict(sampling_steps="4")), net, data, CPU, num_samples=6, say=quiet)
     names = dict(vb_terms="vb", mse_terms="eps_mse", xstart_mse_terms="x0_mse")
     assert [p.name for p in write_tables(bound, tmp_path, "x_")] == [
         f"x_{n}.npz" for n in ("vb_terms", "mse_terms", "xstart_mse_terms")
@@ -288,6 +288,6 @@ def test_tables_name_their_order_and_the_originals_run_from_the_noise_down(confi
 
 
 def test_a_single_image_has_no_standard_error(config, data, net):
-    result = summary(measure(config.updated(dict(sampling_steps="2")), net, data, CPU, num_samples=1, say=quiet))
+    result = summary(bits_per_dim(config.updated(dict(sampling_steps="2")), net, data, CPU, num_samples=1, say=quiet))
     assert result["standard_error"] is result["prior_error"] is result["vb_error"] is None
     assert "NaN" not in json.dumps(result)

@@ -13,10 +13,7 @@ from iddpm.store.remote import place, remote
 if TYPE_CHECKING:
     import torch
 
-    from iddpm.measure.extractors import Extractor
-    from iddpm.measure.features import Features
     from iddpm.measure.image_sets import ImageSet
-    from iddpm.measure.sides import Side
 
 OF_A_RUN = 2048  # samples drawn unless told otherwise
 
@@ -40,42 +37,18 @@ def _evaluate(samples: str, **given: Any) -> None:
         _require_writable(place(settings.save_statistics), "--save_statistics")
     from iddpm import build
     from iddpm.look import figures as report
-    from iddpm.measure import compare as comparison
-    from iddpm.measure import extractors, figures
-    from iddpm.measure.sides import Side
+    from iddpm.measure import compare, figures
     from iddpm.parallel import processes
 
     with processes.session(build.device(which.device)) as device:
-        extractor = extractors.open(settings.extractor, _weights(settings), device)
-        names = comparison.wanted(settings.metrics)
         sets = _sample_sets(samples, settings, given, device)
         out = _out(place(samples), sets[0], settings)
         figures.read(out)  # what is no file of figures is refused before the work
-        reference, real = _reference(settings, sets[0], extractor)
-        drawn = [_extract(images, extractor, which.batch_size, settings.num_samples, settings.seed) for images in sets]
-        if processes.rank() == 0:
-            both = [comparison.Comparison(Side.of(f), reference, extractor, settings.neighbours) for f in drawn]
-            names = comparison.possible(both[0], names, bool(settings.metrics), print)
-            report.warn(both[0])
-            report.figures_of(both, names, drawn, real, settings, out, device)
-            if real and "memorisation" in names:
-                report.write_neighbours(both[0], drawn[0], real, out)
-            if settings.save_statistics:
-                report.write_statistics(reference, extractor, settings)
+        found = compare.evaluate(sets, settings, device, batch_size=which.batch_size)
+        if found:
+            report.tell(found, settings, out)
             if sets[0].about:
-                report.next_steps(samples, drawn, out, named=bool(settings.out))
-
-
-def _weights(settings: Evaluate) -> str:
-    """The file of the extractor's weights, where one is named."""
-    files = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}
-    kind = settings.extractor.partition("-")[0]
-    if useless := next((name for name, file in files.items() if file and name != kind), None):
-        raise UserError(f"--{useless}_weights has no effect with --extractor {settings.extractor}")
-    return files.get(kind, "")
-
-
-# ---- what is compared
+                report.next_steps(samples, found.samples, out, named=bool(settings.out))
 
 
 def _is_run(path: Path) -> bool:
@@ -106,65 +79,6 @@ def _sample_sets(name: str, settings: Evaluate, given: dict[str, Any], device: "
         job = sample.job(config, seeds, settings.labels)
         sets.append(drawn(config, opened.net, opened.weights, opened.device, job, home, opened.which.precision))
     return sets
-
-
-def _reference(settings: Evaluate, samples: "ImageSet", extractor: "Extractor") -> "tuple[Side, Features | None]":
-    """The real images' side, from a file of statistics, from images, or both; and their features, where there are images."""
-    from iddpm.measure import statistics
-    from iddpm.measure.image_sets import open_images
-    from iddpm.measure.sides import Side
-    from iddpm.parallel import processes
-
-    path, held = place(settings.reference), None
-    if path.suffix in (".npz", ".pt") and path.exists():
-        held = statistics.read(path, extractor)
-        if held and not (path.suffix == ".npz" and statistics.has_images(path)):
-            if settings.num_reference:
-                raise UserError(f"--num_reference has no effect: {path} holds statistics, of which there is no choosing")
-            return Side.of_statistics(held), None
-    images = open_images(settings.reference, samples.like())
-    if processes.rank() == 0:
-        for line in _conversions(samples, images, settings.labels):
-            print(f"note: {line}")
-    features = _extract(images, extractor, 64, settings.num_reference, settings.seed)
-    side = Side.of(features)
-    return (side.with_statistics(held) if held else side), features
-
-
-def _conversions(samples: "ImageSet", real: "ImageSet", labels: str) -> list[str]:
-    """What is done to real images that are not as the samples are."""
-    lines = []
-    if labels:
-        lines.append(f"the samples are of the classes {labels} alone, and are compared with all images of {real.name}")
-    if real.kind != samples.kind:
-        how = f"are read as {samples.kind}" if real.channels == samples.channels else "are compared as colour"
-        lines.append(f"the samples are {samples.kind}, and the images of {real.name}, which are {real.kind}, {how}")
-    if real.native and real.native != real.size:
-        sizes = [f"{h}x{w}" for h, w in (real.native, real.size)]
-        lines.append(f"the images of {real.name} are {sizes[0]}, and are scaled and cropped to the samples' {sizes[1]}")
-    return lines
-
-
-def _extract(images: "ImageSet", extractor: "Extractor", block: int, n: int, seed: int) -> "Features":
-    """The features of all images, or of n of them, in an order drawn by the seed; those of a run in their own."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from iddpm.data import Order
-    from iddpm.measure import features
-    from iddpm.parallel import processes
-
-    if images.n < 2:
-        raise UserError(f"{images.name} holds {images.n} image: metrics need at least 2, and mean little below 1,000")
-    if n > images.n:
-        raise UserError(f"{images.name} holds {images.n} images: {n} cannot be compared")
-    if n == 1:
-        raise UserError("metrics need at least 2 images a side, and mean little below 1,000")
-    chosen = np.arange(images.n) if images.about else Order(images.n, seed).indices(0, n or images.n)
-    what = f"{'drawing' if images.about else 'reading'} {images.name}"
-    quiet = None if processes.rank() == 0 else True
-    with tqdm(total=len(chosen), unit="image", desc=what, disable=quiet) as bar:
-        return features.extract(images, chosen, extractor, block=block, say=bar.write, tick=bar.update)
 
 
 def _out(samples: Path, images: "ImageSet", settings: Evaluate) -> Path:

@@ -1,13 +1,15 @@
 """Fields of settings: each says its help, its range or choices, and under which other settings it has an effect."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from iddpm.config.choices import Number, choices
+from iddpm.config.choices import Number, add, choices
 from iddpm.config.tasks import TASK_OF
 from iddpm.errors import UserError
 
@@ -126,3 +128,35 @@ def check_own(group: Any, own: Mapping[str, Any]) -> None:
         if not set(chosen) & set(rows) and own[name] != number.default:
             raise UserError(f"--{name} has no effect with --{chooser} {now}: it belongs to {', '.join(rows)}")
         check_range(name, own[name], number)
+
+
+def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """A program's settings as the fields hold them: 64 as "64" where a flag is text, a function as its name.
+
+    UserError for a setting that no group has (without groups: of a run), naming the nearest one, and for a value of another type.
+    """
+    from iddpm.config.run import every_field  # which needs this module
+
+    fields = every_field()
+    if groups:
+        own = {n: Field(*number) for group in groups for n, (_, number, _) in own_numbers(group).items()}
+        fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
+    return {name: _as_field(name, value, fields) for name, value in settings.items()}
+
+
+def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
+    if name not in fields or not fields[name].flag:
+        near = difflib.get_close_matches(name, [n for n, f in fields.items() if f.flag], n=1)
+        raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    f = fields[name]
+    if f.kind and callable(value):
+        return add(f.kind, value)
+    if f.type is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
+        return str(value)
+    if f.type is str and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    if f.type is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, f.type) or (f.type is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r}: give {'text' if f.type is str else f'a {f.type.__name__}'}")
+    return value

@@ -1,6 +1,7 @@
 """The settings of a run and of each verb, as frozen dataclasses: flags, help, ranges and the JSON all come from these fields."""
 
 from dataclasses import dataclass
+from typing import Any
 from functools import partial
 
 from iddpm.config.fields import opt
@@ -204,8 +205,6 @@ class Evaluate:
 
     reference: str = opt("", "real images: a folder, an .npz or archive of them; or an .npz of their statistics (mu, sigma)")
     extractor: str = opt("lite0-128", "the network whose features are compared", kind="extractor")
-    inception_weights: str = opt("", "the file of Inception's weights; empty: where torch keeps what it downloads")
-    dinov2_weights: str = opt("", "the file of DINOv2's weights; empty: where torch keeps what it downloads")
     metrics: str = opt("", "some of these, comma-separated; empty: all that apply", kind="metrics", many=True)
     num_samples: int = opt(0, "images; 0: all of a file, 2048 of a run", low=0)
     num_reference: int = opt(0, "reference images, drawn by the seed; 0: all", low=0)
@@ -214,6 +213,6 @@ class Evaluate:
         0, "a run's first seed, and the seed of the choice among more images than are compared", low=0, high=2**63 - 1
     )
     draws: int = opt(1, "sets of samples that a run draws, of which mean and spread are told", low=1)
-    neighbours: int = opt(5, "the k of precision, recall, density and coverage", low=1, high=100)
     save_statistics: str = opt("", "also write the reference's mu and sigma to this .npz, for other tools and later use")
     out: str = opt("", "where the figures go; empty: metrics.json in the run, or beside the samples")
+    own: tuple[tuple[str, Any], ...] = ()  # the numbers of the extractor and the metrics that are chosen

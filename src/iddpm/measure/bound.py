@@ -10,8 +10,6 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,8 +25,10 @@ from iddpm.config import Config, small_size
 from iddpm.data import Images, Order
 from iddpm.data.super_res import shrink
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
-from iddpm.diffusion.denoiser import Cond, Denoiser, Network
+from iddpm.diffusion.denoiser import Denoise, Network
+from iddpm.diffusion.grid import Chain, Grid, Step
 from iddpm.errors import UserError
+from iddpm.measure.ahead import ahead
 from iddpm.parallel import processes
 from iddpm.store.log import duration
 from iddpm.store.remote import opened, remote, replace
@@ -119,12 +119,13 @@ class Progress:
 
 
 @torch.inference_mode()
-def measure(
+def bits_per_dim(
     config: Config,
     net: Network,
     data: Images,
     device: torch.device,
     *,
+    grid: Grid | None = None,
     chosen: np.ndarray | None = None,
     num_samples: int = 0,
     batch_size: int = 64,
@@ -138,51 +139,65 @@ def measure(
 
     The images are `chosen` (their indices), by default a draw by the seed of `num_samples` of them (0: all). The noise of an
     image depends on the seed, its place in the draw and the step. `state` is a file of what is in so far: a call with the
-    same `identity` (anything JSON holds) and settings goes on from there. The processes share the batches.
-    UserError where an image's bound is not finite.
+    same `identity` (anything JSON holds) and settings goes on from there. The processes share the batches. `grid` is the
+    config's, from who has it at hand. UserError where an image's bound is not finite.
     """
-    denoiser = build.denoiser(config.diffusion, net, config.sample.sampling_steps, config.sample.clip_denoised)
-    chain, rank, world = denoiser.chain, processes.rank(), processes.world()
+    grid, denoiser = grid or build.grid(config), build.sampling_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
-    job = json.dumps({**identity, **_settings(config, chosen, seed)})
-    progress = Progress.blank(len(chosen), chain.steps)
-    if rank == 0 and state and (note := progress.load(state, job)):
-        say(note)
-    _share(progress)
+    progress, keep = _begin(chosen, grid.steps, state, _job(config, chosen, seed, identity), say)
     tick(int(progress.done.sum()))
-    stride, keep = 0, _Keeper(progress, state if rank == 0 else None, job)
-    with ThreadPoolExecutor(1, "noise") as pool:
-        for batches in _rounds(progress.done, chain.steps, batch_size, world):
-            mine = batches[rank] if rank < len(batches) else range(0)
-            images, first = slice(batches[0].start, batches[-1].stop), int(progress.done[batches[0].start])
-            x0, cond = _batch(config, data, chosen[mine.start : mine.stop], device)
-            noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=mine, shape=x0.shape[1:])
-            if not stride:
-                once = processes.same(_time(denoiser, x0, cond, noise) if rank == 0 else 0.0)
-                stride = min(max(1, int(SAVE_EVERY / once)), chain.steps)  # terms between two looks at all processes
-                if rank == 0:
-                    left = (chain.steps - progress.done).sum() / len(mine) / min(world, len(batches))
-                    say(f"{len(chosen)} images, {chain.steps} steps each: about {duration(once * left)}")
-            if first == 0:
-                prior = prior_term(chain, x0) if mine else x0.new_zeros(0)
-                progress.prior[images] = progress.total[images] = processes.gather(prior.cpu()).double().numpy()
-            terms = _terms(denoiser, x0, cond, noise, first, pool)
-            for a in range(first, chain.steps, stride):
-                rows = processes.gather(_rows(terms, min(stride, chain.steps - a), mine)).numpy()
-                progress.add(images, rows)
-                _require_finite(progress.total[images], data, chosen[images])
-                tick(rows.shape[0] * rows.shape[2])
-                keep()
+    stride = 0  # terms between two looks at all processes
+    for r in _rounds(progress.done, grid.steps, batch_size):
+        images, first = slice(r.every.start, r.every.stop), int(progress.done[r.every.start])
+        x0, cond = _batch(config, data, chosen[r.call.start : r.call.stop], device)
+        noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
+        denoise = partial(denoiser, cond=cond)
+        if not stride:
+            once = processes.same(_time(denoise, x0, noise(0).to(device), next(iter(grid))) if keep.leads else 0.0)
+            stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
+            if keep.leads:
+                left = (grid.steps - progress.done).sum() / len(r.every)
+                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
+        if first == 0:
+            prior = processes.gather(prior_term(grid, x0)[: len(r.mine)].cpu()).double().numpy()
+            progress.prior[images] = progress.total[images] = prior
+        terms = _terms(denoise, x0, grid, noise, first)
+        for a in range(first, grid.steps, stride):
+            rows = torch.stack([torch.stack(term[1:], dim=1) for term in islice(terms, min(stride, grid.steps - a))], dim=2)
+            progress.add(images, processes.gather(rows[: len(r.mine)].cpu()).numpy())
+            _require_finite(progress.total[images], data, chosen[images])
+            tick(len(r.every) * rows.shape[2])
+            keep()
     keep(at_once=True)
-    return _bound(progress, chosen, np.array(chain.kept), chain.schedule_steps, seed)
+    return _bound(progress, chosen, grid, seed)
+
+
+def _job(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, Any]) -> str:
+    """All that makes the numbers what they are, as JSON."""
+    images = hashlib.sha256(np.ascontiguousarray(chosen, np.int64).tobytes()).hexdigest()
+    sample, model = config.sample, {k: v for k, v in json.loads(config.to_json()).items() if k in ("model", "diffusion", "own")}
+    chain = dict(sampling_steps=sample.sampling_steps, clip_denoised=sample.clip_denoised)
+    return json.dumps({**identity, "images": images, "seed": seed, **model, **chain})
+
+
+def _begin(
+    chosen: np.ndarray, steps: int, state: Path | None, job: str, say: Callable[[str], None]
+) -> "tuple[Progress, _Keeper]":
+    """What is in already, the same on every process, and who keeps it; the file is the first one's."""
+    progress, leads = Progress.blank(len(chosen), steps), processes.rank() == 0
+    if leads and state and (note := progress.load(state, job)):
+        say(note)
+    for name, array in vars(progress).items():
+        setattr(progress, name, processes.gather(torch.from_numpy(array)[: None if leads else 0]).numpy())
+    return progress, _Keeper(progress, state, job, leads)
 
 
 class _Keeper:
-    """Keeps the time, and writes the progress to a file now and then."""
+    """Keeps the time, and on the process that `leads` writes the progress to a file now and then."""
 
-    def __init__(self, progress: Progress, path: Path | None, job: str):
-        self.progress, self.path, self.job = progress, path, job
+    def __init__(self, progress: Progress, path: Path | None, job: str, leads: bool):
+        self.progress, self.path, self.job, self.leads = progress, path if leads else None, job, leads
         self.seen = time.monotonic()
         self.due = self.seen + SAVE_EVERY
 
@@ -196,32 +211,13 @@ class _Keeper:
             self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - began))
 
 
-def _settings(config: Config, chosen: np.ndarray, seed: int) -> dict[str, Any]:
-    """What else makes the numbers what they are."""
-    model, diffusion, sample = config.model, config.diffusion, config.sample
-    return dict(
-        images=hashlib.sha256(np.ascontiguousarray(chosen, np.int64).tobytes()).hexdigest(), seed=seed,
-        model=dataclasses.asdict(model), diffusion=dataclasses.asdict(diffusion),
-        sampling_steps=sample.sampling_steps, clip_denoised=sample.clip_denoised,
-    )  # fmt: skip
-
-
-def _share(progress: Progress) -> None:
-    """Give every process what rank 0 has read."""
-    own = None if processes.rank() == 0 else 0
-    for name, array in dataclasses.asdict(progress).items():
-        setattr(progress, name, processes.gather(torch.from_numpy(array)[:own]).numpy())
-
-
-def _rounds(done: np.ndarray, steps: int, batch_size: int, world: int) -> list[list[range]]:
-    """The batches still to be measured, as many at a time as there are processes; those of a round are equally far."""
+def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes.Round]:
+    """The images still to be measured; those of a round are equally far."""
     edges = [0, *(np.flatnonzero(np.diff(done)) + 1).tolist(), len(done)]
-    rounds = []
     for a, b in zip(edges, edges[1:]):
         if done[a] < steps:
-            batches = [range(k, min(k + batch_size, b)) for k in range(a, b, batch_size)]
-            rounds += [batches[k : k + world] for k in range(0, len(batches), world)]
-    return rounds
+            for r in processes.rounds(b - a, batch_size):
+                yield processes.Round(*(range(a + part.start, a + part.stop) for part in r))
 
 
 def _batch(config: Config, data: Images, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -230,44 +226,26 @@ def _batch(config: Config, data: Images, indices: np.ndarray, device: torch.devi
     x0 = torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1
     if m.class_cond and data.labels is not None:
         cond["y"] = torch.from_numpy(data.labels[indices]).to(device)
-    if m.network == "super_res" and len(x0):
+    if config.task.enlarges:
         cond["low_res"] = shrink(x0, small_size(m))
     if m.low_res_noise:
         cond["low_res_level"] = x0.new_zeros(len(x0))
     return x0, cond
 
 
-def _terms(
-    denoiser: Denoiser, x0: Tensor, cond: Cond, noise: Callable[[int], Tensor], first: int, pool: ThreadPoolExecutor
-) -> Iterator[Term]:
+def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tensor], first: int) -> Iterator[Term]:
     """The bound's terms but the first ones; the noise of each is drawn while the device works on the one before."""
-    rest = copy(denoiser.chain)
-    rest.steps -= first  # the terms that are left are those of a chain that ends nearer to the data
-    coming = pool.submit(noise, first)
-
-    def draw(k: int) -> Tensor:
-        nonlocal coming
-        now = coming
-        if k + 1 < rest.steps:
-            coming = pool.submit(noise, first + k + 1)
-        return now.result().to(x0.device)
-
-    yield from bound_terms(dataclasses.replace(denoiser, chain=rest), x0, draw, cond)
+    nearer = Grid(Step(*(column[: grid.steps - first] for column in grid.table)))  # the steps that are left
+    drawn = ahead(noise, range(first, grid.steps))
+    return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
 
 
-def _rows(terms: Iterator[Term], count: int, mine: range) -> Tensor:
-    """The next `count` terms of a batch, (b, 3, count) on the CPU; of no images, none."""
-    if not mine:
-        return torch.zeros(0, len(TABLES), count)
-    return torch.stack([torch.stack(term[1:], dim=1) for term in islice(terms, count)], dim=2).cpu()
-
-
-def _time(denoiser: Denoiser, x0: Tensor, cond: Cond, noise: Callable[[int], Tensor]) -> float:
+def _time(denoise: Denoise, x0: Tensor, noise: Tensor, step: Step) -> float:
     """Seconds that one term of a batch takes."""
-    at, began = torch.zeros(len(x0), dtype=torch.int64, device=x0.device), 0.0
+    began = 0.0
     for _ in range(2):  # the first call also warms up
         began = time.monotonic()
-        denoiser(noise(0).to(x0.device), at, cond).x0.sum().item()
+        denoise(noise, step).x0.sum().item()
     return max(time.monotonic() - began, 1e-6)
 
 
@@ -277,13 +255,14 @@ def _require_finite(total: np.ndarray, data: Images, indices: np.ndarray) -> Non
         raise UserError(f"the bound of {file} is not finite: these weights diverged, or need --precision fp32")
 
 
-def _bound(progress: Progress, chosen: np.ndarray, kept: np.ndarray, schedule_steps: int, seed: int) -> Bound:
+def _bound(progress: Progress, chosen: np.ndarray, grid: Grid, seed: int) -> Bound:
     n = len(chosen)
     mean = progress.sums[0] / n
     error = np.sqrt(np.maximum(progress.sums[1] / n - mean**2, 0) / (n - 1)) if n > 1 else np.full_like(mean, np.nan)
     tables = [dict(zip(TABLES, rows)) for rows in (mean, error)]
     each = progress.total, progress.prior, progress.decoder
-    return Bound(chosen, *each, kept, schedule_steps, seed, tables[0], tables[1], float(progress.seconds[0]))
+    kept, of = (grid.kept, grid.schedule_steps) if isinstance(grid, Chain) else (range(grid.steps), grid.steps)
+    return Bound(chosen, *each, np.array(kept), of, seed, tables[0], tables[1], float(progress.seconds[0]))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
@@ -302,32 +281,20 @@ def parts(bound: Bound) -> dict[str, tuple[float, float | None]]:
 
 def scalars(bound: Bound) -> dict[str, Any]:
     """The numbers of a bound without its tables, as JSON holds them."""
-    (total, total_error), *others = parts(bound).values()
-    named = zip(("prior", "decoder", "rest"), others)
-    return {
-        "bits_per_dim": total,
-        "standard_error": total_error,
-        **{key: value for name, pair in named for key, value in zip((name, f"{name}_error"), pair)},
-        "images": len(bound.total),
-        "steps": len(bound.kept),
-        "chain_steps": bound.schedule_steps,
-        "respaced": len(bound.kept) < bound.schedule_steps,
-        "seed": bound.seed,
-    }
+    found: dict[str, Any] = {}
+    for name, (mean, error) in parts(bound).items():
+        found |= {"bits_per_dim": mean, "standard_error": error} if name == "total" else {name: mean, f"{name}_error": error}
+    steps, of = len(bound.kept), bound.schedule_steps
+    return found | dict(images=len(bound.total), steps=steps, chain_steps=of, respaced=steps < of, seed=bound.seed)
 
 
 def summary(bound: Bound) -> dict[str, Any]:
     """The numbers of a bound, as JSON holds them; tables from step 0 upwards."""
     several = len(bound.total) > 1
+    order = "entry i of each table is step kept_steps[i] of the schedule: from the data (0) to the noise"
     tables = {name: bound.mean[name].tolist() for name in TABLES}
     errors = {f"{name}_error": bound.error[name].tolist() if several else None for name in TABLES}
-    return {
-        **scalars(bound),
-        "order": "entry i of each table is step kept_steps[i] of the schedule: from the data (0) to the noise",
-        "kept_steps": bound.kept.tolist(),
-        **tables,
-        **errors,
-    }
+    return {**scalars(bound), "order": order, "kept_steps": bound.kept.tolist(), **tables, **errors}
 
 
 def write_tables(bound: Bound, folder: Path, prefix: str = "") -> list[Path]:
@@ -353,22 +320,22 @@ def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against:
     Names are paths from `root`, the data's folder. With `against`, also that run's bits/dim and the difference to it.
     """
     order = np.argsort(bound.indices)
-    indices = bound.indices[order]
-    base = root if root.is_dir() else root.parent
-    relative = (lambda file: file.relative_to(base).as_posix()) if remote(base) else (lambda file: os.path.relpath(file, base))
-    names = np.array([relative(data.files[k]) for k in indices])
+    indices, base = bound.indices[order], root if root.is_dir() else root.parent
+    files = (data.files[k] for k in indices)
+    names = [file.relative_to(base).as_posix() if remote(base) else os.path.relpath(file, base) for file in files]
+    labels = data.labels[indices] if data.labels is not None else np.full(len(indices), -1)
     columns = {"bits_per_dim": bound.total[order], "prior": bound.prior[order], "decoder": bound.decoder[order]}
     if against:
         columns |= {"against": against.total[order], "difference": (bound.total - against.total)[order]}
-    labels = data.labels[indices] if data.labels is not None else np.full(len(indices), -1)
     if path.suffix == ".npz":
-        arrays: dict[str, Any] = dict(name=names, label=labels, classes=np.array(data.classes, dtype=np.str_), **columns)
+        arrays: dict[str, Any] = dict(
+            name=np.array(names), label=labels, classes=np.array(data.classes, dtype=np.str_), **columns
+        )
         replace(path, lambda file: np.savez(file, **arrays))
         return
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["name", "label", *columns])
-    for k, name in enumerate(names):
-        label = data.classes[labels[k]] if labels[k] >= 0 else ""
-        rows.writerow([name, label, *(repr(float(column[k])) for column in columns.values())])
+    for name, label, *numbers in zip(names, labels, *columns.values()):
+        rows.writerow([name, data.classes[label] if label >= 0 else "", *(repr(float(number)) for number in numbers)])
     replace(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,246 +1,195 @@
-"""How good samples are: every metric of two sets of features, with its error and what real images get in its place."""
+"""How good samples are: every metric of two sets of features, with its error and what real images get in their place."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from iddpm.config import Evaluate, Sample, own_numbers, settings_of
+from iddpm.config.choices import choices, make
+from iddpm.data import Order
 from iddpm.errors import UserError
+from iddpm.measure import extractors, statistics
 from iddpm.measure.extractors import Extractor
-from iddpm.measure.metrics.frechet import frechet_distance, frechet_error
-from iddpm.measure.metrics.inception_score import Scores
-from iddpm.measure.metrics.kernel import kernel_distance
-from iddpm.measure.metrics.memorisation import memorised
-from iddpm.measure.metrics.neighbours import manifold, nearest
-from iddpm.measure.metrics.probe import consistency, too_few
-from iddpm.measure.metrics.rows import BLOCK, Estimate
-from iddpm.measure.sides import Side
+from iddpm.measure.features import Features, extract
+from iddpm.measure.figures import Figure, circumstances
+from iddpm.measure.image_sets import ImageSet, open_images
+from iddpm.measure.metrics.frechet import SMALL
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, Side
+from iddpm.measure.metrics.rows import Estimate
+from iddpm.parallel import processes
+from iddpm.store.remote import place
 
-NEAREST = 3  # real images that are told of each sample
-SMALL = 10_000  # samples below which a figure is shown beside that of real images
+MADE = ("weights", "checkpoint_step", "ema_rate", "precision", "steps", *sorted(settings_of(Sample)))  # how samples came to be
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What a metric may look at."""
+class Evaluation(NamedTuple):
+    """What was found, and of what."""
 
-    samples: Side
-    reference: Side
+    findings: list[Finding]  # of all draws together: with several, each value is their mean
+    draws: list[list[Finding]]  # of each draw
+    figures: list[Figure]  # all of these, each under all that decides it
     extractor: Extractor
-    neighbours: int  # the k of precision, recall, density and coverage
-
-    @cached_property
-    def nearest(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the (up to) NEAREST real images nearest to each sample, and their distances, (n, k) each."""
-        samples, reference = self.samples.rows["pool"], self.reference.rows["pool"]
-        return nearest(samples, reference, min(NEAREST, len(reference)), device=self.extractor.device)
+    samples: list[Features]  # of each draw
+    reference: Side
+    real: Features | None  # of the reference; None where it is a file of statistics
 
 
-class Finding(NamedTuple):
-    """A figure of a metric.
+def evaluate(
+    sets: Sequence[ImageSet],
+    settings: Evaluate,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    say: Callable[[str], None] = print,
+) -> Evaluation | None:
+    """Every metric of some draws of samples against real images. All processes call this; the first one has the result.
 
-    `real` is what real images get in the place of the samples, where the metric knows itself; `reference_n` how many real images
-    the samples were compared with, None where nobody says.
+    UserError for a metric that was asked for by name and cannot be computed; `say` hears of one that was not.
     """
-
-    name: str
-    estimate: Estimate
-    reference_n: int | None
-    real: float | None = None
-
-
-def _frechet(c: Comparison, tap: str, name: str) -> list[Finding]:
-    ours, theirs = c.samples.gaussian(tap), c.reference.gaussian(tap)
-    assert ours and theirs
-    estimate = Estimate(frechet_distance(ours, theirs), frechet_error(c.samples.rows[tap], ours, theirs))
-    return [Finding(name, estimate, c.reference.behind(tap))]
-
-
-def fd(c: Comparison) -> list[Finding]:
-    """The Frechet distance."""
-    return _frechet(c, "pool", c.extractor.called("FD"))
-
-
-def sfd(c: Comparison) -> list[Finding]:
-    """The Frechet distance on features that know where things are."""
-    return _frechet(c, "spatial", c.extractor.called("sFD"))
+    own, leads = dict(settings.own), processes.rank() == 0
+    asked = [name.strip() for name in settings.metrics.split(",") if name.strip()]
+    metrics = {name: make("metrics", name, own) for name in asked or choices("metrics")}
+    extractor = extractors.open(settings.extractor, own, device)
+    reference, real = _reference(settings, sets[0], extractor, say if leads else lambda line: None)
+    samples = [_features(images, extractor, batch_size, settings.num_samples, settings.seed) for images in sets]
+    if not leads:
+        return None
+    both = [Comparison(features.side, reference, extractor) for features in samples]
+    draws = compare(both, possible(both[0], metrics, bool(asked), say))
+    abouts = [_about(features, real, extractor, settings, device) for features in samples]
+    every = [_figure(f, about) for about, found in zip(abouts, draws) for f in found]
+    findings = draws[0]
+    if len(draws) > 1:
+        findings = [_mean(same) for same in zip(*draws, strict=True)]
+        every += [_figure(f, abouts[0] | dict(seeds=None, draws=len(draws), samples_key=None)) for f in findings]
+    return Evaluation(findings, draws, every, extractor, samples, reference, real)
 
 
-def score(c: Comparison) -> list[Finding]:
-    """The Inception Score, which looks at the samples alone: the mean over ten parts, as papers have it, and of all as one."""
-    rows, classify, name = c.samples.rows["pool"], c.extractor.probabilities, c.extractor.called("IS")
-    assert classify
-    scores = None
-    for a in range(0, len(rows), BLOCK):
-        p = classify(torch.from_numpy(rows[a : a + BLOCK]).to(c.extractor.device)).double().cpu().numpy()
-        scores = scores or Scores(len(rows), p.shape[1])
-        scores.add(np.arange(a, a + len(p)), p)
-    assert scores
-    found = scores.result()
-    return [Finding(name, found.score, None), Finding(f"{name} of all at once", Estimate(found.whole, None), None)]
+# ---- what is compared
 
 
-def kd(c: Comparison) -> list[Finding]:
-    """The kernel distance."""
-    found = kernel_distance(c.samples.rows["pool"], c.reference.rows["pool"], device=c.extractor.device)
-    return [Finding(c.extractor.called("KD"), found, c.reference.n)]
+def _reference(
+    settings: Evaluate, samples: ImageSet, extractor: Extractor, say: Callable[[str], None]
+) -> tuple[Side, Features | None]:
+    """The real images' side, from a file of statistics, from images, or both; and their features, where there are images."""
+    path, held = place(settings.reference), None
+    if path.suffix in (".npz", ".pt") and path.exists():
+        held = statistics.read(path, extractor)
+        if held and not (path.suffix == ".npz" and statistics.has_images(path)):
+            if settings.num_reference:
+                raise UserError(f"--num_reference has no effect: {path} holds statistics, of which there is no choosing")
+            return Side({}, held.get), None
+    images = open_images(settings.reference, samples.like())
+    for line in _conversions(samples, images, settings.labels):
+        say(f"note: {line}")
+    real = _features(images, extractor, 64, settings.num_reference, settings.seed)
+    if not held:
+        return real.side, real
+    return dataclasses.replace(real.side, gaussian=lambda tap: held.get(tap) or real.gaussian(tap)), real
 
 
-def prdc(c: Comparison) -> list[Finding]:
-    """Precision, recall, density and coverage."""
-    found = manifold(c.samples.rows["pool"], c.reference.rows["pool"], c.neighbours, device=c.extractor.device)
-    return [Finding(name, estimate, c.reference.n) for name, estimate in found._asdict().items()]
+def _conversions(samples: ImageSet, real: ImageSet, labels: str) -> list[str]:
+    """What is done to real images that are not as the samples are."""
+    lines = []
+    if labels:
+        lines.append(f"the samples are of the classes {labels} alone, and are compared with all images of {real.name}")
+    if real.kind != samples.kind:
+        how = f"are read as {samples.kind}" if real.channels == samples.channels else "are compared as colour"
+        lines.append(f"the samples are {samples.kind}, and the images of {real.name}, which are {real.kind}, {how}")
+    if real.native and real.native != real.size:
+        sizes = [f"{h}x{w}" for h, w in (real.native, real.size)]
+        lines.append(f"the images of {real.name} are {sizes[0]}, and are scaled and cropped to the samples' {sizes[1]}")
+    return lines
 
 
-def labels(c: Comparison) -> list[Finding]:
-    """The share of samples that are of the class they were asked for."""
-    assert c.samples.labels is not None and c.reference.labels is not None
-    found = consistency(c.samples.rows["pool"], c.samples.labels, c.reference.rows["pool"], c.reference.labels)
-    return [Finding("label consistency", found.samples, c.reference.n, found.ceiling.value)]
+def _features(images: ImageSet, extractor: Extractor, block: int, n: int, seed: int) -> Features:
+    """The features of all images, or of n of them, in an order drawn by the seed; those of a run in their own."""
+    if images.n < 2:
+        raise UserError(f"{images.name} holds {images.n} image: metrics need at least 2, and mean little below 1,000")
+    if n > images.n:
+        raise UserError(f"{images.name} holds {images.n} images: {n} cannot be compared")
+    if n == 1:
+        raise UserError("metrics need at least 2 images a side, and mean little below 1,000")
+    numbers = np.arange(images.n) if images.about else Order(images.n, seed).indices(0, n or images.n)
+    what = f"{'drawing' if images.about else 'reading'} {images.name}"
+    with tqdm(total=len(numbers), unit="image", desc=what, disable=True if processes.rank() else None) as bar:
+        return extract(images, numbers, extractor, block=block, say=bar.write, tick=bar.update)
 
 
-def memorisation(c: Comparison) -> list[Finding]:
-    """How many samples are nearer to a real image than 99 % of real images are to each other."""
-    reference, (_, ours) = c.reference.rows["pool"], c.nearest
-    _, theirs = nearest(reference, reference, exclude_self=True, device=c.extractor.device)
-    found = memorised(ours[:, 0], theirs[:, 0])
-    findings = [Finding("near copies (1 % expected)", found.share, c.reference.n)]
-    if found.ratio is not None:
-        findings.append(Finding("nearest distance ratio", Estimate(found.ratio, None), c.reference.n))
-    return findings
+# ---- the metrics
 
 
-class Metric(NamedTuple):
-    """A row of the table: what computes it, and what it cannot do without."""
-
-    run: Callable[[Comparison], list[Finding]]
-    lacks: Callable[[Comparison], str]  # "" where nothing is missing
-    knows_real: bool = False  # and so needs no floor
-
-
-def _gaussians(tap: str) -> Callable[[Comparison], str]:
-    def lacks(c: Comparison) -> str:
-        if tap not in c.extractor.widths:
-            return f"{c.extractor.name} has no {tap} features"
-        return "" if c.reference.gaussian(tap) else f"the reference's statistics have none of its {tap} features"
-
-    return lacks
-
-
-def _images(least: int) -> Callable[[Comparison], str]:
-    def lacks(c: Comparison) -> str:
-        if not c.reference.rows:
-            return "the reference is a file of statistics, not of images"
-        few = min(c.samples.n or 0, c.reference.n or 0)
-        return f"it needs at least {least} images on both sides" if few < least else ""
-
-    return lacks
-
-
-def _neighbours(c: Comparison) -> str:
-    return _images(c.neighbours + 1)(c)
-
-
-def _probabilities(c: Comparison) -> str:
-    if (c.samples.n or 0) < 20:
-        return "ten parts need at least 20 samples"
-    return "" if c.extractor.probabilities else f"{c.extractor.name} tells no classes"
-
-
-def _classes(c: Comparison) -> str:
-    ours, theirs = c.samples, c.reference
-    if not theirs.rows or ours.labels is None or theirs.labels is None:
-        return _images(4)(c) or "the samples or the reference have no classes"
-    if ours.classes and theirs.classes and ours.classes != theirs.classes:
-        mine, others = (", ".join(names[:5]) + (" ..." if len(names) > 5 else "") for names in (ours.classes, theirs.classes))
-        return f"the samples have the classes {mine}, the reference {others}"
-    if ours.labels.max() > theirs.labels.max():
-        return "the samples have classes that the reference has not"
-    return too_few(theirs.labels)
-
-
-def wanted(text: str) -> list[str]:
-    """The names of --metrics, all where it is empty; UserError for an unknown one."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"--metrics {unknown[0]} is not one of: {', '.join(METRICS)}")
-    return list(dict.fromkeys(names or METRICS))
-
-
-class Floor(NamedTuple):
-    """What real images get in the place of the samples: `n` of the reference against its `reference_n` others."""
-
-    n: int
-    reference_n: int
-    values: Mapping[str, float]
-
-
-class Result(NamedTuple):
-    """A finding, and what real images get in its place: their figure, and how many against how many where it is a floor."""
-
-    finding: Finding
-    real: float | None
-    real_n: tuple[int, int] | None
-
-
-def possible(c: Comparison, names: Sequence[str], asked: bool, say: Callable[[str], None]) -> list[str]:
-    """Those metrics that can be computed; `say` hears why another cannot, UserError where it was `asked` for by name."""
-    out = []
-    for name in names:
-        if not (why := METRICS[name].lacks(c)):
-            out.append(name)
+def possible(
+    c: Comparison, metrics: Mapping[str, Metric], asked: bool, say: Callable[[str], None] = lambda line: None
+) -> list[Metric]:
+    """Those that can be computed; `say` hears why another cannot, UserError where it was `asked` for by name."""
+    able = []
+    for name, metric in metrics.items():
+        if not (why := metric.lacks(c)):
+            able.append(metric)
         elif asked:
             raise UserError(f"--metrics {name}: {why}")
         else:
             say(f"without {name}: {why}")
-    return out
+    return able
 
 
-def floor(c: Comparison, names: Sequence[str]) -> Floor | None:
-    """Real images in the place of the samples, as many of them and at most half of the reference, against the others.
+def compare(draws: Sequence[Comparison], metrics: Sequence[Metric]) -> list[list[Finding]]:
+    """The findings of each draw of samples, by metrics that are `possible`, beside what real images get in their place."""
+    found = [[metric(c) for metric in metrics] for c in draws]
+    unknown = [metric for metric, first in zip(metrics, found[0]) if any(f.real is None for f in first)]
+    beside, real_n = _floor(draws[0], unknown)
 
-    None for SMALL samples or more, and where the reference has no images or no metric needs it.
+    def told(f: Finding) -> Finding:
+        return f._replace(real=beside[f.name], real_n=real_n) if f.real is None and f.name in beside else f
+
+    return [[told(f) for own in each for f in own] for each in found]
+
+
+def _floor(c: Comparison, metrics: Sequence[Metric]) -> tuple[dict[str, float], tuple[int, int]]:
+    """Figures of real images in the place of the samples, and of how many against how many; none beside many samples.
+
+    They are as many as the samples, and at most half of the reference, against its others.
     """
-    n, total = c.samples.n or 0, c.reference.n or 0
-    if n >= SMALL or not c.reference.rows or total < 4:
-        return None
-    few = min(n, total // 2)
-    real = replace(c, samples=c.reference.part(0, few), reference=c.reference.part(few, total))
-    able = [METRICS[name] for name in names if not METRICS[name].knows_real and not METRICS[name].lacks(real)]
-    if not able:
-        return None
-    return Floor(few, total - few, {f.name: f.estimate.value for metric in able for f in metric.run(real)})
+    n = c.reference.n
+    few = min(c.samples.n, n // 2)
+    if c.samples.n >= SMALL or few < 2:  # as where the reference is a file of statistics
+        return {}, (0, 0)
+    real = dataclasses.replace(c, samples=c.reference.part(0, few), reference=c.reference.part(few, n))
+    able = [metric for metric in metrics if not metric.lacks(real)]
+    return {f.name: f.estimate.value for metric in able for f in metric(real)}, (few, n - few)
 
 
-def compare(c: Comparison, names: Sequence[str], beside: Floor | None) -> list[Result]:
-    """The figures of metrics that are `possible`."""
-    results = []
-    for found in (f for name in names for f in METRICS[name].run(c)):
-        if found.real is None and beside and found.name in beside.values:
-            results.append(Result(found, beside.values[found.name], (beside.n, beside.reference_n)))
-        else:
-            results.append(Result(found, found.real, None))
-    return results
+def _mean(draws: Sequence[Finding]) -> Finding:
+    """The mean of a figure over several draws, with the standard error that their spread gives it."""
+    return draws[0]._replace(estimate=Estimate.mean(np.array([f.estimate.value for f in draws])))
 
 
-def over_draws(draws: Sequence[Sequence[Result]]) -> list[Result]:
-    """The mean of each figure over several draws, with the standard error that their spread gives it."""
-    means = []
-    for same in zip(*draws, strict=True):
-        mean = Estimate.mean(np.array([result.finding.estimate.value for result in same]))
-        means.append(same[0]._replace(finding=same[0].finding._replace(estimate=mean)))
-    return means
+# ---- as figures
 
 
-METRICS: dict[str, Metric] = {
-    "fd": Metric(fd, _gaussians("pool")),
-    "sfd": Metric(sfd, _gaussians("spatial")),
-    "is": Metric(score, _probabilities),
-    "kd": Metric(kd, _images(4)),
-    "prdc": Metric(prdc, _neighbours),
-    "labels": Metric(labels, _classes, knows_real=True),
-    "memorisation": Metric(memorisation, _images(2)),
-}
+def _about(
+    features: Features, real: Features | None, extractor: Extractor, settings: Evaluate, device: torch.device
+) -> dict[str, Any]:
+    """What every figure carries; the keys name the images by their content."""
+    images = features.images
+    own = dict(settings.own)
+    numbers = {k: own.get(k, n.default) for k, (chooser, n, _) in own_numbers(Evaluate).items() if chooser == "metrics"}
+    ends = [images.title(k).removeprefix("seed ") for k in (0, images.n - 1)]
+    return dict(
+        n=len(features), samples=images.name, samples_key=features.folder.name, **{k: images.about.get(k) for k in MADE},
+        seeds="-".join(ends) if images.about else None, draws=None, seed=settings.seed, labels=settings.labels or None,
+        extractor=extractor.name, extractor_identity=extractor.identity, **numbers,
+        reference=settings.reference, reference_key=real.folder.name if real else None,
+        reference_size=list(real.images.native) if real and real.images.native else None, **circumstances(device),
+    )  # fmt: skip
+
+
+def _figure(f: Finding, about: Mapping[str, Any]) -> Figure:
+    n, reference_n = f.real_n or (None, None)
+    floor = None if f.real is None else {"value": f.real, "n": n, "reference_n": reference_n}
+    return Figure(f.name, *f.estimate, {**about, "reference_n": f.reference_n, "floor": floor})

@@ -10,8 +10,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
+from iddpm.measure.ahead import ahead
 from iddpm.measure.extractors import Extractor, rgb
 from iddpm.measure.image_sets import ImageSet
-from iddpm.measure.metrics.frechet import Gaussian
-from iddpm.measure.metrics.moments import Moments
+from iddpm.measure.metrics.interface import Side
+from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
 from iddpm.store.remote import alone, lock, remote, replace
 
@@ -49,32 +49,27 @@ class Stored:
 
 
 class Features:
-    """What an extractor makes of the chosen images of a set: `rows(tap)`, (n, width) each, and their moments."""
+    """What an extractor makes of the chosen images of a set: `rows`, (n, width) by tap, and their Gaussians."""
 
     def __init__(self, folder: Path, images: ImageSet, chosen: np.ndarray, extractor: Extractor):
-        self.folder, self.images, self.chosen, self.extractor = folder, images, chosen, extractor
+        self.folder, self.images, self.chosen = folder, images, chosen
+        self.rows = {tap: Stored(folder / f"{tap}.f32", len(chosen), width) for tap, width in extractor.widths.items()}
         self.gaussian = cache(self._gaussian)
+        labels = None if images.labels is None else images.labels[chosen]
+        self.side = Side(self.rows, self.gaussian, labels, images.classes)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        return None if self.images.labels is None else self.images.labels[self.chosen]
-
-    def rows(self, tap: str) -> Stored:
-        return Stored(self.folder / f"{tap}.f32", len(self), self.extractor.widths[tap])
-
     def _gaussian(self, tap: str) -> Gaussian:
         """Mean and covariance; of more rows than features, kept beside them."""
-        rows, path = self.rows(tap), self.folder / f"{tap}.moments.npz"
+        rows, path = self.rows[tap], self.folder / f"{tap}.moments.npz"
         if len(rows) <= rows.shape[1]:
-            return Gaussian.of_few(rows[:])
+            return Gaussian.of(rows)
         with alone(self.folder):
-            if (kept := _kept(path, rows.shape[1])) is None:
-                moments = Moments.of(rows)
-                replace(path, lambda file: np.savez(file, mu=moments.mean, sigma=moments.covariance))
-                kept = Gaussian.of(moments)
+            if (kept := _kept(path, *rows.shape)) is None:
+                made = kept = Gaussian.of(rows)
+                replace(path, lambda file: np.savez(file, mu=made.mean, sigma=made.covariance))
         return kept
 
 
@@ -91,71 +86,48 @@ def extract(
 
     Every process calls this; the files are the first one's. `tick` hears how many images were done.
     """
-    key = _key(images, chosen, extractor)
-    leads = processes.rank() == 0
+    key, leads = _key(images, chosen, extractor), processes.rank() == 0
     folder = Path(processes.same(str(home(images.home, key, say)) if leads else ""))
-    held = Features(folder, images, chosen, extractor)
     with _alone(folder, say):
         done = processes.same(_done(folder, extractor) if leads else 0)
         if leads and 0 < done < len(chosen):
             say(f"going on: the features of {done} of {len(chosen)} images are there")
         tick(done)
         if done < len(chosen):
-            with _Files(folder, extractor, done) if leads else nullcontext() as files:
-                for count, taps in _rounds(images, chosen, extractor, done, block):
-                    if files:
-                        files.append(taps, count)
-                    tick(count)
-    return held
+            with _Files(folder, extractor, done, leads) as files:
+                for rows in _blocks(images, chosen[done:], extractor, block):
+                    files.append(rows)
+                    tick(len(rows["pool"]))
+    return Features(folder, images, chosen, extractor)
 
 
-def _rounds(
-    images: ImageSet, chosen: np.ndarray, extractor: Extractor, start: int, block: int
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Blocks in order, as many at a time as there are processes: how many images, and their features by name."""
-    together = block * processes.world()
-    for a, (numbers, pixels) in zip(range(start, len(chosen), together), _taken(images, chosen, start, block)):
-        found = features_of(pixels, extractor) if numbers else _none(extractor)
-        if fault := next(filter(None, processes.every(_fault(images, numbers, found))), None):
+def _blocks(images: ImageSet, chosen: np.ndarray, extractor: Extractor, block: int) -> Iterator[dict[str, np.ndarray]]:
+    """The features of a round of blocks in order, one of each process: all of them on every process."""
+    rounds = list(processes.rounds(len(chosen), block))
+
+    def take(r: processes.Round) -> np.ndarray:
+        return images.take(chosen[r.call.start : r.call.stop].tolist())
+
+    # the next block is read while the extractor is at work; what is drawn needs the same device, so nothing would be won
+    for r, pixels in zip(rounds, map(take, rounds) if images.about else ahead(take, rounds)):
+        found = features_of(pixels, extractor)
+        if fault := next(filter(None, processes.every(_fault(images, chosen[r.call.start :], found))), None):
             raise UserError(fault)
-        yield min(together, len(chosen) - a), {name: processes.gather(found[name]).numpy() for name in extractor.widths}
-
-
-def _taken(images: ImageSet, chosen: np.ndarray, start: int, block: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The numbers and pixels of this process's block of each round; the last may be empty."""
-
-    def take(a: int) -> tuple[list[int], np.ndarray]:
-        numbers = chosen[a : a + block].tolist()
-        return numbers, images.take(numbers) if numbers else np.empty(0, np.uint8)
-
-    starts = range(start + processes.rank() * block, len(chosen) + processes.rank() * block, block * processes.world())
-    if images.about:
-        yield from map(take, starts)
-        return
-    with ThreadPoolExecutor(1, "images") as pool:  # reads while the extractor is at work on the block before
-        coming = pool.submit(take, starts[0])
-        for k in range(len(starts)):
-            now = coming.result()
-            if k + 1 < len(starts):
-                coming = pool.submit(take, starts[k + 1])
-            yield now
+        yield {tap: processes.gather(rows[: len(r.mine)]).numpy() for tap, rows in found.items()}
 
 
 def features_of(images: np.ndarray, extractor: Extractor) -> dict[str, Tensor]:
-    """The features of images (n, C, H, W) uint8, by name, each (n, width) float32 on the CPU."""
+    """The features of images (n, C, H, W) uint8, by tap, each (n, width) float32 on the CPU."""
     found = extractor.network(rgb(torch.from_numpy(np.ascontiguousarray(images))).to(extractor.device))
-    return {name: found[name].float().cpu() for name in extractor.widths}
+    return {tap: found[tap].float().cpu() for tap in extractor.widths}
 
 
-def _none(extractor: Extractor) -> dict[str, Tensor]:
-    return {name: torch.zeros(0, width) for name, width in extractor.widths.items()}
-
-
-def _fault(images: ImageSet, numbers: list[int], found: dict[str, Tensor]) -> str:
+def _fault(images: ImageSet, numbers: np.ndarray, found: dict[str, Tensor]) -> str:
+    """What is wrong with features of the images of these numbers; "" where they are finite."""
     for tensor in found.values():
         bad = (~torch.isfinite(tensor).all(dim=1)).nonzero()
         if len(bad):
-            title = images.title(numbers[int(bad[0])])
+            title = images.title(int(numbers[int(bad[0])]))
             return f"{images.name}: the features of {title} are not finite: are these the extractor's weights?"
     return ""
 
@@ -164,20 +136,21 @@ def _fault(images: ImageSet, numbers: list[int], found: dict[str, Tensor]) -> st
 
 
 class _Files:
-    """Appends rows, and now and then, once they are on the disk, says so in about.json."""
+    """Appends rows to a file for each tap, and now and then, once they are on the disk, says so in about.json.
 
-    def __init__(self, folder: Path, extractor: Extractor, done: int):
-        self.folder, self.done, self.saved = folder, done, time.monotonic()
-        self.files = {}
-        for name, width in extractor.widths.items():
-            file = open(folder / f"{name}.f32", "ab")  # noqa: SIM115
-            file.truncate(4 * width * done)  # what came after the last word is from a job that was killed
-            self.files[name] = file
+    Of several processes one `leads`: the others write nothing.
+    """
 
-    def append(self, taps: dict[str, np.ndarray], images: int) -> None:
-        for name, rows in taps.items():
-            self.files[name].write(np.ascontiguousarray(rows, np.float32).tobytes())
-        self.done += images
+    def __init__(self, folder: Path, extractor: Extractor, done: int, leads: bool):
+        self.folder, self.done, self.saved, self.files = folder, done, time.monotonic(), {}
+        for tap, width in extractor.widths.items() if leads else ():
+            self.files[tap] = open(folder / f"{tap}.f32", "ab")  # noqa: SIM115
+            self.files[tap].truncate(4 * width * done)  # what came after the last word is from a job that was killed
+
+    def append(self, rows: dict[str, np.ndarray]) -> None:
+        for tap, file in self.files.items():
+            file.write(np.ascontiguousarray(rows[tap], np.float32).tobytes())
+        self.done += len(rows["pool"])
         if time.monotonic() - self.saved > SAVE_EVERY:
             self.save()
 
@@ -185,8 +158,9 @@ class _Files:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        about = json.dumps({"done": self.done})
-        replace(self.folder / "about.json", lambda file: file.write(about.encode()))
+        if self.files:
+            about = json.dumps({"done": self.done})
+            replace(self.folder / "about.json", lambda file: file.write(about.encode()))
         self.saved = time.monotonic()
 
     def __enter__(self) -> "_Files":
@@ -203,28 +177,27 @@ def _done(folder: Path, extractor: Extractor) -> int:
     try:
         said = int(json.loads((folder / "about.json").read_text())["done"])
         there = [(folder / f"{tap}.f32").stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
-        return max(0, min(said, *there)) if said <= min(there) else 0
+        return max(0, said) if said <= min(there) else 0
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 
-def _kept(path: Path, width: int) -> Gaussian | None:
-    """The moments of a file, if it is there and whole."""
+def _kept(path: Path, n: int, width: int) -> Gaussian | None:
+    """The Gaussian of a file, if it is there and whole."""
     try:
         with np.load(path) as held:
             mu, sigma = held["mu"], held["sigma"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     whole = mu.shape == (width,) and sigma.shape == (width, width) and np.isfinite(mu).all() and np.isfinite(sigma).all()
-    return Gaussian(mu, sigma) if whole else None
+    return Gaussian(mu, sigma, n) if whole else None
 
 
 def _key(images: ImageSet, chosen: np.ndarray, extractor: Extractor) -> str:
     """Names what decides the features: the images' content, how they were read, the extractor. All processes read."""
-    slices = [chosen[a : a + READ].tolist() for a in range(0, len(chosen), READ)]
-    mine = [images.digest(numbers) for numbers in slices[processes.rank() :: processes.world()]]
-    every = processes.every(mine)
-    digests = [every[k % processes.world()][k // processes.world()] for k in range(len(slices))]
+    mine = [chosen[r.mine.start : r.mine.stop].tolist() for r in processes.rounds(len(chosen), READ)]
+    every = processes.every([images.digest(numbers) if numbers else "" for numbers in mine])
+    digests = [digest for together in zip(*every) for digest in together if digest]
     settings = [digests, images.size, images.channels, extractor.identity, dict(extractor.widths)]
     return f"{extractor.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
 

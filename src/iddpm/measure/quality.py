@@ -15,8 +15,9 @@ from iddpm.errors import UserError
 from iddpm.measure import extractors, figures
 from iddpm.measure.features import extract, features_of
 from iddpm.measure.image_sets import Like, drawing, open_images
-from iddpm.measure.metrics.frechet import Gaussian, frechet_distance
+from iddpm.measure.metrics.frechet import frechet_distance
 from iddpm.measure.metrics.kernel import kernel_distance
+from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
 from iddpm.sampling import draw as sample
 from iddpm.store.files import Best
@@ -29,43 +30,40 @@ class Quality:
     """Draws the first `eval_samples` seeds, and compares them with real images; leaves the run's randomness alone."""
 
     def __init__(self, config: Config, run: Path, device: torch.device, say: Callable[[str], None]):
-        t, m = config.train, config.model
+        settings, m, n = config.train, config.model, config.train.eval_samples
         self.config, self.device, self.out, self.say = config, device, run / "metrics.json", say
         figures.read(self.out)  # what cannot be written to is refused before the work
-        path = t.eval_reference or config.data.validation or config.data.path
+        path = settings.eval_reference or config.data.validation or config.data.path
         images = open_images(path, Like("the run", image_size(m), m.image_channels))
         if images.n < LEAST:
             raise UserError(f"--eval_every: {path} holds fewer than the {LEAST} images it needs: give others by --eval_reference")
-        chosen = Order(images.n, t.seed).indices(0, min(REFERENCE, images.n))
-        self.extractor = extractors.open(t.eval_extractor, "", device)
+        chosen = Order(images.n, settings.seed).indices(0, min(REFERENCE, images.n))
+        self.extractor = extractors.open(settings.eval_extractor, config.numbers(), device)
         self.reference = extract(images, chosen, self.extractor, say=say)
-        self.job = sample.job(config, range(t.eval_samples))
+        self.job = sample.job(config, range(n))
         self.conditions: dict[str, Any] = dict(  # under which numbers can be compared, as JSON holds them
-            n=t.eval_samples, seeds=f"0-{t.eval_samples - 1}", **drawing(config, t.precision, next(iter(ema_rates(t)), 0)),
+            n=n, seeds=f"0-{n - 1}", **drawing(config, settings.precision, next(iter(ema_rates(settings)), 0)),
             extractor=self.extractor.name, extractor_identity=self.extractor.identity,
             reference_key=self.reference.folder.name, reference_n=len(chosen),
         )  # fmt: skip
         self.about = self.conditions | dict(samples=str(run), reference=path, weights=None, seed=0, labels=None, draws=None)
         self.name = self.extractor.name.replace("-", "_")
-        say(f"every {t.eval_every} steps: {t.eval_samples} samples against {len(chosen)} images of {path}, {self.extractor.name}")
+        against = f"{len(chosen)} images of {path}, {self.extractor.name}"
+        say(f"every {settings.eval_every} steps: {n} samples against {against}")
 
     def __call__(self, net: Network) -> dict[str, float]:
-        """The log's row on what a network draws now: kd_EXTRACTOR and its error, fd_EXTRACTOR; the same on every process.
-
-        The processes take a block each, so that blocks do not depend on their number, and call the network equally often.
-        """
+        """The log's row on what a network draws now: kd_EXTRACTOR and its error, fd_EXTRACTOR; the same on every process."""
         began, parts = time.monotonic(), []
-        draw, block = sample.painter(self.config, net, self.device), self.config.train.eval_batch
-        for a in range(0, len(self.job.seeds), block * processes.world()):
-            mine = self.job.part(start := a + block * processes.rank(), start + block)
-            drawn = draw(mine if mine.seeds else self.job.part(0, 1))  # without a share it goes along with the others
-            found = features_of(drawn.cpu().numpy().transpose(0, 3, 1, 2), self.extractor)["pool"][: len(mine.seeds)]
+        draw = sample.painter(self.config, net, self.device)
+        for r in processes.rounds(len(self.job.seeds), self.config.train.eval_batch):
+            drawn = draw(self.job.part(r.call.start, r.call.stop)).cpu().numpy().transpose(0, 3, 1, 2)
+            found = features_of(drawn, self.extractor)["pool"][: len(r.mine)]
             parts.append(processes.gather(found).numpy())
         return processes.same(self._compare(np.concatenate(parts), began) if processes.rank() == 0 else {})
 
     def _compare(self, drawn: np.ndarray, began: float) -> dict[str, float]:
-        kd = kernel_distance(drawn, self.reference.rows("pool"), device=self.device)
-        fd = frechet_distance(Gaussian.of_few(drawn), self.reference.gaussian("pool"))
+        kd = kernel_distance(drawn, self.reference.rows["pool"], device=self.device)
+        fd = frechet_distance(Gaussian.of(drawn), self.reference.gaussian("pool"))
         error = {f"kd_{self.name}_error": kd.error} if kd.error is not None else {}
         found = {f"kd_{self.name}": kd.value, **error, f"fd_{self.name}": fd}
         return found | dict(eval_n=len(drawn), eval_reference_n=len(self.reference), eval_seconds=time.monotonic() - began)

@@ -4,7 +4,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,21 +12,14 @@ import torch
 from iddpm.errors import UserError
 from iddpm.measure.extractors import Extractor
 from iddpm.measure.extractors.weights import REFUSALS, fault
-from iddpm.measure.metrics.frechet import Gaussian
+from iddpm.measure.metrics.moments import Gaussian
 from iddpm.store.remote import opened, replace
 
 TAPS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # pytorch-fid's names, and guided-diffusion's for sFID
 
 
-class Statistics(NamedTuple):
-    """What a file holds."""
-
-    n: int | None  # images that they are of; None where the file does not say
-    gaussians: dict[str, Gaussian]  # by tap
-
-
-def read(path: Path, extractor: Extractor) -> Statistics | None:
-    """The statistics of a file; None where it holds none. UserError where they are not of this extractor.
+def read(path: Path, extractor: Extractor) -> dict[str, Gaussian] | None:
+    """The Gaussians of a file by tap; None where it holds none. UserError where they are not of this extractor.
 
     An .npz with mu and sigma (pytorch-fid), with mu_s and sigma_s too (guided-diffusion), or torch-fidelity's .pt. Files of other
     tools do not say what they are of: their widths alone are looked at.
@@ -45,12 +38,13 @@ def read(path: Path, extractor: Extractor) -> Statistics | None:
     gaussians = {}
     for tap, (mean, covariance) in TAPS.items():
         if mean in held and covariance in held and tap in extractor.widths:
-            gaussians[tap] = _gaussian(path, held[mean], held[covariance], extractor.name, extractor.widths[tap])
-    return Statistics(about.get("n"), gaussians)
+            mu, sigma = (np.asarray(held[name], np.float64) for name in (mean, covariance))
+            _check(path, mu, sigma, extractor.name, extractor.widths[tap])
+            gaussians[tap] = Gaussian(mu, sigma, about.get("n"))
+    return gaussians
 
 
-def _gaussian(path: Path, mean: Any, covariance: Any, extractor: str, width: int) -> Gaussian:
-    mu, sigma = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+def _check(path: Path, mu: np.ndarray, sigma: np.ndarray, extractor: str, width: int) -> None:
     if mu.shape != (width,):
         found = mu.shape[-1] if mu.ndim else 1
         raise UserError(f"{path} holds statistics of {found} features, and {extractor} has {width}: give its own --extractor")
@@ -60,7 +54,6 @@ def _gaussian(path: Path, mean: Any, covariance: Any, extractor: str, width: int
         raise UserError(f"{path} holds statistics that are not finite: make them anew")
     if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max()):
         raise UserError(f"{path} holds a covariance that is not symmetric: make it anew")
-    return Gaussian(mu, sigma)
 
 
 def has_images(path: Path) -> bool:

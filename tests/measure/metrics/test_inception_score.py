@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from iddpm.errors import UserError
-from iddpm.measure.metrics.inception_score import InceptionScore, Scores
+from iddpm.measure.metrics.inception_score import InceptionScore, inception_score
 
 
 def probabilities(n: int, classes: int, seed: int = 0) -> np.ndarray:
@@ -15,9 +15,7 @@ def probabilities(n: int, classes: int, seed: int = 0) -> np.ndarray:
 
 
 def of(p: np.ndarray, splits: int = 10) -> InceptionScore:
-    scores = Scores(len(p), p.shape[1], splits)
-    scores.add(np.arange(len(p)), p)
-    return scores.result()
+    return inception_score([p], len(p), splits)
 
 
 @pytest.mark.parametrize("n", [200, 207])
@@ -51,13 +49,9 @@ def test_small_parts_score_lower_than_all_as_one():
     assert of(p, splits=1).score == (pytest.approx(of(p).whole), None)
 
 
-def test_batches_of_two_processes_in_any_order_give_the_same():
+def test_blocks_of_any_size_give_the_same():
     p = probabilities(200, 10)
-    one, two = Scores(200, 10), Scores(200, 10)
-    for a in range(0, 200, 25):
-        scores, at = (one, two)[a // 25 % 2], np.arange(a, a + 25)[::-1]
-        scores.add(at, p[at])
-    for found, expected in zip(two.merged(one).result(), of(p)):
+    for found, expected in zip(inception_score(np.split(p, [1, 26, 26, 150]), 200), of(p)):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -65,10 +59,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
     peaks = []
     for n in (1000, 20_000):
         tracemalloc.start()
-        scores = Scores(n, 20)
-        for a in range(0, n, 500):
-            scores.add(np.arange(a, a + 500), probabilities(500, 20, a))
-        scores.result()
+        inception_score((probabilities(500, 20, a) for a in range(0, n, 500)), n)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
@@ -76,9 +67,9 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 def test_too_few_images_and_what_is_no_probability_are_refused():
     with pytest.raises(UserError, match="in 10 parts needs at least 20 images, not 19"):
-        Scores(19, 10)
+        of(probabilities(19, 10))
     p = probabilities(20, 10)
     p[3, 2], p[5] = np.nan, 2 * p[5]
     p[7, :2] = -0.5, 0.5 + p[7, :2].sum()
     with pytest.raises(UserError, match="3 of 20 rows are not probabilities"):
-        Scores(20, 10).add(np.arange(20), p)
+        of(p)

@@ -1,26 +1,22 @@
-"""Networks whose features images are compared by: the table of them."""
+"""Networks whose features images are compared by: each file that holds some ends in a table of them, read by `config.choices`."""
 
-import difflib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from iddpm.errors import UserError
-from iddpm.measure.extractors import dinov2, inception, lite0
+from iddpm.config.choices import make
 from iddpm.measure.extractors.interface import Extractor as Extractor
 
 
-def open(name: str, weights: str = "", device: torch.device | str = "cpu") -> Extractor:
-    """The extractor of a name of EXTRACTORS; `weights` is the user's file of them, or "" for where they usually are.
+def open(name: str, own: Mapping[str, Any] = {}, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor of a name of the tables; `own` holds, among others, what is its own: the file of its weights.
 
-    UserError for an unknown name, for weights that are absent or damaged, and for a file that would be ignored.
+    UserError for an unknown name, and for weights that are absent or damaged.
     """
-    if name not in EXTRACTORS:
-        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0)[0]
-        raise UserError(f"there is no extractor {name!r}: did you mean {near}? There are {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](weights, torch.device(device))
+    extractor: Extractor = make("extractor", name, own)(torch.device(device))
+    return extractor
 
 
 def rgb(images: Tensor) -> Tensor:
@@ -31,12 +27,3 @@ def rgb(images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
     colour, alpha = images[:, :3].int(), images[:, 3:].int()
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
-
-
-EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {  # from the file of weights, or "", and the device
-    "lite0-128": partial(lite0.open, size=128),
-    "lite0-224": partial(lite0.open, size=224),
-    "inception": inception.open,
-    "inception-pytorch-fid": partial(inception.open, pipeline="pytorch-fid"),
-    "dinov2": dinov2.open,
-}

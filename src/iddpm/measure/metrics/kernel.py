@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, images, needs
 from iddpm.measure.metrics.rows import BLOCK, Estimate, Rows, exact, held, require
 
 LIMIT = 10_000  # rows a side; the cost is quadratic in it
@@ -90,3 +91,13 @@ def _across(rows: np.ndarray, columns: np.ndarray) -> float:
     in_row, in_column = (one**2).sum() - two.sum(), (other**2).sum() - two.sum()
     apart = one.sum() ** 2 - in_row - in_column - two.sum()
     return (two.sum() - in_row / (m - 1) - in_column / (n - 1) + apart / ((n - 1) * (m - 1))) / (n * m)
+
+
+@needs(images(4))
+def kd(c: Comparison) -> list[Finding]:
+    """The kernel distance, without bias at any n: KID on Inception's features."""
+    found = kernel_distance(c.samples.rows["pool"], c.reference.rows["pool"], device=c.extractor.device)
+    return [Finding(c.extractor.called("KD"), found, c.reference.n)]
+
+
+METRICS: dict[str, Metric] = {"kd": kd}

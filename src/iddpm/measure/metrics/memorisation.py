@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, images, needs
+from iddpm.measure.metrics.neighbours import nearest
 from iddpm.measure.metrics.rows import Estimate
+
+NEAREST = 3  # real images that are shown of each sample
 
 
 class Memorised(NamedTuple):
@@ -24,3 +28,19 @@ def memorised(samples: np.ndarray, training: np.ndarray) -> Memorised:
     share = Estimate.mean((samples <= np.quantile(training, 0.01)).astype(np.float64))
     typical = float(np.median(training))
     return Memorised(share, float(np.median(samples)) / typical if typical else None)
+
+
+@needs(images(2))
+def memorisation(c: Comparison) -> list[Finding]:
+    """Copies: how many samples are nearer to a real image than 99 % of real images are to each other."""
+    reference = c.reference.rows["pool"]
+    ours = nearest(c.samples.rows["pool"], reference, min(NEAREST, len(reference)), device=c.extractor.device)
+    _, theirs = nearest(reference, reference, exclude_self=True, device=c.extractor.device)
+    found = memorised(ours[1][:, 0], theirs[:, 0])
+    findings = [Finding("near copies (1 % expected)", found.share, c.reference.n, nearest=ours)]
+    if found.ratio is not None:
+        findings.append(Finding("nearest distance ratio", Estimate(found.ratio, None), c.reference.n))
+    return findings
+
+
+METRICS: dict[str, Metric] = {"memorisation": memorisation}

@@ -1,6 +1,7 @@
-"""The mean and covariance of features in one pass over them, from parts that may be merged."""
+"""The mean and covariance of features, in one pass over them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -10,11 +11,7 @@ from iddpm.measure.metrics.rows import BLOCK, Rows, blocks, not_finite, refusal
 
 @dataclass
 class Moments:
-    """n, the mean (d,), and the sum of outer products about it (d, d), in float64 (Chan, Golub & LeVeque 1983).
-
-    Parts merge by n = n_a + n_b, delta = mean_b - mean_a, mean = mean_a + delta n_b/n and
-    outer = outer_a + outer_b + delta delta^T n_a n_b/n: one part or many, the same to rounding.
-    """
+    """n, the mean (d,), and the sum of outer products about it (d, d), in float64 (Chan, Golub & LeVeque 1983)."""
 
     n: int
     mean: np.ndarray
@@ -37,23 +34,13 @@ class Moments:
         x = np.asarray(block, np.float64)
         if bad := not_finite(x):
             raise refusal(bad, len(x))
-        if len(x):
-            mean = x.mean(0)
-            self._take(len(x), mean, (x - mean).T @ (x - mean))
-
-    def merged(self, other: "Moments") -> "Moments":
-        """Of both parts' rows, for who has them in two processes or files; neither part changes."""
-        both = Moments(self.n, self.mean.copy(), self.outer.copy())
-        both._take(other.n, other.mean, other.outer)
-        return both
-
-    def _take(self, n: int, mean: np.ndarray, outer: np.ndarray) -> None:
-        total = self.n + n
-        if total:
-            delta = mean - self.mean
-            self.mean += delta * (n / total)
-            self.outer += outer + np.outer(delta, delta * (self.n * n / total))
-            self.n = total
+        if not len(x):
+            return
+        mean, total = x.mean(0), self.n + len(x)
+        delta = mean - self.mean
+        self.mean += delta * (len(x) / total)
+        self.outer += (x - mean).T @ (x - mean) + np.outer(delta, delta * (self.n * len(x) / total))
+        self.n = total
 
     @property
     def covariance(self) -> np.ndarray:
@@ -61,3 +48,35 @@ class Moments:
         if self.n < 2:
             raise UserError(f"a covariance needs at least 2 images, not {self.n}: give more")
         return self.outer / (self.n - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A mean (d,) and a covariance (d, d), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    n: int | None = None  # images that it is of; None where a file does not say
+    few: np.ndarray | None = None  # (n, d) with covariance = few^T few, where there are no more rows than features
+
+    @staticmethod
+    def of(rows: Rows) -> "Gaussian":
+        """Of features (n, d); where n <= d they are held in memory. UserError for fewer than 2 rows, or one not finite."""
+        moments, n = Moments.of(rows), len(rows)
+        few = (np.asarray(rows[:n], np.float64) - moments.mean) / np.sqrt(n - 1) if 1 < n <= rows.shape[1] else None
+        return Gaussian(moments.mean, moments.covariance, n, few)
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """F (d, rank) with covariance = F F^T; eigenvalues that are rounding of the largest are left out.
+
+        Of few rows it is these, centred: no eigenproblem is solved. UserError for a matrix that is no covariance: one from a
+        foreign file.
+        """
+        if self.few is not None:
+            return self.few.T
+        values, vectors = np.linalg.eigh(self.covariance)
+        if values[0] < -1e-4 * abs(values[-1]):  # rounding of float32 stays above
+            raise UserError(f"a covariance has the eigenvalue {values[0]:.3g}: that is none; make its file anew")
+        kept = values > np.finfo(float).eps * len(values) * values[-1]
+        return vectors[:, kept] * np.sqrt(values[kept])

@@ -1,12 +1,14 @@
 """Nearest neighbours, and what is counted of them: precision, recall, density and coverage."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.measure.metrics.interface import Comparison, Finding, images
 from iddpm.measure.metrics.rows import BLOCK, Estimate, Rows, blocks, exact, require
 
 CLOSE = 1e-6  # of |x|^2 + |y|^2: a squared distance below it has lost too many digits in |x|^2 + |y|^2 - 2 x.y
@@ -107,3 +109,20 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def _on(device: torch.device | str, rows: Rows, block: int) -> Iterator[tuple[slice, Tensor]]:
     for at, x in blocks(rows, block):
         yield at, torch.from_numpy(x).to(exact(device))
+
+
+@dataclass(frozen=True)
+class Manifolds:
+    """Precision, recall, density and coverage."""
+
+    neighbours: Annotated[int, "the k of precision, recall, density and coverage", 1, 100] = 5
+
+    def lacks(self, c: Comparison) -> str:
+        return images(self.neighbours + 1)(c)
+
+    def __call__(self, c: Comparison) -> list[Finding]:
+        found = manifold(c.samples.rows["pool"], c.reference.rows["pool"], self.neighbours, device=c.extractor.device)
+        return [Finding(name, estimate, c.reference.n) for name, estimate in found._asdict().items()]
+
+
+METRICS: dict[str, type[Manifolds]] = {"prdc": Manifolds}

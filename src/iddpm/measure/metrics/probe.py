@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iddpm.errors import UserError
+from iddpm.measure.metrics.interface import Comparison, Finding, Metric, images, needs
 from iddpm.measure.metrics.moments import Moments
 from iddpm.measure.metrics.rows import Estimate, Rows, blocks, require
 
@@ -87,3 +88,27 @@ def _held_out(labels: np.ndarray) -> np.ndarray:
     held_out = np.empty(len(labels), bool)
     held_out[order] = place % 2 == 1
     return held_out & (labels >= 0)
+
+
+def _classes(c: Comparison) -> str:
+    """Why the classes of the two sides cannot be compared; "" where they can."""
+    ours, theirs = c.samples, c.reference
+    if ours.labels is None or theirs.labels is None:
+        return "the samples or the reference have no classes"
+    if ours.classes and theirs.classes and ours.classes != theirs.classes:
+        mine, others = (", ".join(names[:5]) + (" ..." if len(names) > 5 else "") for names in (ours.classes, theirs.classes))
+        return f"the samples have the classes {mine}, the reference {others}"
+    if ours.labels.max() > theirs.labels.max():
+        return "the samples have classes that the reference has not"
+    return too_few(theirs.labels)
+
+
+@needs(images(1), _classes)
+def labels(c: Comparison) -> list[Finding]:
+    """The share of samples that are of the class they were asked for."""
+    assert c.samples.labels is not None and c.reference.labels is not None
+    found = consistency(c.samples.rows["pool"], c.samples.labels, c.reference.rows["pool"], c.reference.labels)
+    return [Finding("label consistency", found.samples, c.reference.n, real=found.ceiling.value)]
+
+
+METRICS: dict[str, Metric] = {"labels": labels}

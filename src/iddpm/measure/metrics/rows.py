@@ -22,6 +22,20 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
+class Part:
+    """Some consecutive rows of others."""
+
+    def __init__(self, rows: Rows, start: int, n: int):
+        self.rows, self.start, self.shape = rows, start, (n, rows.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        a, b, _ = rows.indices(len(self))
+        return self.rows[self.start + a : self.start + b]
+
+
 class Estimate(NamedTuple):
     """A number and its standard error (None where there is none).
 
@@ -52,9 +66,9 @@ def held(rows: Rows, at: slice) -> np.ndarray:
     return x
 
 
-def blocks(rows: Rows, block: int = BLOCK, start: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks(rows: Rows, block: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
     """Each slice of at most `block` rows, and these rows as float64. UserError where one is not finite."""
-    for a in range(start, len(rows), block):
+    for a in range(0, len(rows), block):
         at = slice(a, min(a + block, len(rows)))
         yield at, held(rows, at)
 

@@ -1,0 +1,165 @@
+"""The library's front: load a model and draw with it, train one, measure images. Settings have the names of the command's flags."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iddpm import build, rng
+from iddpm.config import Config, Evaluate, Sample, Which, check, image_size, make
+from iddpm.config.fields import typed
+from iddpm.diffusion.bound import bound_terms, prior_term
+from iddpm.diffusion.denoiser import Prediction
+from iddpm.diffusion.grid import Grid, Step
+from iddpm.diffusion.schedule import Level
+from iddpm.errors import UserError
+from iddpm.sampling.draw import images, painter
+from iddpm.sampling.images import as_float
+from iddpm.sampling.job import Job, job, trained_classes
+from iddpm.sampling.open import Opened, open_weights
+from iddpm.store.remote import place
+
+
+def load(source: str | Path, **which: Any) -> "Model":
+    """The model of a run, a checkpoint or a .safetensors file, on this machine or at an fsspec address.
+
+    `which` are flags of every verb: checkpoint_step, best, ema_rate, device, precision, batch_size. UserError where there is none.
+    """
+    return Model(open_weights(place(source), make(Which, typed(which, Which))))
+
+
+class Model:
+    """A trained model of images, ready to draw, to denoise and to tell likelihoods."""
+
+    def __init__(self, opened: Opened):
+        self.opened, self.config, self.device = opened, opened.config, opened.device
+
+    def __repr__(self) -> str:
+        size = f"{self.config.model.image_size}, {self.config.model.image_channels} channels"
+        return f"Model({self.opened.weights.path}: {self.config.model.task}, {size})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes it was trained on; none for a model without."""
+        return self.config.data.classes if self.config.model.class_cond else ()
+
+    def sample(
+        self, n: int, *, seed: int = 0, labels: str | Sequence[int | str] = (), low_res: np.ndarray | None = None, **how: Any
+    ) -> np.ndarray:
+        """n images (n, H, W, C) uint8, of the seeds `seed`, `seed` + 1 ...: image k depends on its seed alone.
+
+        `labels` are classes by name or number, taken in turn (default: all); `low_res` (n, h, w, C) uint8 is what a
+        super-resolution model enlarges; `how` are flags of `iddpm sample`: solver, sampling_steps (or steps), eta ...
+        UserError for what the model or the solver does not know.
+        """
+        config = self._changed(how)
+        if config.task.classifies:
+            raise UserError(f"{self.opened.weights.path} is a classifier, which draws nothing")
+        if config.task.enlarges != (low_res is not None):
+            raise UserError("low_res (n, h, w, C) uint8: " + ("which images?" if low_res is None else "it enlarges nothing"))
+        if low_res is not None and len(low_res) != n:
+            raise UserError(f"low_res holds {len(low_res)} images, and {n} are asked for")
+        named = labels if isinstance(labels, str) else ",".join(map(str, labels))
+        task: Job = job(config, range(seed, seed + n), named)._replace(low_res=low_res)
+        paint = painter(config, self.opened.net, self.device)
+        height, width = image_size(config.model)
+        empty = np.zeros((0, height, width, config.model.image_channels), np.uint8)
+        return np.concatenate([empty, *images([paint], task, self.opened.which.batch_size)])
+
+    def grid(self, steps: int | str = "") -> Grid:
+        """The levels that a solver walks, noisiest first: a count of steps, or a spec as of --sampling_steps."""
+        return build.grid(self._changed({"sampling_steps": str(steps)} if steps else {}))
+
+    @torch.inference_mode()
+    def denoise(self, x: Tensor, level: Level | Step, **cond: Tensor) -> Prediction:
+        """What the network says of x_t (B, C, H, W) at a level: `.x0`, and at a step of a grid `.mean` and `.log_var`.
+
+        `cond` is what else it sees: y (B,) int64 classes, low_res (B, C, h, w) in [-1, 1].
+        """
+        at = {name: value.to(self.device) for name, value in cond.items()}
+        return build.sampling_denoiser(self.config, self.opened.net)(x.to(self.device), level, at)
+
+    @torch.inference_mode()
+    def bits_per_dim(self, images: np.ndarray, labels: Sequence[int] | None = None, *, seed: int = 0, **how: Any) -> np.ndarray:
+        """The variational bound on -log2 p (N,) float64, in bits per dimension, of images (N, H, W, C) uint8.
+
+        On the grid of `sampling_steps` (or steps), by default every step of the chain. The noise depends on the seed and an
+        image's place. UserError where the images do not fit the model, or its classes are missing.
+        """
+        config = self._changed({"sampling_steps": "all", **how})
+        if not config.task.draws:
+            raise UserError(f"{self.opened.weights.path} is no model of images alone: its likelihood needs iddpm nll")
+        m, size = config.model, image_size(config.model)
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != (*size, m.image_channels):
+            raise UserError(
+                f"images must be (N, {size[0]}, {size[1]}, {m.image_channels}) uint8, not {images.shape} {images.dtype}"
+            )
+        if m.class_cond and (labels is None or len(labels) != len(images)):
+            raise UserError("this model knows classes: give the label of each image")
+        if m.class_cond and labels is not None and len(labels) and not 0 <= min(labels) <= max(labels) < trained_classes(config):
+            raise UserError(f"labels must lie from 0 to {trained_classes(config) - 1}")
+        grid, denoiser = build.grid(config), build.sampling_denoiser(config, self.opened.net)
+        found = [np.zeros(0)]
+        for a in range(0, len(images), size_of := self.opened.which.batch_size):
+            x0 = as_float(images[a : a + size_of]).to(self.device)
+            cond = {"y": torch.tensor(labels[a : a + size_of], device=self.device)} if m.class_cond and labels is not None else {}
+
+            def noise(k: int, places: range = range(a, a + len(x0)), shape: torch.Size = x0.shape[1:]) -> Tensor:
+                return rng.normal(seed, rng.LIKELIHOOD, k, places, shape).to(self.device)
+
+            total = prior_term(grid, x0).double()
+            for term in bound_terms(partial(denoiser, cond=cond), x0, grid, noise):
+                total += term.vb.double()
+            found.append(total.cpu().numpy())
+        return np.concatenate(found)
+
+    def _changed(self, how: Mapping[str, Any]) -> Config:
+        how = dict(how)
+        if "steps" in how:
+            how["sampling_steps"] = how.pop("steps")
+        return build.require_fit(check(self.config.updated(typed(how, Sample))))
+
+
+def train(data: Any, *, run: str | Path = "", preset: str = "", **settings: Any) -> Path:
+    """Train a model, or go on with its run, to its end; returns the run's folder, for `load`.
+
+    `data` is a folder or archive of images, or a data set of the program's own: len(data) and data[k] -> (image, label).
+    `settings` are flags of `iddpm train`; in the place of a name, a choice may be the program's own: objective=my_loss.
+    UserError where it cannot be done, saying what to change.
+    """
+    from iddpm.training.start import default_run, start
+
+    path = data if isinstance(data, (str, Path)) else ""
+    if not path and not run and not preset:
+        raise UserError("run='runs/NAME': a data set of the program's own names no folder")
+    folder = place(run or default_run(str(path), preset))
+    start(folder, str(path), preset, typed(settings), own=None if path else data)
+    return folder
+
+
+def evaluate(samples: Any, *, reference: Any, device: str = "auto", batch_size: int = 64, **settings: Any) -> dict[str, float]:
+    """How good samples are against real images: every metric that applies, by name.
+
+    Both are arrays (N, H, W, C) uint8, an .npz, a folder or an archive. `settings` are flags of `iddpm evaluate`: extractor, metrics, num_samples ...
+    """
+    from iddpm.measure import compare
+    from iddpm.measure.image_sets import open_images
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def on_disk(images: Any, name: str) -> str:
+            if isinstance(images, (str, Path)):
+                return str(images)
+            np.savez(path := Path(folder) / name, np.asarray(images))
+            return str(path)
+
+        chosen = make(Evaluate, typed({"reference": on_disk(reference, "reference.npz"), **settings}, Evaluate))
+        sets = [open_images(on_disk(samples, "samples.npz"))]
+        found = compare.evaluate(sets, chosen, build.device(device), batch_size=batch_size)
+    return {finding.name: finding.value for finding in found.findings} if found else {}
