@@ -60,7 +60,7 @@ def test_shapes_alone_tell_the_network_of_a_published_file(name):
     told = tell(published_shapes(name), name)
     assert cures(told, config) == []
     fields = told.at(int(config.model.image_size))
-    for field in ("network", "num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "num_classes"):
+    for field in ("task", "num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "num_classes"):
         assert fields[field] == getattr(config.model, field)
     assert fields.get("resblock_updown", False) == config.model.resblock_updown
     assert fields.get("learn_sigma", False) == config.diffusion.learn_sigma

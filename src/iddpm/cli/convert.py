@@ -47,9 +47,9 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     path, folder = Path(file), Path(run or f"runs/{Path(file).stem}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
-    from iddpm.cli.train import write_config
     from iddpm.interop.openai.formats.convert import imported
     from iddpm.store import checkpoint
+    from iddpm.training.start import write_config
 
     saved, config, notes = imported(path, given, published, classes, alone)
     step = checkpoint.save(folder, config, saved)

@@ -17,13 +17,14 @@ from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats import files, flags
 from iddpm.interop.openai.python import logger
-from iddpm.measure import bound as nll
+from iddpm.measure.bound import bits_per_dim, summary, write_original_tables
 from iddpm.parallel import processes
 from iddpm.sampling import draw
 from iddpm.sampling.job import Job, trained_classes
 from iddpm.sampling.open import restore
 from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
+from iddpm.store.remote import replace
 from iddpm.training import loop as train
 
 Given = dict[str, Any]  # the original's flags, all of them
@@ -174,15 +175,15 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     logger.log(images.describe())
     if n < given["num_samples"]:
         logger.log(f"there are {n} images, each measured once")
-    bound = nll.measure(
+    bound = bits_per_dim(
         config, net, images, device, chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
         state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
     )  # fmt: skip
     if processes.rank():
         return
-    numbers = nll.summary(bound)
-    nll.replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-    tables = nll.write_original_tables(bound, folder)
+    numbers = summary(bound)
+    replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+    tables = write_original_tables(bound, folder)
     (folder / "nll.partial").unlink(missing_ok=True)
     logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")
     logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")
