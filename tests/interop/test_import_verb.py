@@ -15,7 +15,9 @@ from iddpm.config import Config
 from iddpm.diffusion.solvers import run as walk
 from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats import flags as original
-from iddpm.sampling import draw as sample
+from iddpm.sampling import draw, job
+from iddpm.sampling.images import as_uint8
+from iddpm.sampling.open import restore
 from iddpm.store import checkpoint
 from iddpm.training.state import TrainState
 from interop.written import FLAGS, network, same, write
@@ -38,8 +40,8 @@ def command(capsys):
 
 def drawn(source: Path, rate: float | None = None, count: int = 3) -> np.ndarray:
     weights = checkpoint.read_weights(source, ema_rate=rate)
-    net, job = sample.restore(weights, CPU), sample.job(weights.config, range(count))
-    return np.concatenate(list(sample.images(weights.config, net, job, CPU)))
+    painter = draw.painter(weights.config, restore(weights, CPU), CPU)
+    return np.concatenate(list(draw.images([painter], job.job(weights.config, range(count)))))
 
 
 # ---- the original's files
@@ -57,9 +59,9 @@ def test_a_run_made_of_the_originals_files_draws_what_its_network_draws(tmp_path
 
     for rate, weights in ((0, source.weights), (0.9, source.averages[0.9]), (0.99, source.averages[0.99])):
         source.net.load_state_dict(weights)
-        denoiser = build.denoiser(config.diffusion, source.net.eval(), clip=True)
+        denoise = build.sampling_denoiser(config, source.net.eval())
         with torch.inference_mode():
-            expected = sample.to_uint8(walk(build.solver(config.sample)(denoiser, noise(0), noise, {}, None)))
+            expected = as_uint8(walk(build.solver(config)(denoise, noise(0), build.grid(config), noise))).numpy()
         assert np.array_equal(drawn(tmp_path / "run", rate), expected)
     assert "next: iddpm sample" in out
 
@@ -194,11 +196,11 @@ def test_trained_classes_are_named_or_counted_or_those_of_a_folder(tmp_path, com
     assert command(*line, "--run", tmp_path / "a", "--classes", "cat, dog")[0] == 0
     config = checkpoint.read_weights(tmp_path / "a").config
     assert (config.data.classes, config.model.num_classes) == (("cat", "dog"), 1000)
-    assert sample.job(config, range(3)).labels == [0, 1, 0]
+    assert job.job(config, range(3)).labels == [0, 1, 0]
     assert command(*line, "--run", tmp_path / "b", "--classes", "10")[0] == 0
-    assert sample.trained_classes(checkpoint.read_weights(tmp_path / "b").config) == 10
+    assert job.trained_classes(checkpoint.read_weights(tmp_path / "b").config) == 10
     assert command(*line, "--run", tmp_path / "c")[0] == 0
-    assert sample.trained_classes(checkpoint.read_weights(tmp_path / "c").config) == 1000
+    assert job.trained_classes(checkpoint.read_weights(tmp_path / "c").config) == 1000
     assert command(*line, "--run", tmp_path / "e", "--classes", pictures)[0] == 0
     assert checkpoint.read_weights(tmp_path / "e").config.data.classes == ("across", "disc", "down")
     assert "room for 1000" in command(*line, "--run", tmp_path / "d", "--classes", "1001")[2]
