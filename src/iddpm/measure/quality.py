@@ -19,7 +19,8 @@ from iddpm.measure.metrics.frechet import frechet_distance
 from iddpm.measure.metrics.kernel import kernel_distance
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
-from iddpm.sampling import draw as sample
+from iddpm.sampling.draw import painter
+from iddpm.sampling.job import job
 from iddpm.store.files import Best
 
 REFERENCE = 2000  # real images that samples are compared with, at the most
@@ -40,7 +41,7 @@ class Quality:
         chosen = Order(images.n, settings.seed).indices(0, min(REFERENCE, images.n))
         self.extractor = extractors.open(settings.eval_extractor, config.numbers(), device)
         self.reference = extract(images, chosen, self.extractor, say=say)
-        self.job = sample.job(config, range(n))
+        self.job = job(config, range(n))
         self.conditions: dict[str, Any] = dict(  # under which numbers can be compared, as JSON holds them
             n=n, seeds=f"0-{n - 1}", **drawing(config, settings.precision, next(iter(ema_rates(settings)), 0)),
             extractor=self.extractor.name, extractor_identity=self.extractor.identity,
@@ -54,7 +55,7 @@ class Quality:
     def __call__(self, net: Network) -> dict[str, float]:
         """The log's row on what a network draws now: kd_EXTRACTOR and its error, fd_EXTRACTOR; the same on every process."""
         began, parts = time.monotonic(), []
-        draw = sample.painter(self.config, net, self.device)
+        draw = painter(self.config, net, self.device)
         for r in processes.rounds(len(self.job.seeds), self.config.train.eval_batch):
             drawn = draw(self.job.part(r.call.start, r.call.stop)).cpu().numpy().transpose(0, 3, 1, 2)
             found = features_of(drawn, self.extractor)["pool"][: len(r.mine)]
