@@ -248,8 +248,8 @@ def means_are_added(patch):
     made = build.objective
 
     def old(config: Config) -> Callable[..., dict[str, Tensor]]:
-        def loss(denoiser: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
-            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, x0, *args).items()}
+        def loss(denoiser: Any, schedule: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
+            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, schedule, x0, *args).items()}
 
         return loss
 

@@ -33,7 +33,7 @@ from iddpm.interop.openai.python import dist_util, guided, logger, script_util, 
 from iddpm.interop.openai.python import nn as pieces
 from iddpm.measure import bound as nll
 from iddpm.parallel import processes
-from iddpm.sampling import draw as sample
+from iddpm.sampling.open import restore
 from iddpm.store.log import Meter, read_rows
 from iddpm.training import loop as train
 from iddpm.training import preview
@@ -375,9 +375,9 @@ def test_guided_likelihoods_are_of_the_images_as_they_are(config, data, run):
     from iddpm.store import checkpoint
 
     cpu, mirrored = torch.device("cpu"), config.updated(dict(random_flip=True))
-    net = sample.restore(checkpoint.read_weights(run), cpu)
+    net = restore(checkpoint.read_weights(run), cpu)
     plain, flipped = (
-        nll.measure(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
+        nll.bits_per_dim(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
     )
     assert plain.tolist() == flipped.tolist()
 
