@@ -261,8 +261,7 @@ class GaussianDiffusion:
         cond_fn: Model | None = None,
     ) -> Tensor:  # fmt: skip
         """Images of `shape` (B, C, H, W), from `noise` or from drawn numbers, on `device` or the model's."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn)
-        return _last(self.p_sample_loop_progressive(model, shape, noise=noise, device=device, progress=progress, **settings))
+        return _last(self.p_sample_loop_progressive(**_given(locals())))
 
     def p_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -270,8 +269,7 @@ class GaussianDiffusion:
         cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
         """What p_sample gives at each step; the next starts from its "sample"."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn)
-        return self._walk(self.p_sample, model, shape, noise, device, progress, settings)
+        return self._walk(self.p_sample, **_given(locals()))
 
     def ddim_sample_loop(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -279,8 +277,7 @@ class GaussianDiffusion:
         eta: float = 0.0, cond_fn: Model | None = None,
     ) -> Tensor:  # fmt: skip
         """As p_sample_loop, by DDIM."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn) | {"eta": eta}
-        return _last(self.ddim_sample_loop_progressive(model, shape, noise=noise, device=device, progress=progress, **settings))
+        return _last(self.ddim_sample_loop_progressive(**_given(locals())))
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -288,12 +285,11 @@ class GaussianDiffusion:
         eta: float = 0.0, cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
         """What ddim_sample gives at each step; the next starts from its "sample"."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn) | {"eta": eta}
-        return self._walk(self.ddim_sample, model, shape, noise, device, progress, settings)
+        return self._walk(self.ddim_sample, **_given(locals()))
 
     def _walk(
         self, step: Callable[..., Out], model: Any, shape: Sequence[int], noise: Tensor | None, device: Device, progress: bool,
-        settings: dict[str, Any],
+        **settings: Any,
     ) -> Iterator[Out]:  # fmt: skip
         device = next(model.parameters()).device if device is None else device
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -318,10 +314,8 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(mean, log_variance, out["mean"], out["log_variance"])
         decoder = -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=0.5 * out["log_variance"])
-        return {
-            "output": torch.where(t == 0, mean_flat(decoder), mean_flat(kl)) / np.log(2.0),
-            "pred_xstart": out["pred_xstart"],
-        }
+        bits = torch.where(t == 0, mean_flat(decoder), mean_flat(kl)) / np.log(2.0)
+        return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: Kwargs = None, noise: Tensor | None = None
@@ -360,9 +354,7 @@ class GaussianDiffusion:
             t, noise = torch.full((len(x_start),), i, device=x_start.device), torch.randn_like(x_start)
             x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
             with torch.no_grad():
-                out = self._vb_terms_bpd(
-                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
-                )
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             columns["vb"].append(out["output"])
             columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
@@ -372,10 +364,9 @@ class GaussianDiffusion:
         return {"total_bpd": tables["vb"].sum(dim=1) + prior, "prior_bpd": prior, **tables}
 
 
-def _settings(clip_denoised: bool, denoised_fn: Any, model_kwargs: Kwargs, cond_fn: Model | None) -> dict[str, Any]:
-    """A step's settings; cond_fn only where given, since an overridden p_sample may not know it."""
-    settings = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
-    return settings if cond_fn is None else settings | {"cond_fn": cond_fn}
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A method's arguments, to pass on by name; cond_fn only where given, since an overridden p_sample may not know it."""
+    return {k: v for k, v in arguments.items() if k != "self" and (k != "cond_fn" or v is not None)}
 
 
 def _last(path: Iterator[Out]) -> Tensor:
