@@ -30,13 +30,13 @@ Denoise = Callable[[Tensor, Any], Prediction]  # (x_t, level or step): a denoise
 
 
 def wide(columns: Sequence[Any], x: Tensor) -> tuple[Any, ...]:
-    """float64 columns (B,) as float32 (B, 1, ...) beside images x (B, ...), on their device; others stay as they are.
+    """float64 columns (B,) as float32 (B, 1, ...) beside images x (B, ...), on their device; 0-dim ones as float32.
 
     All go over in one copy: on a GPU each would cost a launch.
     """
     many = [c for c in columns if isinstance(c, Tensor) and c.ndim]
     if not many:
-        return tuple(columns)
+        return tuple(c.float() if isinstance(c, Tensor) else c for c in columns)
     rows = torch.stack([c.float() for c in many], dim=1).to(x.device).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
     moved = iter(rows)
     return tuple(next(moved) if isinstance(c, Tensor) and c.ndim else c for c in columns)

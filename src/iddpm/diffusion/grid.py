@@ -49,7 +49,7 @@ class Grid:
     def u_of(self, ratio: Tensor) -> Tensor:
         """The u (B,) of the least noisy step whose sigma/alpha is `ratio` (B,) or more: the middle of its share of [0, 1)."""
         i = torch.searchsorted(self.table.sigma / self.table.alpha, ratio).clamp(max=self.steps - 1)
-        return (i + 0.5) / self.steps
+        return (i.double() + 0.5) / self.steps
 
 
 class Chain(Grid):

@@ -116,7 +116,7 @@ class LossSecondMoment(Uniform):
     def __call__(self, u: Tensor) -> Draw:
         p = self.probabilities()
         i = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=self.steps - 1)
-        return Draw((i + 0.5) / self.steps, (1 / (self.steps * p[i])).float())
+        return Draw((i.double() + 0.5) / self.steps, (1 / (self.steps * p[i])).float())
 
     def update(self, u: Tensor, losses: Tensor) -> None:
         for step, loss in zip((u * self.steps).long().tolist(), losses.double().tolist()):
