@@ -24,9 +24,9 @@ from iddpm.config.presets import PRESETS
 from iddpm.store import files as storage
 from iddpm.store.checkpoint import Folder
 from iddpm.store.log import Meter
-from iddpm.training.loop import train_step
-from iddpm.training.plan import example
 from iddpm.training.state import TrainState
+from iddpm.training.step import method_of, train_step
+from iddpm.training.trial import example
 
 EVERY = 300.0  # seconds between saves
 
@@ -43,11 +43,11 @@ def main() -> None:
     device = build.device(args.device)
     config = Config().updated(PRESETS["cifar10"][1] | dict(batch_size=args.batch, device=args.device))
     state, meter, batch = TrainState(config, device), Meter(), example(config, args.batch)
-    denoiser = build.denoiser(config.diffusion, build.in_precision(state.net, device, config.train.precision))
+    method = method_of(config, state.net)
 
     def step() -> float:
         began = time.perf_counter()
-        train_step(state, config, state.net, denoiser, batch, meter)  # ends by waiting for the device
+        train_step(state, config, method, batch, meter)  # ends by waiting for the device
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory(dir=args.out) as place:

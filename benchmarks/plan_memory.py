@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from iddpm import build
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
 from iddpm.parallel import processes
 from iddpm.store.log import Meter
-from iddpm.training.loop import train_step
-from iddpm.training.plan import example, plan, pretended
+from iddpm.training.plan import plan, pretended
 from iddpm.training.state import TrainState
+from iddpm.training.step import method_of, train_step
+from iddpm.training.trial import example
 
 
 class Row(NamedTuple):
@@ -116,8 +116,8 @@ def trainer(config: Config) -> Callable[[], None]:
     """A step of training, on zeros."""
     cpu = torch.device("cpu")
     state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(processes.share(config.train.batch_size)))
-    denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, cpu, config.train.precision))
-    return lambda: train_step(state, config, state.parallel, denoiser, batch, meter)
+    method = method_of(config, state.parallel)
+    return lambda: train_step(state, config, method, batch, meter)
 
 
 def resident(field: str = "VmRSS") -> int:

@@ -23,24 +23,23 @@ def worker(preset: str, batch_size: int) -> None:
     """Take a step for each line read, and say how long it took."""
     import torch
 
-    from iddpm import build
     from iddpm.parallel import processes
     from iddpm.store.log import Meter
-    from iddpm.training.loop import train_step
-    from iddpm.training.plan import example
     from iddpm.training.state import TrainState
+    from iddpm.training.step import method_of, train_step
+    from iddpm.training.trial import example
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cpu = torch.device("cpu")
     with processes.session(cpu):
         config = Config().updated(PRESETS[preset][1] | dict(batch_size=batch_size, device="cpu", precision="fp32"))
         state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(processes.share(batch_size)))
-        denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, cpu, "fp32"))
+        method = method_of(config, state.parallel)
         print(sum(p.numel() for p in state.params.values()), flush=True)
         for _ in sys.stdin:
             processes.barrier()
             began = time.perf_counter()
-            train_step(state, config, state.parallel, denoiser, batch, meter)
+            train_step(state, config, method, batch, meter)
             print(time.perf_counter() - began, flush=True)
         os._exit(0)
 

@@ -1,4 +1,4 @@
-"""The library's front: load a model and draw with it, train one, measure images. Settings have the names of the command's flags."""
+"""The library's front: load a model and draw with it, train one, measure images. Settings are named as the flags are."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,8 @@ from iddpm.store.remote import place
 def load(source: str | Path, **which: Any) -> "Model":
     """The model of a run, a checkpoint or a .safetensors file, on this machine or at an fsspec address.
 
-    `which` are flags of every verb: checkpoint_step, best, ema_rate, device, precision, batch_size. UserError where there is none.
+    `which` are flags of every verb: checkpoint_step, best, ema_rate, device, precision, batch_size.
+    UserError where there is none.
     """
     return Model(open_weights(place(source), make(Which, typed(which, Which))))
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from conftest import flags
-from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.data import Order
@@ -128,8 +127,7 @@ def one_step(config: Config, data: Any, spoil: float = 1.0) -> tuple[TrainState,
     before, state = states
     batch, meter = make_batch(config, data, Order(len(data), 0), 0, 0), Meter()
     batch.x0[1:2] *= spoil
-    denoiser = build.denoiser(config.diffusion, build.in_precision(state.net, torch.device("cpu"), config.train.precision))
-    train.train_step(state, config, state.net, denoiser, batch, meter)
+    train.train_step(state, config, train.method_of(config, state.net), batch, meter)
     return before, state, meter.read()
 
 

@@ -34,6 +34,8 @@ from iddpm.parallel import processes
 from iddpm.sampling import draw as sample
 from iddpm.store.log import Meter, read_rows
 from iddpm.training import loop as train
+from iddpm.training import preview
+from iddpm.training import step as steps
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +188,7 @@ def nothing_is_validated(patch):
 
 
 def nothing_is_drawn(patch):
-    patch.setattr(train, "_sample_sheet", lambda *args: "none")
+    patch.setattr(preview, "sheet", lambda *args: "none")
 
 
 def nothing_is_clipped(patch):
@@ -194,7 +196,8 @@ def nothing_is_clipped(patch):
 
 
 def nothing_is_warmed_up(patch):
-    patch.setattr(train, "learning_rate", lambda config, step: config.train.lr)
+    for module in (train, steps):
+        patch.setattr(module, "learning_rate", lambda config, step: config.train.lr)
 
 
 @red_with(nothing_is_validated, nothing_is_drawn, nothing_is_clipped, nothing_is_warmed_up)

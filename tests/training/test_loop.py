@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from conftest import TINY, flags, start
-from iddpm import build
 from iddpm.data import Order
 from iddpm.data.batches import make_batch
 from iddpm.errors import UserError
 from iddpm.store import checkpoint
 from iddpm.store.log import Logger, Meter, read_rows
 from iddpm.training.ema import EMA
-from iddpm.training.loop import dry_run, learning_rate, train, train_step
+from iddpm.training.loop import train
 from iddpm.training.state import LossScale, TrainState, initialise
+from iddpm.training.step import learning_rate, method_of, train_step
+from iddpm.training.trial import dry_run
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,10 @@ def one_step(config, data, poison=1.0):
     torch.manual_seed(1)
     for p in state.params.values():  # the zero-initialised layers would hide the rest of the gradient
         torch.nn.init.normal_(p, std=0.05)
-    denoiser = build.denoiser(config.diffusion, state.net)
     batch = make_batch(config, data, Order(len(data), 0), 0, 0)
     batch = batch._replace(x0=batch.x0 * poison)
     before = {k: p.detach().clone() for k, p in state.params.items()}
-    train_step(state, config, state.net, denoiser, batch, Meter())
+    train_step(state, config, method_of(config, state.net), batch, Meter())
     return state, before
 
 
@@ -214,9 +214,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures, tmp_path):
 
 
 def test_a_stop_is_not_kept_waiting_by_a_sheet_of_samples(config, data, tmp_path, monkeypatch):
-    from iddpm.training import loop as training
+    from iddpm.training import loop, preview
 
-    draw, begun = training._draw_sheet, []
+    draw, begun = preview.draw_sheet, []
 
     def stops(*args):
         begun.append(args)
@@ -224,9 +224,9 @@ def test_a_stop_is_not_kept_waiting_by_a_sheet_of_samples(config, data, tmp_path
         draw(*args)
         raise AssertionError("drawn to its end")
 
-    monkeypatch.setattr(training, "_draw_sheet", stops)
+    monkeypatch.setattr(preview, "draw_sheet", stops)
     said = []
-    with pytest.raises(training.Stopped, match="stopped at step 3; all is saved"):
+    with pytest.raises(loop.Stopped, match="stopped at step 3; all is saved"):
         train(config.updated(dict(steps=9, sample_interval=2)), data, tmp_path / "r", say=said.append)
     assert len(begun) == 1 and "samples: none of this step: the run is to stop" in said
     assert checkpoint.newest(tmp_path / "r")[0].name == "step_00000003" and not list((tmp_path / "r" / "samples").iterdir())

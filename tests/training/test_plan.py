@@ -21,11 +21,13 @@ from iddpm.cli import main as cli
 from iddpm.cli.plan import VERB
 from iddpm.config import Config
 from iddpm.errors import UserError
+from iddpm.parallel.shard import Layout
 from iddpm.store.log import Meter
 from iddpm.training import plan as planning
-from iddpm.training.loop import train_step
-from iddpm.training.plan import Layout, Live, Sketch, communication, example, layout_of, pretended
+from iddpm.training.plan import Live, Sketch, communication, pretended
 from iddpm.training.state import TrainState
+from iddpm.training.step import method_of, train_step
+from iddpm.training.trial import example
 
 MIB = 2**20
 SMALL = dict(
@@ -59,9 +61,9 @@ def allocated(config: Config, images: int, ddp: bool = False) -> int:
         net = state.parallel
         if ddp:  # as distributed.parallel does; gloo's threads would keep what init_sync sends for a while
             net = nn.parallel.DistributedDataParallel(state.net, gradient_as_bucket_view=True, init_sync=False)
-        denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, config.train.precision))
+        method = method_of(config, net)
         for _ in range(2):
-            train_step(state, config, net, denoiser, batch, meter)
+            train_step(state, config, method, batch, meter)
     assert state.step == 2 and not state.skipped
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
@@ -212,7 +214,7 @@ def test_fsdp_gathers_stages_twice_and_the_root_once_in_whole_rows():
 @pytest.mark.parametrize(("processes", "shard"), [(48, 48), (6, 2)])
 def test_communication_is_what_fsdp_asks_of_the_process_group(processes, shard):
     config = Config().updated(SMALL | dict(batch_size=48, shard=shard))
-    sketch = Sketch(config, layout_of(config, processes), cuda=False)
+    sketch = Sketch(config, Layout(processes, shard), cuda=False)
     asked: dict[str, int] = {}
     for name, size in sketch.calls:
         kind = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}[name]
@@ -254,10 +256,10 @@ def test_speed_is_measured_on_real_steps(capsys, tmp_path):
     speed = json.loads((tmp_path / "p.json").read_text())["speed"]
     config, device = Config().updated({k: v for k, v in flags.items() if k != "json"}), torch.device("cpu")
     state, meter, batch = TrainState(config, device), Meter(), example(config, 2)
-    denoiser = build.denoiser(config.diffusion, state.net)
+    method = method_of(config, state.net)
     began = time.perf_counter()
     for _ in range(5):
-        train_step(state, config, state.net, denoiser, batch, meter)
+        train_step(state, config, method, batch, meter)
     seconds = (time.perf_counter() - began) / 5
     assert seconds / 4 < speed["compute_seconds"] < 4 * seconds  # the machine may be busy
     assert speed["days"]["hidden"] == pytest.approx(10 * speed["compute_seconds"] / 86400)

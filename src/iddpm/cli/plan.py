@@ -2,12 +2,10 @@
 
 import json
 import math
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
 from iddpm.config import Config, check, fields_of, image_size, make, opt
@@ -15,8 +13,6 @@ from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from iddpm.training.plan import Plan
 
 MIB, GIB = 2**20, 2**30
@@ -74,6 +70,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
     config = _config(preset, run, num_classes, flags)
 
     from iddpm import build
+    from iddpm.training import trial
     from iddpm.training.plan import plan
 
     device = build.device(config.train.device) if devices.measure else None
@@ -88,7 +85,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         print("\n".join(["", *_communication(planned)]))
     if device:
         print(f"\ntiming real steps on {device} ...", flush=True)
-        speed = measure(config, device, planned.micro)
+        speed = trial.speed(config, device, planned.micro)
         seconds = speed.step(planned.images)
         rate = planned.flops[config.model.use_checkpoint].both * planned.images / seconds
         said = f"{seconds:.3g} s for {planned.images} images, {_si(rate)}FLOP/s, from real steps of {speed.images} on {device}"
@@ -154,54 +151,6 @@ def _config_of_run(run: Path, flags: dict[str, Any]) -> Config:
         k = fixed[0]
         raise UserError(f"--{k} {flags[k]}: {run} was trained with {now[k]}, which cannot change; plan without --run")
     return check(config.updated(flags))
-
-
-# ---- the speed of this machine
-
-
-class Speed(NamedTuple):
-    """Seconds of a step on one device: so much each time, and so much for each image."""
-
-    fixed: float
-    each: float
-    images: int  # of the largest step that was timed
-
-    def step(self, images: int) -> float:
-        return self.fixed + self.each * images
-
-
-def measure(config: Config, device: "torch.device", most: int) -> Speed:
-    """The speed of real steps: of 1, 2, 4 ... images, until one takes a second or another doubling would pass `most`."""
-    images, before, seconds = 2, _time(config, device, 1), _time(config, device, 2)
-    while seconds < 1 and 2 * images <= most:
-        images, before, seconds = 2 * images, seconds, _time(config, device, 2 * images)
-    half = images // 2
-    each = (seconds - before) / half
-    if not 0 < each * half < before:  # noise, or a device that is not full yet: then all time is the images'
-        return Speed(0.0, seconds / images, images)
-    return Speed(before - each * half, each, images)
-
-
-def _time(config: Config, device: "torch.device", images: int) -> float:
-    """Seconds of a step: the median of 3, after one to warm up."""
-    import torch
-
-    from iddpm import build
-    from iddpm.store.log import Meter
-    from iddpm.training.loop import train_step
-    from iddpm.training.plan import example
-    from iddpm.training.state import TrainState
-
-    config = config.updated(dict(batch_size=images, microbatch=-1))
-    state, meter, batch, seconds = TrainState(config, device), Meter(), example(config, images), []
-    denoiser = build.denoiser(config.diffusion, build.in_precision(state.parallel, device, config.train.precision))
-    for _ in range(4):
-        began = time.perf_counter()
-        train_step(state, config, state.parallel, denoiser, batch, meter)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
 
 
 # ---- what is answered

@@ -1,17 +1,20 @@
-"""A folder of images as a data set: what is in it, how it is labelled, and its pixels by index."""
+"""Images of a source as a data set: what is in it, how it is labelled, and its pixels by index."""
 
+import io
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from iddpm.data.decode import EXTENSIONS, decode, prepare
+from iddpm.data.decode import decode, prepare
 from iddpm.data.labels import label, number
+from iddpm.data.sources import Source, open_source
 from iddpm.errors import UserError
 from iddpm.store.remote import Unreachable, place, remote
 
@@ -21,17 +24,19 @@ PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
 
 
 class Images:
-    """N images at one size, with labels where the folder has any; made by `Images.open`.
+    """N images at one size, with labels where the source has any; made by `Images.open`.
 
-    `files` (N paths), `labels` (N, int64) or None, `classes` (names by label), `rule` (their source),
+    `names` and `files` (N, as they are told to a user), `labels` (N, int64) or None, `classes` (names by label),
+    `rule` (their source),
     `broken` (path and reason of each unreadable file met so far), `image_size` (H, W), `channels`.
 
     A broken file keeps its index, so that every process and every run agrees on the order; the next good
     image (of its class, if there is one) stands in for it.
     """
 
-    def __init__(self, files: list[Path], image_size: tuple[int, int], channels: int = 3, on_broken: str = "skip") -> None:
-        self.files = files
+    def __init__(self, source: Source, image_size: tuple[int, int], channels: int = 3, on_broken: str = "skip") -> None:
+        self.source, self.names = source, source.names
+        self.files = [source.path / name for name in source.names]
         self.image_size = image_size
         self.channels = channels
         self.on_broken = on_broken
@@ -53,7 +58,7 @@ class Images:
         labels: str = "auto",
         classes: Sequence[str] | None = None,
     ) -> "Images":
-        """Find the images under `path`, label them, and decode them all if they fit in `cache_bytes`.
+        """Find the images under `path`, a folder or an archive, label them, and decode them all if they fit in `cache_bytes`.
 
         `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given.
         Raises UserError for a missing, unreadable or empty folder, a broken file if `on_broken` is 'fail',
@@ -61,13 +66,13 @@ class Images:
         """
         if on_broken not in ON_BROKEN:
             raise UserError(f"on_broken={on_broken!r} is not known: use one of {', '.join(ON_BROKEN)}")
-        root, names = find(place(path))
-        data = cls([root / name for name in names], image_size, channels, on_broken)
-        found, data.rule = label(root, names, labels)
+        source = open_source(place(path))
+        data = cls(source, image_size, channels, on_broken)
+        found, data.rule = label(source, source.names, labels)
         if found:
             data.labels, data.classes = number(found, classes)
         height, width = image_size
-        if len(names) * channels * height * width <= cache_bytes:
+        if len(data) * channels * height * width <= cache_bytes:
             data._fill()
         return data
 
@@ -86,8 +91,8 @@ class Images:
 
     def require_size(self, size: tuple[int, int]) -> None:
         """UserError for the first file that is not `size` (H, W) pixels as it lies there."""
-        for file in self.files:
-            found = decode(file, self.channels).size[::-1]
+        for k, file in enumerate(self.files):
+            found = self.picture(k).size[::-1]
             if found != size:
                 raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed")
 
@@ -103,16 +108,26 @@ class Images:
             text += f"\n{len(self.broken)} unreadable files, replaced by other images; the first is {path}"
         return text
 
+    def picture(self, index: int) -> Image.Image:
+        """An image as it lies there, in the channels asked for; UserError where it cannot be read."""
+        try:
+            content = io.BytesIO(self.source.read(self.names[index]))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.files[index]} is not a readable image ({reason}): repair or remove it") from None
+        content.name = str(self.files[index])  # which `decode` tells
+        return decode(content, self.channels)
+
     def _load(self, index: int) -> np.ndarray | UserError:
         try:
-            return prepare(decode(self.files[index], self.channels), *self.image_size)
+            return prepare(self.picture(index), *self.image_size)
         except Unreachable:  # no answer is no broken file
             raise
         except UserError as error:
             return error
 
     def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
-        threads = REMOTE_THREADS if remote(self.files[0]) else os.cpu_count() or 1
+        threads = REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1
         size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
         blocks = [indices[k : k + size] for k in range(0, len(indices), size)]
         with ThreadPoolExecutor(threads) as pool:
@@ -162,43 +177,3 @@ class Images:
                     self.labels[index] = self.labels[k]
                 return int(k)
         raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
-
-
-def find(path: Path) -> tuple[Path, list[str]]:
-    """The root folder and the sorted relative paths of the images below `path`, a folder or one image."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder of images")
-    if path.is_file():
-        root, names = path.parent, [path.name] if is_image(path.name) else []
-    else:
-        root, names = path, sorted(walk(path))
-    if not names:
-        raise UserError(f"{path} holds no images: looked for files ending in {', '.join(EXTENSIONS)}")
-    return root, names
-
-
-def walk(root: Path) -> Iterator[str]:
-    """Relative paths of the images below `root`, through links to folders, without hidden files."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}; make it readable or remove it") from error
-
-    if remote(root):
-        for file in root.rglob("*"):
-            name = file.relative_to(root).as_posix()
-            if is_image(file.name) and not any(part.startswith(".") for part in name.split("/")):
-                yield name
-        return
-    seen = set()
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        below[:] = sorted(name for name in below if not name.startswith(".") and real not in seen)
-        if real not in seen:  # a link may lead back up
-            yield from (Path(folder, name).relative_to(root).as_posix() for name in files if is_image(name))
-        seen.add(real)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name is that of an image and not hidden."""
-    stem, _, ending = name.rpartition(".")
-    return bool(stem) and not name.startswith(".") and ending.lower() in EXTENSIONS

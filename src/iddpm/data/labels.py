@@ -4,37 +4,42 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from iddpm.errors import UserError
+
+if TYPE_CHECKING:
+    from iddpm.data.sources import Source
 
 LABEL_FILES = ("labels.json", "labels.csv", "dataset.json")  # the last is EDM's name
 Label = str | int
 Found = tuple[list[Label] | None, str]  # a label per image, or None where the rule does not apply; in words
 
 
-def label(root: Path, names: list[str], rule: str) -> Found:
+def label(source: "Source", names: list[str], rule: str) -> Found:
     """Labels by one rule, or under 'auto' by the first of `RULES` that applies; and a sentence on which."""
     if rule == "none":
         return None, "none"
     if rule not in ("auto", *RULES):
         raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, none")
     for key in RULES if rule == "auto" else (rule,):
-        found, words = RULES[key](root, names)
+        found, words = RULES[key](source, names)
         if found is not None:
             return found, words
         if rule != "auto":
-            raise UserError(f"labels={rule!r} does not fit {root}: {words}; use auto or none")
+            raise UserError(f"labels={rule!r} does not fit {source.path}: {words}; use auto or none")
     return None, "none"
 
 
-def from_file(root: Path, names: list[str]) -> Found:
+def from_file(source: "Source", names: list[str]) -> Found:
     """Labels of a labels.json, labels.csv or EDM's dataset.json; a file that says null means no labels."""
-    path = next((root / name for name in LABEL_FILES if (root / name).is_file()), None)
-    if path is None:
+    file = next((name for name in LABEL_FILES if source.has(name)), None)
+    if file is None:
         return None, f"there is no {' or '.join(LABEL_FILES)}"
-    pairs = read_pairs(path)
+    path = source.path / file
+    pairs = read_pairs(path, source.read(file))
     if pairs is None:
         return [], f"none, says {path.name}"
     table = {PurePosixPath(str(name).replace("\\", "/")).as_posix(): value for name, value in pairs}
@@ -49,10 +54,10 @@ def from_file(root: Path, names: list[str]) -> Found:
     return labels, path.name + (f" ({extra} of its entries have no image)" if extra else "")
 
 
-def read_pairs(path: Path) -> list[tuple[str, Label]] | None:
-    """(relative path, label) pairs of a label file; None where it says that there are no labels."""
+def read_pairs(path: Path, content: bytes) -> list[tuple[str, Label]] | None:
+    """(relative path, label) pairs of the content of a label file; None where it says that there are no labels."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
         if path.suffix == ".csv":
             pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
             if pairs and not PurePosixPath(pairs[0][0]).suffix:
@@ -70,7 +75,7 @@ def read_pairs(path: Path) -> list[tuple[str, Label]] | None:
         raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label') from error
 
 
-def from_folder(root: Path, names: list[str]) -> Found:
+def from_folder(source: "Source", names: list[str]) -> Found:
     """The first folder below the root, if every image lies in one."""
     loose = next((name for name in names if "/" not in name), None)
     if loose is not None:
@@ -78,7 +83,7 @@ def from_folder(root: Path, names: list[str]) -> Found:
     return [name.split("/")[0] for name in names], "sub-folder names"
 
 
-def from_prefix(root: Path, names: list[str]) -> Found:
+def from_prefix(source: "Source", names: list[str]) -> Found:
     """The file name before its first underscore, if every name has one (improved-diffusion's rule)."""
     stems = [PurePosixPath(name).name for name in names]
     bare = next((name for name in stems if "_" not in name), None)
@@ -87,10 +92,10 @@ def from_prefix(root: Path, names: list[str]) -> Found:
     return [stem.split("_")[0] for stem in stems], "file names before the first underscore"
 
 
-def from_prefix_or_folder(root: Path, names: list[str]) -> Found:
+def from_prefix_or_folder(source: "Source", names: list[str]) -> Found:
     """Prefixes if every file name has one, else sub-folders: what its users expect of the original's commands."""
-    found, words = from_prefix(root, names)
-    return (found, words) if found is not None else from_folder(root, names)
+    found, words = from_prefix(source, names)
+    return (found, words) if found is not None else from_folder(source, names)
 
 
 def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -110,7 +115,7 @@ def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarra
     return np.array([rank[str(value)] for value in found], np.int64), known
 
 
-RULES: dict[str, Callable[[Path, list[str]], Found]] = {
+RULES: dict[str, Callable[["Source", list[str]], Found]] = {
     "file": from_file,
     "folder": from_folder,
     "prefix": from_prefix,

@@ -1,12 +1,11 @@
 """Sets of images to measure: what a run draws, as it is asked for; an .npz, a folder, a .zip or .tar of images."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +13,15 @@ from PIL import Image
 
 import iddpm
 from iddpm import build
-from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
-from iddpm.data import Images, decode, open_npz, prepare
-from iddpm.data.labels import from_prefix_or_folder, number
-from iddpm.data.sources.archive import ENDINGS, Archive
+from iddpm.config import Config, Sample, image_size, settings_of
+from iddpm.data import Images, open_npz
+from iddpm.data.sources import ENDINGS, Source, open_source
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
 from iddpm.store.checkpoint import Weights
-from iddpm.store.remote import fetch, opened, place, remote, sha256
+from iddpm.store.remote import fetch, place, remote, sha256
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
 LOOKED_AT = 64  # headers that tell what a set holds, where reading all would cost as much as the images
@@ -65,18 +63,15 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
     """The images of an .npz (arr_0), a folder or an archive; UserError where they are not of one size.
 
     With `like`, the images of a folder or archive are scaled and cropped to its size as for training, and read with its channels.
-    Without, one image in colour makes a grey folder colour, and one that is transparent makes it transparent. An archive, and a
-    folder with `like`, are what their first LOOKED_AT images are.
+    Without, one image in colour makes a grey set colour, and one that is transparent makes it transparent.
     """
     path = place(name)
     if not path.exists():
         raise UserError(f"{name} does not exist: give a run, an .npz of images, a folder of them, or a .zip or .tar")
     if path.suffix == ".npz":
         return _npz(name, path, like)
-    if path.name.lower().endswith(ENDINGS):
-        return _archive(name, path, like)
-    if path.is_dir():
-        return _folder(name, path, like)
+    if path.is_dir() or path.name.lower().endswith(ENDINGS):
+        return _files(name, path, like)
     raise UserError(f"{name} is no set of images: give a run, an .npz of images, a folder of them, or a .zip or .tar")
 
 
@@ -98,73 +93,37 @@ def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
     return ImageSet(name, n, size, channels, take, digest, path.parent, labels, kind=kind, native=size)
 
 
-def _folder(name: str, path: Path, like: Like | None) -> ImageSet:
-    def open_with(rule: str, size: tuple[int, int], channels: int) -> Images:
-        return Images.open(path, size, channels, on_broken="fail", cache_bytes=0, labels=rule)
-
-    files = open_with("none", (8, 8), 3).files
-    headers = [_header(opened(file), str(file)) for file in (files[:LOOKED_AT] if like else files)]
+def _files(name: str, path: Path, like: Like | None) -> ImageSet:
+    source = open_source(path)
+    looked_at = source.names[:LOOKED_AT] if like else source.names
+    headers = [_header(source, k) for k in looked_at]
     native, most = headers[0].size, max(header.channels for header in headers)
     size, channels = (like.size, like.channels) if like else (native, most)
     if not like:
-        for file, header in zip(files, headers):
-            _require(str(file), header.size, size, str(files[0]))
+        for k, header in zip(looked_at, headers):
+            _require(str(source.path / k), header.size, size, str(source.path / source.names[0]))
+
+    def labelled(rule: str) -> Images:
+        return Images.open(path, size, channels, on_broken="fail", cache_bytes=0, labels=rule)
+
     try:
-        data = open_with("auto", size, channels)
+        data = labelled("auto")
     except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
-        data = open_with("none", size, channels)
+        data = labelled("none")
 
     def digest(numbers: Sequence[int]) -> str:
-        return _digest(data.files[int(k)].read_bytes() for k in numbers)
-
-    def title(k: int) -> str:
-        return data.files[k].relative_to(path).as_posix()
+        return _digest(data.source.read(data.names[int(k)]) for k in numbers)
 
     return ImageSet(
-        name, len(data), size, channels, data.batch, digest, path, data.labels, data.classes, title, kind=KINDS[most],
-        native=native,
-    )  # fmt: skip
-
-
-def _archive(name: str, path: Path, like: Like | None) -> ImageSet:
-    archive = Archive(path)
-    names = archive.names
-    headers = [_header(io.BytesIO(archive.read(k)), f"{name}:{k}") for k in names[:LOOKED_AT]]
-    native, most = headers[0].size, max(header.channels for header in headers)
-    size, channels = (like.size, like.channels) if like else (native, most)
-
-    def load(k: int) -> np.ndarray:
-        content, title = archive.read(names[k]), f"{name}:{names[k]}"
-        if not like:
-            found = _header(io.BytesIO(content), title)
-            _require(title, found.size, size, names[0])
-            if channels == 1 < found.channels:
-                raise UserError(
-                    f"{title} is in colour, and the first {LOOKED_AT} images are grey: unpack {name}, and give the folder"
-                )
-        file = io.BytesIO(content)
-        file.name = title  # which `decode` tells
-        return prepare(decode(file, channels), *size)
-
-    def take(numbers: Sequence[int]) -> np.ndarray:
-        return np.stack([load(int(k)) for k in numbers])
-
-    def digest(numbers: Sequence[int]) -> str:
-        return _digest(archive.read(names[int(k)]) for k in numbers)
-
-    found, _ = from_prefix_or_folder(path, names)
-    labels, classes = number(found, None) if found else (None, ())
-    return ImageSet(
-        name, len(names), size, channels, take, digest, path.parent, labels, classes, names.__getitem__, kind=KINDS[most],
-        native=native,
+        name, len(data), size, channels, data.batch, digest, source.home, data.labels, data.classes, data.names.__getitem__,
+        kind=KINDS[most], native=native,
     )  # fmt: skip
 
 
 def drawing(config: Config, precision: str, ema_rate: float) -> dict[str, Any]:
     """What decides samples beside weights, seeds and classes, as a figure tells it."""
-    how = {name: number.default for name, (_, number, _) in own_numbers(Sample).items()}  # also those of other solvers
-    how |= {name: value for name, value in config.flat().items() if name in settings_of(Sample)}
-    return how | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
+    how = {k: v for k, v in config.flat().items() if k in settings_of(Sample)}
+    return {"eta": 0.0, **how} | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
 
 
 def drawn(config: Config, net: Network, weights: Weights, device: torch.device, job: Job, home: Path, precision: str) -> ImageSet:
@@ -213,14 +172,16 @@ class Header(NamedTuple):
     channels: int  # 1, 3 or 4
 
 
-def _header(file: BinaryIO, name: str) -> Header:
+def _header(source: Source, name: str) -> Header:
     try:
-        with file, Image.open(file) as image:
+        with source.open_file(name) as file, Image.open(file) as image:
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return Header(image.size if turned else image.size[::-1], channels)
+    except UserError:
+        raise
     except Exception as e:  # damaged files make Pillow raise almost anything
-        raise UserError(f"{name} is not a readable image ({e}): repair or remove it") from None
+        raise UserError(f"{source.path / name} is not a readable image ({e}): repair or remove it") from None
 
 
 def _require(name: str, found: tuple[int, int], size: tuple[int, int], first: str) -> None:

@@ -8,7 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iddpm.errors import UserError
 from iddpm.parallel import processes
+
+
+class Layout(NamedTuple):
+    """How a run is spread over devices: `processes` of them, every `shard` of which share one copy of it (1: DDP)."""
+
+    processes: int = 1
+    shard: int = 1
+
+    @property
+    def copies(self) -> int:
+        return self.processes // self.shard
+
+
+def layout(batch_size: int, shard: int, processes: int) -> Layout:
+    """The layout of a --shard; UserError where the processes cannot be divided so, or outnumber a step's images."""
+    if batch_size < processes:
+        raise UserError(f"--batch_size {batch_size}: at least one image for each of the {processes} processes")
+    if shard > 0 and processes % shard:
+        raise UserError(f"--shard {shard} does not divide the {processes} processes: give 0 (none), -1 (all) or a divisor")
+    return Layout(processes, processes if shard == -1 else max(shard, 1))
 
 
 def spread(net: nn.Module, shard: int = 0) -> nn.Module:
@@ -27,10 +48,11 @@ def spread(net: nn.Module, shard: int = 0) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     assert processes.world() % size == 0, (processes.world(), size)
+    kind = "cpu" if device.type == "meta" else device.type  # a network that is only planned is on no device
     if size == processes.world():
-        mesh = dist.init_device_mesh(device.type, (size,))
+        mesh = dist.init_device_mesh(kind, (size,))
     else:
-        mesh = dist.init_device_mesh(device.type, (processes.world() // size, size), mesh_dim_names=("replicate", "shard"))
+        mesh = dist.init_device_mesh(kind, (processes.world() // size, size), mesh_dim_names=("replicate", "shard"))
     for stage in stages(net):
         fully_shard(stage, mesh=mesh)
     fully_shard(net, mesh=mesh)

@@ -17,38 +17,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import fully_shard
 
 from iddpm import build
-from iddpm.config import Config, ema_rates, image_size, small_size
-from iddpm.data.batches import Batch
-from iddpm.errors import UserError
+from iddpm.config import Config, ema_rates
 from iddpm.nn.layers import Stage
 from iddpm.parallel import shard
+from iddpm.parallel.shard import Layout
 from iddpm.training.memory import ACTIVATION, BUFFER, COPY, GRADIENT, IMAGES, Live, Profile
+from iddpm.training.trial import example
 
 FLOAT = 4  # bytes: weights, gradients, optimizer and averages are float32
-
-
-class Layout(NamedTuple):
-    """How a run is spread over devices: `processes` of them, every `shard` of which share one copy of it (1: DDP)."""
-
-    processes: int = 1
-    shard: int = 1
-
-    @property
-    def copies(self) -> int:
-        return self.processes // self.shard
-
-
-def layout_of(config: Config, processes: int) -> Layout:
-    """The layout of a config's --shard; UserError where the processes cannot be divided so, or outnumber a step's images."""
-    t = config.train
-    if t.batch_size < processes:
-        raise UserError(f"--batch_size {t.batch_size}: at least one image for each of the {processes} processes")
-    if t.shard > 0 and processes % t.shard:
-        raise UserError(f"--shard {t.shard} does not divide the {processes} processes: give 0 (none), -1 (all) or a divisor")
-    return Layout(processes, processes if t.shard == -1 else max(t.shard, 1))
 
 
 @contextmanager
@@ -85,7 +63,9 @@ class Sketch:
             self.groups = groups(self.net)
             recomputed = [m for m in self.net.modules() if isinstance(m, Stage) and m.recompute]
             if sharded:
-                _shard(self.net, layout)  # on the meta device: cutting into 1,024 is ten times as slow on fake tensors
+                shard.spread(
+                    self.net, layout.shard
+                )  # on the meta device: cutting into 1,024 is ten times as slow on fake tensors
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             self.net.to_empty(device="cpu")
             if sharded:
@@ -98,7 +78,7 @@ class Sketch:
                 self.profiles[recompute], self.flops[recompute] = self._watch()
 
     def _watch(self) -> tuple["Profile", "Flops"]:
-        """A forward and backward pass of iddpm.training.loop.train_step."""
+        """A forward and backward pass of iddpm.training.step.train_step."""
         batch, live = example(self.config, IMAGES), Live(copies=not self.cuda)
         i, w = torch.zeros(IMAGES, dtype=torch.int64), torch.ones(IMAGES)
         run = build.in_precision(self.net, torch.device("cpu"), self.config.train.precision)
@@ -136,16 +116,6 @@ def pretended(processes: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _shard(net: nn.Module, layout: Layout) -> None:
-    """What processes.parallel does, with a mesh that is not of the network's device."""
-    one, both = ((layout.shard,), ("shard",)), ((layout.copies, layout.shard), ("replicate", "shard"))
-    shape, names = one if layout.copies == 1 else both
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for stage in shard.stages(net):
-        fully_shard(stage, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-
-
 def groups(net: nn.Module) -> list[list[torch.Size]]:
     """The shapes of the weights that FSDP gathers together, the innermost stage's first; last those outside of any."""
     found, seen = [], set()
@@ -154,20 +124,6 @@ def groups(net: nn.Module) -> list[list[torch.Size]]:
         found.append([p.shape for p in own])
         seen.update(own)
     return found
-
-
-def example(config: Config, images: int, device: str | torch.device = "cpu") -> Batch:
-    """A batch of zeros of the shapes that a config trains on."""
-    m, (height, width) = config.model, image_size(config.model)
-    x0 = torch.zeros(images, m.image_channels, height, width, device=device)
-    cond = {}
-    if m.class_cond:
-        cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
-    if m.network == "super_res":
-        cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
-    if m.low_res_noise:
-        cond["low_res_level"] = torch.zeros(images, device=device)
-    return Batch(x0, torch.zeros_like(x0), cond)
 
 
 # ---- memory
@@ -293,7 +249,7 @@ def plan(config: Config, processes: int = 1, cuda: bool = True) -> Plan:
 
     Nothing of the network is allocated.
     """
-    layout = layout_of(config, processes)
+    layout = shard.layout(config.train.batch_size, config.train.shard, processes)
     sketch = Sketch(config, layout, cuda)
     shapes = [s for group in sketch.groups for s in group]
     need = {on: Need(config, layout, shapes, sketch.profiles[on], cuda) for on in (False, True)}

@@ -14,8 +14,7 @@ from iddpm.parallel import processes
 from iddpm.store import lock, log
 from iddpm.store.checkpoint import read_weights
 from iddpm.store.remote import place, replace
-from iddpm.training import loop
-from iddpm.training.preview import dry_run
+from iddpm.training import loop, trial
 
 
 def start(run: Path, data: str = "", preset: str = "", given: Mapping[str, Any] = {}, dry: bool = False) -> Path | None:
@@ -31,7 +30,7 @@ def start(run: Path, data: str = "", preset: str = "", given: Mapping[str, Any] 
         held_out = open_validation(config)
         build.network(config)
         if dry:
-            dry_run(config, images)
+            trial.dry_run(config, images)
             return None
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())

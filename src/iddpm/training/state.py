@@ -42,21 +42,30 @@ class TrainState:
     """
 
     def __init__(self, config: Config, device: torch.device):
-        t = config.train
-        torch.manual_seed(t.seed)  # the initial weights
+        settings = config.train
+        torch.manual_seed(settings.seed)  # the initial weights
         self.net = build.network(config).to(device)
-        self.parallel = shard.spread(self.net, t.shard)
+        self.parallel = shard.spread(self.net, settings.shard)
         self.law = build.law(config.diffusion)
         self.params = dict(self.net.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
-        self.ema = EMA(self.params, ema_rates(t), t.ema_warmup)
-        self.scale = LossScale(t.precision == "fp16", t.fp16_scale_growth)
+        betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)
+        self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup)
+        self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
         self.step = 0  # optimizer steps tried
         self.images = 0  # images seen: the position in the data order
         self.skipped = 0  # steps skipped for a gradient that was not finite, in all
         self.skipped_in_a_row = 0
         self.measured = 0  # the last step whose samples were measured (--eval_every)
         self.best: Best | None = None  # of the steps measured
+
+    def count(self, images: int, good: bool) -> None:
+        """Take note of a step on so many images; `good`: its gradient was finite."""
+        self.scale.update(good)
+        self.skipped += not good
+        self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        self.step += 1
+        self.images += images
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, perhaps sharded, by its name in a checkpoint."""

@@ -1,0 +1,104 @@
+"""What a run shows of itself between its steps: the loss of held-out images, sheets of samples, the quality of samples.
+
+None of it touches the run's randomness: a run that is looked at is, to the bit, the run that is not.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iddpm import build, rng
+from iddpm.config import Config
+from iddpm.data import Images, Order
+from iddpm.data.batches import make_batch
+from iddpm.diffusion.denoiser import Network
+from iddpm.measure.quality import Quality
+from iddpm.parallel import processes, shard
+from iddpm.sampling import draw as sample
+from iddpm.store.log import Meter
+from iddpm.training.state import TrainState, copy_weights
+from iddpm.training.step import method_of
+
+
+class Interrupted(Exception):
+    """The run was asked to stop while samples were drawn."""
+
+
+Tick = Callable[[], None]  # called before each call of the network, on all processes equally often; may raise Interrupted
+
+
+@torch.no_grad()
+def validate(config: Config, held_out: Images, state: TrainState, meter: Meter) -> None:
+    """Add val_loss and its terms to the meter: the present weights' on one batch, whose images and noise follow from the step."""
+    settings, mine = config.train, processes.share(config.train.batch_size)
+    still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
+    batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images)
+    with shard.gathered(state.net):  # so no process waits for another, and their microbatches may differ in number
+        net, denoiser, objective = method_of(config, state.net.eval())
+        device = next(net.parameters()).device
+        uniform = rng.uniform(settings.seed, rng.TIME, state.step, settings.batch_size)[mine.start : mine.stop]
+        i = (uniform * denoiser.chain.steps).long()
+        for a in range(0, len(mine), micro := settings.microbatch if settings.microbatch > 0 else len(mine)):
+            x0, eps, at = (v[a : a + micro].to(device) for v in (batch.x0, batch.eps, i))
+            terms = objective(denoiser, x0, eps, at, {name: v[a : a + micro].to(device) for name, v in batch.cond.items()})
+            meter.add({f"val_{name}": term for name, term in terms.items()}, at * 4 // denoiser.chain.steps)
+
+
+@contextmanager
+def averaged(config: Config, state: TrainState, tick: Tick) -> Iterator[Network]:
+    """The network with its averaged weights (the first rate's), ready to draw; afterwards the run's own are back.
+
+    Costs a second copy of the weights while it lasts; of a sharded network each process then holds all of them.
+    """
+    live = {name: p.detach().clone() for name, p in state.params.items()}
+    average = next(iter(state.ema.averages.values()), live)
+    device = next(iter(state.params.values())).device
+    net = build.in_precision(state.net.eval(), device, config.train.precision)
+
+    def ticking(*x: Tensor, **cond: Tensor) -> Tensor:
+        tick()
+        return net(*x, **cond)
+
+    try:
+        copy_weights(average, state.params)
+        with shard.gathered(state.net):
+            yield ticking
+    finally:
+        copy_weights(live, state.params)
+
+
+def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> dict[str, float] | None:
+    """What the averaged weights draw, measured; None where the run was asked to stop: a resumed run does it then."""
+    try:
+        with averaged(config, state, tick) as net:
+            return quality(net)
+    except Interrupted:
+        return None
+
+
+def sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path, tick: Tick) -> str:
+    """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png. Returns the path, or why there is none."""
+    path = run / "samples" / f"step_{state.step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with averaged(config, state, tick) as net:
+            draw_sheet(config, net, device, data, path)
+    except Interrupted:
+        return "none of this step: the run is to stop"
+    return str(path)
+
+
+def draw_sheet(config: Config, net: Network, device: torch.device, data: Images, path: Path) -> None:
+    """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
+    if config.model.network != "super_res":
+        sample.grid_file(config, net, device, path)
+        return
+    first = np.arange(min(8, len(data)))
+    originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
+    small = sample.shrunk(config, originals)
+    drawn = np.concatenate(list(sample.images(config, net, sample.Job(first.tolist(), labels, small), device)))
+    sample.comparison_file(config, path, drawn, small, originals)

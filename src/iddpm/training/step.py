@@ -1,0 +1,97 @@
+"""One step of training, which is the method itself: draw levels, predict, compare, step. Everything else is in the loop."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from iddpm import build, rng
+from iddpm.config import Config, total_steps
+from iddpm.data.batches import Batch
+from iddpm.diffusion.denoiser import Denoiser
+from iddpm.diffusion.objective import Terms
+from iddpm.parallel import processes, shard
+from iddpm.store.log import Meter
+from iddpm.training.state import TrainState
+
+
+class Method(NamedTuple):
+    """What is trained, and how it is judged."""
+
+    net: nn.Module  # called by the denoiser; of several processes, it averages their gradients
+    denoiser: Denoiser
+    objective: Callable[..., Terms]
+
+
+def method_of(config: Config, net: nn.Module) -> Method:
+    """The method of a config around a network."""
+    device = next(net.parameters()).device
+    denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, config.train.precision))
+    return Method(net, denoiser, build.objective(config))
+
+
+def train_step(state: TrainState, config: Config, method: Method, batch: Batch, meter: Meter) -> None:
+    """One optimizer step on this process's part of a batch. Microbatches save memory and leave the gradient as it is.
+
+    A gradient that is not finite changes nothing but the counts of steps, and the loss scale of fp16.
+    """
+    settings, device = config.train, next(iter(state.params.values())).device
+    n, mine = settings.batch_size, processes.share(settings.batch_size)
+
+    # Each process draws the levels of the whole batch (8 bytes an image) and takes its own: they depend on no split.
+    drawn = state.law(rng.uniform(settings.seed, rng.TIME, state.step, n))
+    i, weight = (of_all[mine.start : mine.stop] for of_all in drawn)
+    losses = torch.zeros(n, device=device)  # of all processes' images, for a law that looks
+
+    state.net.train()
+    torch.manual_seed(_dropout_seed(settings.seed, state.step))
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = processes.parts(n, settings.microbatch if settings.microbatch > 0 else n)
+    for k, part in enumerate(parts):
+        # Processes call the network equally often, or they would wait for each other for ever. One that has run out of
+        # images, as the second of two with 7 images in microbatches of 1, repeats its first with a weight of 0.
+        repeats = part.start == part.stop
+        part = slice(0, 1) if repeats else part
+        at, w = i[part].to(device), weight[part].to(device) * (not repeats)
+        x0, eps = batch.x0[part].to(device), batch.eps[part].to(device)
+        cond = {name: value[part].to(device) for name, value in batch.cond.items()}
+        # Gradients are exchanged once a step, in the last backward pass.
+        with nullcontext() if k == len(parts) - 1 else shard.unsynchronised(method.net):
+            terms = method.objective(method.denoiser, x0, eps, at, cond)
+            # The loss is divided by the whole batch; since the processes' gradients are averaged, not added, each has a share.
+            share = processes.world() / n
+            (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
+        if not repeats:
+            meter.add({name: term * w for name, term in terms.items()}, at * 4 // method.denoiser.chain.steps)
+            losses[mine.start + part.start : mine.start + part.stop] = terms["loss"].detach()
+
+    grads = [p.grad for p in state.params.values() if p.grad is not None]
+    torch._foreach_div_(shard.local(grads), state.scale.factor)
+    norm = shard.whole(torch.nn.utils.get_total_norm(grads))
+    good = bool(torch.isfinite(norm))  # waits for the device: the price of never applying a bad gradient
+    if good:
+        if settings.grad_clip:
+            torch._foreach_mul_(shard.local(grads), (settings.grad_clip / norm).clamp(max=1.0))
+        for group in state.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = learning_rate(config, state.step), settings.weight_decay
+        state.optimizer.step()
+        state.ema.update()
+        processes.sum_(losses)
+        state.law.update(drawn.i, losses)
+        meter.add({"grad_norm": norm[None]})
+    state.count(n, good)
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    """Processes drop different features; a resumed run drops the same ones again."""
+    return int(rng.stream(seed, rng.DROPOUT, step, processes.rank()).integers(2**63))
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of optimizer step `step`, counted from 0: warmed up linearly, annealed linearly to 0."""
+    settings = config.train
+    end = total_steps(settings) if settings.lr_anneal_steps == -1 else settings.lr_anneal_steps
+    warm = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
+    return settings.lr * warm * (max(0.0, 1 - step / end) if end else 1.0)

@@ -1,0 +1,95 @@
+"""Steps of training that are timed and thrown away."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from iddpm import build
+from iddpm.config import Config, image_size, small_size, total_steps
+from iddpm.data import Images, Order
+from iddpm.data.batches import Batch, make_batch
+from iddpm.parallel import processes
+from iddpm.store.log import Meter, duration
+from iddpm.training.state import TrainState
+from iddpm.training.step import method_of, train_step
+
+STEPS = 4  # of a trial: the first warms up, and the median of the others counts
+
+
+def timed(config: Config, device: torch.device, batches: Iterator[Batch]) -> tuple[TrainState, float]:
+    """Take steps on some batches; returns the state they end in, and the seconds of a step with its batch."""
+    state, meter, seconds = TrainState(config, device), Meter(), []
+    method = method_of(config, state.parallel)
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        train_step(state, config, method, next(batches), meter)
+        if device.type != "cpu":  # a step returns while the device is still at work on the weights
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return state, statistics.median(seconds[1:])
+
+
+def example(config: Config, images: int, device: str | torch.device = "cpu") -> Batch:
+    """A batch of zeros of the shapes that a config trains on."""
+    m, (height, width) = config.model, image_size(config.model)
+    x0 = torch.zeros(images, m.image_channels, height, width, device=device)
+    cond = {}
+    if m.class_cond:
+        cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
+    if m.network == "super_res":
+        cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
+    if m.low_res_noise:
+        cond["low_res_level"] = torch.zeros(images, device=device)
+    return Batch(x0, torch.zeros_like(x0), cond)
+
+
+class Speed(NamedTuple):
+    """Seconds of a step on one device: so much each time, and so much for each image."""
+
+    fixed: float
+    each: float
+    images: int  # of the largest step that was timed
+
+    def step(self, images: int) -> float:
+        return self.fixed + self.each * images
+
+
+def speed(config: Config, device: torch.device, most: int) -> Speed:
+    """The speed of real steps: of 1, 2, 4 ... images, until one takes a second or another doubling would pass `most`."""
+
+    def seconds_of(images: int) -> float:
+        batch = example(config, images)
+        return timed(config.updated(dict(batch_size=images, microbatch=-1)), device, iter([batch] * STEPS))[1]
+
+    images, before, seconds = 2, seconds_of(1), seconds_of(2)
+    while seconds < 1 and 2 * images <= most:
+        images, before, seconds = 2 * images, seconds, seconds_of(2 * images)
+    half = images // 2
+    each = (seconds - before) / half
+    if not 0 < each * half < before:  # noise, or a device that is not full yet: then all time is the images'
+        return Speed(0.0, seconds / images, images)
+    return Speed(before - each * half, each, images)
+
+
+def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) -> None:
+    """Say what the run would be: its config, shapes, and the time and memory of a step. Writes nothing."""
+    device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
+    order = Order(len(data), config.train.seed)
+    state, seconds = timed(config, device, (make_batch(config, data, order, step, step * n) for step in range(STEPS)))
+    weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages)
+    say(config.to_json())
+    shapes = example(config, len(processes.share(n)), "meta")
+    seen = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.cond.items())
+    say(f"images {tuple(shapes.x0.shape)}{seen}, chain of {config.diffusion.diffusion_steps}")
+    held = weights * 4 * (4 + averages) / 2**20  # float32: weights, gradients, and AdamW's two of each
+    say(f"{weights:,} weights; with gradients, AdamW and {averages} averages {held:,.0f} MiB")
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB of process memory at the most"
+    say(f"one step: {seconds:.3f} s ({n / seconds:.0f} images/s), {memory}")
+    say(f"{end} steps: about {duration(end * seconds)}, without checkpoints and samples. Nothing was written.")
