@@ -149,9 +149,7 @@ def _open_images(config: Config, path: str, every_class: bool, keep: bool) -> "I
 
 def _scaling(images: "Images") -> str:
     """A remark where the first file has not the model's size: its likelihood is then that of what was made of it."""
-    from iddpm.data import decode
-
-    (width, height), wanted = decode(images.files[0], images.channels).size, images.image_size
+    (width, height), wanted = images.picture(0).size, images.image_size
     if (height, width) == wanted:
         return ""
     return (
