@@ -13,34 +13,46 @@ from torch import Tensor
 from iddpm import rng
 from iddpm.config import Config, image_size, small_size
 from iddpm.data import Images, Order
+from iddpm.data.own import Dataset, Own
 from iddpm.data.super_res import shrink
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 
+Data = Images | Own  # what batches are made of
 
-def open_data(config: Config) -> tuple[Images, Config]:
-    """The images of a config, and the config with the classes found in them; UserError where they do not fit."""
-    m = config.model
-    images = Images.open(
-        config.data.path,
-        image_size=source_size(config),
-        channels=m.image_channels,
-        on_broken=config.data.on_broken,
-        cache_bytes=int(config.data.cache_gb * 2**30),
-        labels=config.data.labels,
-        classes=config.data.classes or None,
+
+def open_data(config: Config, own: Dataset | None = None) -> tuple[Data, Config]:
+    """The images of a config, or a data set of the program's own, and the config with the classes found in them.
+
+    UserError where they do not fit.
+    """
+    m, size = config.model, source_size(config)
+    classes = config.data.classes or None
+    images: Data = (
+        Own(own, size, m.image_channels, classes)
+        if own is not None
+        else Images.open(
+            config.data.path,
+            image_size=size,
+            channels=m.image_channels,
+            on_broken=config.data.on_broken,
+            cache_bytes=int(config.data.cache_gb * 2**30),
+            labels=config.data.labels,
+            classes=classes,
+        )
     )
     if not m.class_cond:
         return images, config
     if images.labels is None:
-        raise UserError(f"--class_cond: {config.data.path} has no classes; put each class in a sub-folder, or add labels.csv")
+        where = config.data.path or "the data set"
+        raise UserError(f"--class_cond: {where} has no classes; put each class in a sub-folder, or add labels.csv")
     room = m.num_classes or len(images.classes)
     if len(images.classes) > room:
         raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")
     return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
 
 
-def open_validation(config: Config) -> Images | None:
+def open_validation(config: Config) -> Data | None:
     """The held-out images of a config, of the same classes; None where it names none."""
     if not config.data.validation:
         return None
@@ -55,7 +67,7 @@ class Batch(NamedTuple):
     cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, low_res (b, C, h, w) ...
 
 
-def make_batch(config: Config, data: Images, order: Order, step: int, position: int) -> Batch:
+def make_batch(config: Config, data: Data, order: Order, step: int, position: int) -> Batch:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
     Every number depends on the seed, the step and the image's place in the global batch alone.
@@ -92,7 +104,7 @@ def _cut(x: Tensor, config: Config, step: int, place: int) -> Tensor:
     return F.interpolate(window, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def conditions(config: Config, data: Images, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
+def conditions(config: Config, data: Data, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
     """What a network sees beside x_t of the images x0 (b, C, H, W): their classes, and their small versions."""
     m, seed, cond = config.model, config.train.seed, {}
     if m.class_cond and data.labels is not None:
@@ -108,7 +120,7 @@ def conditions(config: Config, data: Images, indices: np.ndarray, x0: Tensor, st
     return cond
 
 
-def ahead(config: Config, data: Images, order: Order, start: int, position: int, end: int) -> Iterator[Batch]:
+def ahead(config: Config, data: Data, order: Order, start: int, position: int, end: int) -> Iterator[Batch]:
     """The batches of steps start .. end - 1, the first from `position` of the order, prepared a few steps ahead in threads."""
     depth, n = config.data.num_workers + 1, config.train.batch_size
     with ThreadPoolExecutor(config.data.num_workers, "batches") as pool:

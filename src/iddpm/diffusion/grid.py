@@ -97,7 +97,9 @@ def walk(schedule: Schedule, steps: int) -> Grid:
     variance = beta * sigma**2 / level.sigma**2
     variance[0] = beta[0]  # a neighbour's, as a chain has it, would be larger than beta here
     table = Step(
-        *level,
+        time=level.time,
+        alpha=level.alpha,
+        sigma=level.sigma,
         time_to=time,
         alpha_to=alpha,
         sigma_to=sigma,

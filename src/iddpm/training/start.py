@@ -9,6 +9,7 @@ from iddpm import build
 from iddpm.config import Config, check, every_field, settings_of, total_steps
 from iddpm.config.presets import PRESETS
 from iddpm.data.batches import open_data, open_validation
+from iddpm.data.own import Dataset
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.store import lock, log
@@ -16,17 +17,25 @@ from iddpm.store.checkpoint import read_weights
 from iddpm.store.remote import place, replace
 from iddpm.training import loop, trial
 
+OWN = "a data set of the program's own"  # in the place of a path
 
-def start(run: Path, data: str = "", preset: str = "", given: Mapping[str, Any] = {}, dry: bool = False) -> Path | None:
+
+def start(
+    run: Path, data: str = "", preset: str = "", given: Mapping[str, Any] = {}, dry: bool = False, own: Dataset | None = None
+) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
+
+    `own` is a data set of the program's own, in the place of files at `data`.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
-    config, notes = resolve(run, data, preset, given)
+    config, notes = resolve(run, data or ("" if own is None else OWN), preset, given)
+    if (config.data.path == OWN) != (own is not None):
+        raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
     total_steps(config.train)
     with ExitStack() as stack:
         stack.enter_context(processes.session(build.device(config.train.device), config.train.timeout))
-        images, config = open_data(config)
+        images, config = open_data(config, own)
         held_out = open_validation(config)
         build.network(config)
         if dry:
