@@ -536,7 +536,7 @@ def test_fewer_images_than_features_are_warned_of(sets, tmp_path, capsys):
 def test_a_run_that_draws_no_images_by_itself_is_refused(tmp_path, config, pictures, capsys):
     from cli.test_nll import untrained
 
-    judge = untrained(config, tmp_path / "judge", network="classifier", learn_sigma=False, objective="auto")
+    judge = untrained(config, tmp_path / "judge", task="classify", learn_sigma=False, objective="auto")
     assert evaluate(judge, pictures) == 2
     assert "is a classifier, which draws nothing" in line(capsys)
 

@@ -277,7 +277,7 @@ def test_a_model_without_classes_still_names_those_of_the_data_for_each_image(co
 
 
 def test_an_upsampler_is_measured_like_any_other(config, pictures, tmp_path, capsys):
-    settings = TINY | dict(network="super_res", small_size=4, low_res_noise=0.1)
+    settings = TINY | dict(task="enlarge", small_size=4, low_res_noise=0.1)
     assert main(["train", str(pictures), "--run", str(tmp_path / "r"), *flags(**settings)]) == 0
     assert nll(tmp_path / "r", pictures, out=tmp_path / "n.json") == 0
     assert json.loads((tmp_path / "n.json").read_text())["images"] == 22
@@ -327,7 +327,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     places = dict(RUN=run, DATA=pictures, MISSING="missing")
     makers = dict(
         NAMELESS=dict(classes=(), num_classes=5), LARGER=dict(image_size="16"), COLOUR=dict(image_channels=3),
-        SHORTER=dict(diffusion_steps=10), CLASSIFIER=dict(network="classifier", learn_sigma=False, objective="auto"),
+        SHORTER=dict(diffusion_steps=10), CLASSIFIER=dict(task="classify", learn_sigma=False, objective="auto"),
     )  # fmt: skip
     for name in set(argv) & set(makers):
         places[name] = untrained(config, tmp_path / name.lower(), **makers[name])

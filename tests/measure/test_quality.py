@@ -90,7 +90,7 @@ def test_the_best_checkpoint_is_kept_and_named(whole):
 def test_the_measurement_is_that_of_evaluate(pictures, tmp_path):
     """The kernel distance in the log is what `iddpm evaluate` finds for the same checkpoint, seeds and reference."""
     run = run_of(tmp_path / "r", pictures, eval_every=12, eval_samples=8)
-    from iddpm.cli.train import write_config
+    from iddpm.training.start import write_config
 
     write_config(run, Config().updated({**SETTINGS, "path": str(pictures)}))
     out = tmp_path / "evaluated.json"
@@ -259,8 +259,8 @@ def test_two_processes_measure_what_one_does(pictures, tmp_path, shard, batch):
 
 
 def test_what_draws_nothing_is_not_measured(config):
-    with pytest.raises(UserError, match="--eval_every has no effect with --network classifier: it draws samples"):
-        check(config.updated(dict(eval_every=5, network="classifier", learn_sigma=False)))
+    with pytest.raises(UserError, match="--eval_every has no effect with --task classify: it belongs to --task images"):
+        check(config.updated(dict(eval_every=5, task="classify", learn_sigma=False)))
 
 
 @pytest.mark.parametrize(
