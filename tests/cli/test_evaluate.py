@@ -473,7 +473,7 @@ def line(capsys) -> str:
         (dict(num_reference=500), "holds 100 images: 500 cannot be compared"),
         (dict(num_samples=1), "metrics need at least 2 images a side"),
         (dict(inception_weights="x.pth"), "--inception_weights has no effect with --extractor pixels"),
-        (dict(out="figures.txt"), "--out figures.txt: the figures are one file of JSON"),
+        (dict(out="figures.txt"), "--out figures.txt: give a name that ends in .json"),
         (dict(save_statistics="x.pt"), "--save_statistics x.pt: give a name that ends in .npz"),
         (dict(extractor="inception", inception_weights="absent.pth"), "absent.pth"),
     ],

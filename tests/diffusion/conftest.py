@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm.diffusion.denoiser import Denoiser, fixed_large, fixed_small, learned
+from iddpm.diffusion.grid import Chain, respace
 from iddpm.diffusion.parametrization import x0 as predicts_x0
-from iddpm.diffusion.schedule import Chain, Cosine, Schedule, respace
+from iddpm.diffusion.schedule import Cosine, Discrete
 
 THOUSAND = Cosine(1000)
 
@@ -20,7 +21,7 @@ class Gaussian:
 
     mean: float
     std: float
-    schedule: Schedule = THOUSAND
+    schedule: Discrete = THOUSAND
 
     def best_x0(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t]."""
@@ -36,16 +37,16 @@ class Gaussian:
         """Its steps; networks see their plain number, to look up the noise level."""
         return Chain(self.schedule, respace(self.schedule.steps, spec), rescale_time=False)
 
-    def denoiser(self, spec: str = "", small: bool = True) -> Denoiser:
-        """The best mean, with one of the two fixed variances."""
-        return Denoiser(self.best_x0, self.chain(spec), predicts_x0, fixed_small if small else fixed_large)
+    def denoiser(self, spec: str = "", small: bool = True) -> tuple[Denoiser, Chain]:
+        """The best mean, with one of the two fixed variances; and the chain."""
+        return Denoiser(self.best_x0, predicts_x0, fixed_small if small else fixed_large), self.chain(spec)
 
-    def exact(self, spec: str = "") -> Denoiser:
-        """The best mean and the true variance of x_{t-1} given x_t: the chain's own reversal."""
+    def exact(self, spec: str = "") -> tuple[Denoiser, Chain]:
+        """The best mean and the true variance of x_{t-1} given x_t: the chain's own reversal; and the chain."""
         chain = self.chain(spec)
         table = chain.table
         unsure = 1 / (1 / self.std**2 + (table.alpha / table.sigma) ** 2)  # Var[x_0 | x_t]
-        between = chain.betas * (table.sigma_prev / table.sigma) ** 2  # Var[x_{t-1} | x_t, x_0]
+        between = chain.betas * (table.sigma_to / table.sigma) ** 2  # Var[x_{t-1} | x_t, x_0]
         log_var = (between + table.coef_x0**2 * unsure).log()
         row = {kept: k for k, kept in enumerate(chain.kept)}
 
@@ -53,7 +54,7 @@ class Gaussian:
             variance = log_var[[row[int(step)] for step in t]].float().reshape(-1, 1, 1, 1).expand_as(x)
             return torch.cat([self.best_x0(x, t), variance], dim=1)
 
-        return Denoiser(net, chain, predicts_x0, learned)
+        return Denoiser(net, predicts_x0, learned), chain
 
     def bits(self, x: Tensor) -> Tensor:
         """-log2 of the mass in a pixel's bin of 2/255, for each image (B,), to second order in the bin."""

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from diffusion.rows import CONTINUOUS, DISCRETE, columns
+from diffusion.rows import grid as grid_of
 from golden_rules import Stub, image_tensor, noise
 from iddpm.diffusion.bound import bound_terms, discretized_log_likelihood, gaussian_kl, mean_flat, prior_term, vlb_term
-from iddpm.diffusion.denoiser import Denoiser, fixed_large, fixed_small
+from iddpm.diffusion.denoiser import Denoiser, clip, fixed_large, fixed_small
+from iddpm.diffusion.grid import Chain, walk
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine
+from iddpm.diffusion.schedule import SCHEDULES, Cosine, Flow
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1  # every 8-bit value
 SHAPE = (4, 3, 8, 8)
@@ -61,7 +64,7 @@ def test_float32_is_enough_for_the_bins() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 10, 1000])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", DISCRETE)
 def test_the_prior_term_is_the_kl_of_the_last_step_to_the_standard_normal(schedule: str, steps: int) -> None:
     chain, x0 = Chain(SCHEDULES[schedule](steps)), image_tensor(0, SHAPE)
     bar = (1 - chain.betas).prod().item()
@@ -73,11 +76,11 @@ def test_the_prior_term_is_the_kl_of_the_last_step_to_the_standard_normal(schedu
 
 def test_a_term_is_the_decoder_at_step_0_and_the_kl_to_the_posterior_after_it() -> None:
     chain, x0, eps = Chain(Cosine(40)), image_tensor(0, SHAPE), noise(0, SHAPE)
-    i = torch.tensor([0, 1, 20, 39])
-    step = chain.at(i, x0)
+    at = chain.at(torch.tensor([0, 1, 20, 39]))
+    step = columns(at, x0)
     xt = step.alpha * x0 + step.sigma * eps
-    p = Denoiser(Stub(), chain, PARAMETRIZATIONS["x0"], fixed_large)(xt, i)
-    ours = vlb_term(p, x0, xt, step) * math.log(2)
+    p = Denoiser(Stub(), PARAMETRIZATIONS["x0"], fixed_large)(xt, at)
+    ours = vlb_term(p, x0, xt, at) * math.log(2)
     model = Normal(p.mean, (p.log_var / 2).exp().expand(SHAPE))
     posterior = Normal(step.coef_x0 * x0 + step.coef_xt * xt, (step.log_min / 2).exp().expand(SHAPE))
     torch.testing.assert_close(ours[1:], mean_flat(kl_divergence(posterior, model))[1:], rtol=1e-4, atol=1e-5)
@@ -87,8 +90,8 @@ def test_a_term_is_the_decoder_at_step_0_and_the_kl_to_the_posterior_after_it() 
 
 def test_a_perfect_prediction_with_the_posteriors_variance_costs_nothing_but_the_decoder() -> None:
     chain, x0 = Chain(Cosine(40)), image_tensor(0, SHAPE)
-    perfect = Denoiser(lambda x, t: x0, chain, PARAMETRIZATIONS["x0"], fixed_small)
-    terms = list(bound_terms(perfect, x0, lambda k: noise(k, SHAPE)))
+    perfect = Denoiser(lambda x, t: x0, PARAMETRIZATIONS["x0"], fixed_small)
+    terms = list(bound_terms(perfect, x0, chain, lambda k: noise(k, SHAPE)))
     assert max(term.vb.abs().max().item() for term in terms[:-1]) < 1e-5
     assert all((term.x0_mse == 0).all() and (term.eps_mse < 1e-5).all() for term in terms)
     assert (terms[-1].vb > 0).all()
@@ -97,8 +100,8 @@ def test_a_perfect_prediction_with_the_posteriors_variance_costs_nothing_but_the
 def test_the_squared_errors_are_the_predictions() -> None:
     """A guess that is off by d misses x0 by d^2 and eps by (d alpha / sigma)^2."""
     chain, x0, d = Chain(Cosine(40)), image_tensor(0, SHAPE), 0.25
-    off = Denoiser(lambda x, t: x0 + d, chain, PARAMETRIZATIONS["x0"], fixed_small)
-    terms = list(bound_terms(off, x0, seeded(SHAPE)))
+    off = Denoiser(lambda x, t: x0 + d, PARAMETRIZATIONS["x0"], fixed_small)
+    terms = list(bound_terms(off, x0, chain, seeded(SHAPE)))
     ratio = (chain.table.alpha / chain.table.sigma).flip(0)
     torch.testing.assert_close(torch.stack([t.x0_mse for t in terms]), torch.full((40, 4), d**2))
     expected = (d * ratio).float().square()[:, None].expand(40, 4)
@@ -120,8 +123,8 @@ def test_the_bound_of_the_true_reversal_is_the_datas_own_code_length(world: Any,
     shape = (4, 1, 128, 128)
     data = world(0.05, 0.2)
     x0 = eight_bit(0.05 + 0.2 * noise(0, shape))
-    exact = data.exact(spec)
-    bound = sum((term.vb for term in bound_terms(exact, x0, seeded(shape))), prior_term(exact.chain, x0))
+    exact, chain = data.exact(spec)
+    bound = sum((term.vb for term in bound_terms(exact, x0, chain, seeded(shape))), prior_term(chain, x0))
     assert bound.mean().item() == pytest.approx(data.bits(x0).mean().item(), abs=0.02)
 
 
@@ -130,8 +133,8 @@ def test_the_bound_of_a_worse_model_is_looser(world: Any) -> None:
     data, other = world(0.05, 0.2), world(0.05, 0.3)
     x0 = eight_bit(0.05 + 0.2 * noise(0, shape))
     best = data.bits(x0).mean().item()
-    for denoiser in (data.denoiser("ddim10"), other.exact("ddim10")):
-        total = sum((t.vb for t in bound_terms(denoiser, x0, seeded(shape))), prior_term(denoiser.chain, x0))
+    for denoiser, chain in (data.denoiser("ddim10"), other.exact("ddim10")):
+        total = sum((t.vb for t in bound_terms(denoiser, x0, chain, seeded(shape))), prior_term(chain, x0))
         assert total.mean().item() > best + 0.05
 
 
@@ -142,6 +145,23 @@ def test_the_bound_counts_down_and_uses_the_draws_in_order() -> None:
         draws.append(k)
         return noise(k, SHAPE)
 
-    denoiser = Denoiser(Stub(), Chain(Cosine(10)), PARAMETRIZATIONS["eps"], fixed_small, clip=True)
-    assert [term.i for term in bound_terms(denoiser, image_tensor(0, SHAPE), draw)] == list(range(9, -1, -1))
+    denoiser = Denoiser(Stub(), PARAMETRIZATIONS["eps"], fixed_small, (clip,))
+    assert [term.i for term in bound_terms(denoiser, image_tensor(0, SHAPE), Chain(Cosine(10)), draw)] == list(range(9, -1, -1))
     assert draws == list(range(10))
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS)
+def test_on_a_continuous_schedule_a_perfect_prediction_costs_nothing_but_the_decoder(schedule: str) -> None:
+    x0, grid = image_tensor(0, SHAPE), grid_of(schedule, 12)
+    perfect = Denoiser(lambda x, t: x0, PARAMETRIZATIONS["x0"], fixed_small)
+    terms = list(bound_terms(perfect, x0, grid, lambda k: noise(k, SHAPE)))
+    assert max(term.vb.abs().max().item() for term in terms[:-1]) < 1e-4
+    assert [term.i for term in terms] == list(range(11, -1, -1))
+
+
+def test_the_prior_of_flow_is_nothing_and_that_of_ve_what_is_left_of_the_image() -> None:
+    x0 = image_tensor(0, SHAPE)
+    assert torch.equal(prior_term(walk(Flow(), 5), x0), torch.zeros(4))
+    kl = kl_divergence(Normal(x0.double(), 80.0), Normal(torch.tensor(0.0).double(), 80.0))
+    bits = (mean_flat(kl) / math.log(2)).float()
+    torch.testing.assert_close(prior_term(walk(SCHEDULES["ve"](), 5), x0), bits, rtol=1e-3, atol=1e-7)

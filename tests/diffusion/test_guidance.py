@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion.rows import grid as grid_of
 from golden_rules import Stub, load, noise
-from iddpm.diffusion.denoiser import Denoiser, learned_range
-from iddpm.diffusion.guidance import classifier_gradient
+from iddpm.diffusion.denoiser import Denoiser, clip, learned_range
+from iddpm.diffusion.grid import Chain, respace
+from iddpm.diffusion.guidance import classifier_gradient, guided
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import Chain, Cosine, respace
-from iddpm.diffusion.solvers import ancestral, ddim, run
+from iddpm.diffusion.schedule import SCHEDULES, Cosine
+from iddpm.diffusion.solvers import SOLVERS, Ddim, ancestral, run
 
 SHAPE = (4, 3, 8, 8)
 
@@ -18,16 +20,16 @@ SHAPE = (4, 3, 8, 8)
 @pytest.mark.parametrize("golden", load("guided_sampling.json"), ids=lambda g: g["key"])
 def test_guided_loops_end_where_the_published_ones_do(golden: dict[str, Any]) -> None:
     chain = Chain(Cosine(golden["T"]), respace(golden["T"], golden["respacing"]), rescale_time=False)
-    denoiser = Denoiser(Stub(6), chain, PARAMETRIZATIONS["eps"], learned_range, clip=True)
-    solver = ddim if golden["respacing"].startswith("ddim") else ancestral
+    denoiser = Denoiser(Stub(6), PARAMETRIZATIONS["eps"], learned_range, (clip,))
+    solver: Any = Ddim() if golden["respacing"].startswith("ddim") else ancestral
 
     def draw(k: int) -> torch.Tensor:
         return noise(k, SHAPE)
 
-    def gradient(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
-        return golden["guide"] * x.cos() * (1 + chain.at(i, x).time / 40)
+    def gradient(x: torch.Tensor, step: Any) -> torch.Tensor:
+        return golden["guide"] * x.cos() * (1 + step.time / 40)
 
-    x = run(solver(denoiser, draw(0), draw, gradient=gradient))
+    x = run(solver(guided(denoiser, gradient), draw(0), chain, draw))
     torch.testing.assert_close(x, torch.from_numpy(load("guided_sampling.npz")[golden["key"]]), atol=1e-5, rtol=1e-5)
 
 
@@ -36,7 +38,22 @@ def test_the_gradient_of_a_linear_classifier_is_its_closed_form() -> None:
     w = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     x, y = noise(0, (2, 3, 2, 2)), torch.tensor([1, 4])
     with torch.inference_mode():
-        gradient = classifier_gradient(lambda x, t: x.flatten(1) @ w.T, Chain(Cosine(10)), y, scale=3.0)
-        got = gradient(x, torch.tensor([0, 9]))
+        gradient = classifier_gradient(lambda x, t: x.flatten(1) @ w.T, y, scale=3.0)
+        got = gradient(x, Chain(Cosine(10)).at(torch.tensor([0, 9])))
     p = (x.flatten(1) @ w.T).softmax(1)
     torch.testing.assert_close(got.flatten(1), 3 * (w[y] - p @ w))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_solver_is_pulled_where_the_gradient_points_on_every_schedule(schedule: str, solver: str) -> None:
+    grid, row = grid_of(schedule, 5), SOLVERS[solver]
+    made = row() if isinstance(row, type) else row
+    denoiser = Denoiser(lambda x, t: torch.zeros_like(x), PARAMETRIZATIONS["x0"])
+
+    def end(pull: float) -> torch.Tensor:
+        bent = guided(denoiser, lambda x, step: torch.full_like(x, pull))
+        return run(made(bent, grid.start * noise(0, (1, 3, 4, 4)), grid, lambda k: noise(k, (1, 3, 4, 4))))
+
+    assert end(0.1).isfinite().all()
+    assert (end(0.1) > end(0.0)).all()

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.rows import CONTINUOUS, as_column, made, meaning, middle
 from golden_rules import Stub, image_tensor, load, noise
 from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, fixed_large, learned, learned_range
-from iddpm.diffusion.objective import OBJECTIVES, hybrid, hybrid_unscaled, simple, vlb, vlb_unscaled
+from iddpm.diffusion.grid import Chain
+from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, OBJECTIVES, hybrid, hybrid_unscaled, simple, vlb, vlb_unscaled
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine
+from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow
+from iddpm.diffusion.weighting import WEIGHTINGS, Edm, flow, uniform
 
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "previous"}
 LOSSES = {  # with a learned variance, and without
@@ -22,6 +25,12 @@ LOSSES = {  # with a learned variance, and without
 ENTRIES = [e for e in load("process.json") if e["kind"] == "training_losses"]
 SHAPE = (5, 3, 8, 8)
 STEPS = torch.tensor([0, 1, 7, 20, 39])
+CHAIN, U = Chain(Cosine(40)), middle(STEPS, 40)
+
+
+def target_of(parametrization: str, x0: Tensor, eps: Tensor) -> Tensor:
+    c = meaning(parametrization)(CHAIN(U))
+    return as_column(c.of_x0, x0) * x0 + as_column(c.of_eps, x0) * eps
 
 
 class Watched(Stub):
@@ -39,8 +48,8 @@ def test_losses_are_the_published_ones(e: dict) -> None:
     net = Watched(6 if variance in LEARNED else 3)
     chain = Chain(SCHEDULES[e["schedule"]](e["T"]), rescale_time=e["rescale_timesteps"])
     objective = LOSSES[e["loss"]][variance not in LEARNED]
-    denoiser = Denoiser(net, chain, PARAMETRIZATIONS[MEANS[e["mean"]]], variance)
-    terms = objective(denoiser, golden["x0"], golden["eps"], golden["t"])
+    denoiser = Denoiser(net, PARAMETRIZATIONS[MEANS[e["mean"]]], variance)
+    terms = objective(denoiser, chain, golden["x0"], golden["eps"], middle(golden["t"], e["T"]))
     for name in e["terms"]:
         holds_bound = name != "mse" and e["terms"] != ["loss", "mse"]
         rtol, atol = (1e-4, 0.0) if holds_bound else (1e-5, 1e-5)
@@ -56,8 +65,8 @@ def test_the_golden_entries_are_all_here() -> None:
 def gradients(objective: Any, parametrization: str, variance: Any = learned_range) -> tuple[Tensor, Tensor]:
     """d loss / d output, for the mean channels and the variance channels."""
     output = image_tensor(1, (5, 6, 8, 8)).requires_grad_()
-    denoiser = Denoiser(lambda x, t: output, Chain(Cosine(40)), PARAMETRIZATIONS[parametrization], variance)
-    objective(denoiser, image_tensor(0, SHAPE), noise(0, SHAPE), STEPS)["loss"].sum().backward()
+    denoiser = Denoiser(lambda x, t: output, meaning(parametrization), variance)
+    objective(denoiser, CHAIN, image_tensor(0, SHAPE), noise(0, SHAPE), U)["loss"].sum().backward()
     assert output.grad is not None
     mean, values = output.grad.chunk(2, dim=1)
     return mean, values
@@ -82,37 +91,35 @@ def test_the_bound_itself_pulls_at_both(parametrization: str) -> None:
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_the_gradient_of_the_squared_error_is_twice_the_error(parametrization: str) -> None:
-    output, meaning = image_tensor(1, SHAPE).requires_grad_(), PARAMETRIZATIONS[parametrization]
-    denoiser = Denoiser(lambda x, t: output, Chain(Cosine(40)), meaning, fixed_large)
+    output = image_tensor(1, SHAPE).requires_grad_()
+    denoiser = Denoiser(lambda x, t: output, meaning(parametrization), fixed_large)
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
-    simple(denoiser, x0, eps, STEPS)["loss"].sum().backward()
-    scale = denoiser.scalings(STEPS, x0)
-    target = scale.of_x0 * x0 + scale.of_eps * eps
+    simple(denoiser, CHAIN, x0, eps, U)["loss"].sum().backward()
+    target = target_of(parametrization, x0, eps)
     torch.testing.assert_close(output.grad, 2 * (output.detach() - target) / x0[0].numel())
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_a_network_that_gives_the_target_has_no_squared_error(parametrization: str) -> None:
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
-    chain, meaning = Chain(Cosine(40)), PARAMETRIZATIONS[parametrization]
-    scale = Denoiser(Stub(), chain, meaning, fixed_large).scalings(STEPS, x0)
-    perfect = Denoiser(lambda x, t: scale.of_x0 * x0 + scale.of_eps * eps, chain, meaning, fixed_large)
-    assert torch.equal(simple(perfect, x0, eps, STEPS)["loss"], torch.zeros(5))
+    exact = target_of(parametrization, x0, eps)
+    perfect = Denoiser(lambda x, t: exact, meaning(parametrization), fixed_large)
+    assert torch.equal(simple(perfect, CHAIN, x0, eps, U)["loss"], torch.zeros(5))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_image_has_its_own_loss(name: str) -> None:
-    denoiser = Denoiser(Stub(6), Chain(Cosine(40)), PARAMETRIZATIONS["eps"], learned_range)
+    denoiser = Denoiser(Stub(6), PARAMETRIZATIONS["eps"], learned_range)
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
-    together = OBJECTIVES[name](denoiser, x0, eps, STEPS)
+    together = OBJECTIVES[name](denoiser, CHAIN, x0, eps, U)
     assert all(term.shape == (5,) for term in together.values())
-    alone = OBJECTIVES[name](denoiser, x0[2:3], eps[2:3], STEPS[2:3])
+    alone = OBJECTIVES[name](denoiser, CHAIN, x0[2:3], eps[2:3], U[2:3])
     torch.testing.assert_close(together["loss"][2:3], alone["loss"])
 
 
 def test_the_scales_of_the_bound_are_t_and_a_thousandth_of_t() -> None:
-    denoiser = Denoiser(Stub(6), Chain(Cosine(40)), PARAMETRIZATIONS["eps"], learned_range)
-    of = {name: f(denoiser, image_tensor(0, SHAPE), noise(0, SHAPE), STEPS) for name, f in OBJECTIVES.items()}
+    denoiser = Denoiser(Stub(6), PARAMETRIZATIONS["eps"], learned_range)
+    of = {name: f(denoiser, CHAIN, image_tensor(0, SHAPE), noise(0, SHAPE), U) for name, f in OBJECTIVES.items()}
     torch.testing.assert_close(of["vlb"]["loss"], 40 * of["vlb_unscaled"]["loss"])
     torch.testing.assert_close(of["hybrid_unscaled"]["vb"], of["vlb_unscaled"]["loss"])
     torch.testing.assert_close(of["hybrid"]["vb"], 0.04 * of["vlb_unscaled"]["loss"])
@@ -120,8 +127,8 @@ def test_the_scales_of_the_bound_are_t_and_a_thousandth_of_t() -> None:
 
 
 def test_without_a_learned_variance_hybrid_is_simple() -> None:
-    denoiser = Denoiser(Stub(), Chain(Cosine(40)), PARAMETRIZATIONS["eps"], fixed_large)
-    arguments = denoiser, image_tensor(0, SHAPE), noise(0, SHAPE), STEPS
+    denoiser = Denoiser(Stub(), PARAMETRIZATIONS["eps"], fixed_large)
+    arguments = denoiser, CHAIN, image_tensor(0, SHAPE), noise(0, SHAPE), U
     assert torch.equal(hybrid(*arguments)["loss"], simple(*arguments)["loss"])
 
 
@@ -132,7 +139,63 @@ def test_the_condition_reaches_the_network(name: str) -> None:
             return super().__call__(x, t) + cond["y"].view(-1, 1, 1, 1)
 
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
-    denoiser = Denoiser(Conditional(6), Chain(Cosine(40)), PARAMETRIZATIONS["eps"], learned_range)
+    denoiser = Denoiser(Conditional(6), PARAMETRIZATIONS["eps"], learned_range)
     conds = [{"y": torch.arange(5) * scale} for scale in (0.0, 0.1)]
-    a, b = (OBJECTIVES[name](denoiser, x0, eps, STEPS, cond)["loss"] for cond in conds)
+    a, b = (OBJECTIVES[name](denoiser, CHAIN, x0, eps, U, cond)["loss"] for cond in conds)
     assert ((a != b) == (torch.arange(5) > 0)).all()
+
+
+# ---- weightings
+
+
+X0, EPS, GUESS = image_tensor(0, SHAPE), noise(0, SHAPE), image_tensor(1, SHAPE)
+V = torch.tensor([0.05, 0.2, 0.5, 0.8, 0.95], dtype=torch.float64)
+
+
+def loss_of_guess(schedule: Any, parametrization: str, weighting: Any) -> Tensor:
+    """The loss where the prediction is GUESS at every level, in whatever the network predicts."""
+    level = schedule(V)
+    c = meaning(parametrization)(level)
+    alpha, sigma, skip, out = (v.reshape(-1, 1, 1, 1) for v in (level.alpha, level.sigma, c.skip, c.out))
+    xt = (alpha.float() * X0 + sigma.float() * EPS).double()
+    denoiser = Denoiser(lambda x, t: ((GUESS - skip * xt) / out).float(), meaning(parametrization))
+    return simple(denoiser, schedule, X0, EPS, V, weighting=weighting)["loss"]
+
+
+SQUARE = ((GUESS - X0) ** 2).flatten(1).mean(1)  # of x0's error
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS)
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "uniform"])
+def test_a_weighting_means_the_same_whatever_the_network_predicts(name: str, schedule: str) -> None:
+    row = SCHEDULES[schedule]()
+    losses = [loss_of_guess(row, parametrization, made(WEIGHTINGS[name])) for parametrization in ("x0", "eps", "flow", "edm")]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=2e-3, atol=0)
+
+
+def test_the_uniform_weighting_leaves_the_error_of_the_output_as_it_is() -> None:
+    torch.testing.assert_close(loss_of_guess(Flow(), "x0", uniform), SQUARE)
+
+
+def test_edms_loss_is_the_papers() -> None:
+    """Karras et al. 2022, eq. 2 and table 1: lambda(sigma) |D - y|^2, lambda = (sigma^2 + d^2) / (sigma d)^2."""
+    sigma, d = VE()(V).sigma, 0.6
+    weight = (sigma**2 + d**2) / (sigma * d) ** 2
+    torch.testing.assert_close(loss_of_guess(VE(), "edm", Edm(d)), (weight * SQUARE).float(), rtol=1e-4, atol=0)
+
+
+def test_edms_weighting_is_uniform_in_edms_own_space() -> None:
+    torch.testing.assert_close(loss_of_guess(VE(), "edm", Edm()), loss_of_guess(VE(), "edm", uniform), rtol=1e-5, atol=0)
+
+
+def test_flows_loss_is_the_squared_error_of_the_velocity() -> None:
+    """v = eps - x0; where x0 is missed by d, eps is missed by -alpha / sigma d, and v by their difference."""
+    level = Flow()(V)
+    missed = SQUARE * ((1 + level.alpha / level.sigma) ** 2).float()
+    for weighting in (flow, uniform):
+        torch.testing.assert_close(loss_of_guess(Flow(), "flow", weighting), missed, rtol=1e-4, atol=0)
+
+
+def test_what_needs_a_chain_or_a_learned_variance_is_named_beside_the_table() -> None:
+    assert set(LEARN_VARIANCE) <= set(CHAIN_ONLY) <= set(OBJECTIVES.values())

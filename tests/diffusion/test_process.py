@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.rows import columns
 from golden_rules import Stub, load, noise
 from iddpm.diffusion.bound import bound_terms, prior_term, vlb_term
-from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser
+from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, clip
+from iddpm.diffusion.grid import Chain, Step, respace
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import SCHEDULES, Chain, Step, respace
-from iddpm.diffusion.solvers import ancestral, ancestral_step, ddim, ddim_inverse_step, ddim_step, run
+from iddpm.diffusion.schedule import SCHEDULES
+from iddpm.diffusion.solvers import Ddim, ancestral, ddim_inversion, run
 
 SHAPE = (4, 3, 8, 8)
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "previous"}
@@ -37,28 +39,38 @@ def close_bits(ours: Tensor, name: str) -> None:
 
 
 @cache
-def setting(key: str) -> tuple[Denoiser, Any, Tensor, Tensor, Step]:
-    """The entry's denoiser, its prediction, and the x0, x_t and step it was made of."""
+def setting(key: str) -> tuple[Denoiser, Chain, Any, Tensor, Tensor, Step]:
+    """The entry's denoiser, chain and prediction, and the x0, x_t and steps it was made of."""
     e = STEPS[key]
     schedule, kept = SCHEDULES[e["schedule"]](e["T"]), respace(e["T"], e["respacing"])
     chain = Chain(schedule, kept, rescale_time=e["rescale_timesteps"])
     variance = VARIANCES[e["var"].lower()]
     net = Stub(6 if variance in LEARNED else 3)
-    denoiser = Denoiser(net, chain, PARAMETRIZATIONS[MEANS[e["mean"]]], variance, e["clip_denoised"])
-    x0, i = golden("x0"), torch.tensor(e["t"])
-    step = chain.at(i, x0)
-    xt = step.alpha * x0 + step.sigma * golden("eps")
-    return denoiser, denoiser(xt, i), x0, xt, step
+    denoiser = Denoiser(net, PARAMETRIZATIONS[MEANS[e["mean"]]], variance, (clip,) if e["clip_denoised"] else ())
+    x0, step = golden("x0"), chain.at(torch.tensor(e["t"]))
+    s = columns(step, x0)
+    xt = s.alpha * x0 + s.sigma * golden("eps")
+    return denoiser, chain, denoiser(xt, step), x0, xt, step
+
+
+def each(key: str, solver: Any) -> Tensor:
+    """A step of each image, whose levels differ: a solver walks one step of one image at a time."""
+    denoiser, _, _, _, xt, step = setting(key)
+    ends = []
+    for b in range(len(xt)):
+        one = Step(*(column[b] for column in step))
+        ends.append(run(solver(denoiser, xt[b : b + 1], [one], lambda k, b=b: draw(0)[b : b + 1])))
+    return torch.cat(ends)
 
 
 def test_the_golden_entries_are_all_here() -> None:
     assert len(STEPS) == 72 and len(LOOPS) == 16
-    assert all(setting(key)[0].chain.steps == e["num_timesteps"] for key, e in STEPS.items())
+    assert all(setting(key)[1].steps == e["num_timesteps"] for key, e in STEPS.items())
 
 
 @pytest.mark.parametrize("key", STEPS)
 def test_prediction_is_the_published_one(key: str) -> None:
-    _, p, x0, xt, step = setting(key)
+    _, _, p, x0, xt, step = setting(key)
     close(p.mean, f"{key}_mean")
     close(p.x0, f"{key}_pred_xstart")
     close(p.log_var.expand(SHAPE), f"{key}_log_variance")
@@ -67,47 +79,50 @@ def test_prediction_is_the_published_one(key: str) -> None:
 
 @pytest.mark.parametrize("key", STEPS)
 def test_variance_is_the_exponential_of_its_logarithm(key: str) -> None:
-    _, p, _, _, step = setting(key)
+    _, _, p, _, _, step = setting(key)
     ours = p.log_var.exp().expand(SHAPE)
     if STEPS[key]["var"] == "FIXED_SMALL":  # it reports 0 at step 0, and uses what is used here
-        ours = ours * (1 - step.first)
+        ours = ours * (1 - columns(step, ours).last)
     close(ours, f"{key}_variance")
 
 
 @pytest.mark.parametrize("key", STEPS)
 def test_one_ancestral_step_is_the_published_one(key: str) -> None:
-    _, p, _, xt, step = setting(key)
-    close(ancestral_step(p, xt, step, draw(0)), f"{key}_p_sample")
+    close(each(key, ancestral), f"{key}_p_sample")
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("key", STEPS)
 def test_one_ddim_step_is_the_published_one(key: str, eta: float) -> None:
-    _, p, _, xt, step = setting(key)
-    close(ddim_step(p, xt, step, draw(0), eta), f"{key}_ddim_{eta}")
+    close(each(key, Ddim(eta)), f"{key}_ddim_{eta}")
 
 
 @pytest.mark.parametrize("key", STEPS)
 def test_one_step_of_ddim_inversion_is_the_published_one(key: str) -> None:
-    _, p, _, xt, step = setting(key)
-    close(ddim_inverse_step(p, xt, step), f"{key}_ddim_reverse")
+    denoiser, chain, _, _, xt, _ = setting(key)
+    ends, walked = [], list(chain)[::-1]
+    noise_itself = walked[-1]._replace(alpha=torch.tensor(0.0), sigma=torch.tensor(1.0))  # what follows the last step there
+    for b, i in enumerate(STEPS[key]["t"]):
+        pair = [([*walked, noise_itself])[i + 1], walked[i]]
+        ends.append(run(ddim_inversion(denoiser, xt[b : b + 1], pair)))
+    close(torch.cat(ends), f"{key}_ddim_reverse")
 
 
 @pytest.mark.parametrize("key", LOOPS)
 def test_whole_sampling_loops_are_the_published_ones(key: str) -> None:
-    denoiser = setting(key)[0]
-    close(run(ancestral(denoiser, draw(0), draw)), f"{key}_p_loop")
-    close(run(ddim(denoiser, draw(0), draw)), f"{key}_ddim_loop")
+    denoiser, chain = setting(key)[:2]
+    close(run(ancestral(denoiser, draw(0), chain, draw)), f"{key}_p_loop")
+    close(run(Ddim()(denoiser, draw(0), chain, draw)), f"{key}_ddim_loop")
 
 
 @pytest.mark.parametrize("key", LOOPS)
 def test_the_whole_bound_is_the_published_one(key: str) -> None:
-    denoiser, _, x0, _, _ = setting(key)
-    terms = list(bound_terms(denoiser, x0, draw))
+    denoiser, chain, _, x0, _, _ = setting(key)
+    terms = list(bound_terms(denoiser, x0, chain, draw))
     i, *columns = zip(*terms)
     vb, x0_mse, eps_mse = (torch.stack(column, dim=1) for column in columns)
-    prior = prior_term(denoiser.chain, x0)
-    assert list(i) == list(reversed(range(denoiser.chain.steps)))
+    prior = prior_term(chain, x0)
+    assert list(i) == list(reversed(range(chain.steps)))
     close_bits(vb, f"{key}_bpd_vb")
     close_bits(prior, f"{key}_bpd_prior_bpd")
     close_bits(vb.sum(1) + prior, f"{key}_bpd_total_bpd")

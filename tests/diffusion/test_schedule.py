@@ -8,14 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion.rows import CONTINUOUS, DISCRETE
 from golden_rules import load
-from iddpm.diffusion.schedule import SCHEDULES, Chain, Cosine, Linear, respace
+from iddpm.diffusion.grid import Chain, respace, walk
+from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow, Linear
 
 SIZES = (50, 1000, 4000)
 GIVEN = {  # the golden quantity of a chain
     "betas": lambda c: c.betas,
     "alphas_cumprod": lambda c: c.table.alpha**2,
-    "posterior_variance": lambda c: c.betas * (c.table.sigma_prev / c.table.sigma) ** 2,
+    "posterior_variance": lambda c: c.betas * (c.table.sigma_to / c.table.sigma) ** 2,
     "posterior_log_variance_clipped": lambda c: c.table.log_min,
     "posterior_mean_coef1": lambda c: c.table.coef_x0,
     "posterior_mean_coef2": lambda c: c.table.coef_xt,
@@ -23,7 +25,7 @@ GIVEN = {  # the golden quantity of a chain
 
 
 @pytest.mark.parametrize("steps", SIZES)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_tables_are_the_published_ones(name: str, steps: int) -> None:
     chain, golden = Chain(SCHEDULES[name](steps)), load("schedules.npz")
     for quantity, ours in GIVEN.items():
@@ -32,11 +34,11 @@ def test_tables_are_the_published_ones(name: str, steps: int) -> None:
 
 
 def test_every_golden_table_is_covered() -> None:
-    assert set(load("schedules.npz")) == {f"{n}_{t}_{q}" for n in SCHEDULES for t in SIZES for q in GIVEN}
+    assert set(load("schedules.npz")) == {f"{n}_{t}_{q}" for n in DISCRETE for t in SIZES for q in GIVEN}
 
 
 @pytest.mark.parametrize("steps", range(1, 26))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_betas_lie_between_0_and_1_for_any_number_of_steps(name: str, steps: int) -> None:
     schedule = SCHEDULES[name](steps)
     betas = schedule.betas()
@@ -45,7 +47,7 @@ def test_betas_lie_between_0_and_1_for_any_number_of_steps(name: str, steps: int
 
 
 @pytest.mark.parametrize("steps", range(1, 26))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_a_chain_of_any_length_has_finite_tables(name: str, steps: int) -> None:
     assert all(column.isfinite().all() for column in Chain(SCHEDULES[name](steps)).table)
 
@@ -118,14 +120,14 @@ def test_ddim_respacing_is_an_even_stride_from_0_or_an_error(steps: int, count: 
         assert len(kept) == count and kept[0] == 0 and len(set(np.diff(kept))) <= 1
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_keeping_every_step_changes_nothing(name: str) -> None:
     whole, kept = Chain(SCHEDULES[name](100)), Chain(SCHEDULES[name](100), respace(100, "100"))
     assert all(torch.equal(a, b) for a, b in zip(whole.table, kept.table))
 
 
 @pytest.mark.parametrize("spec", ["", "10", "ddim8", "3,7"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_a_respaced_chain_passes_through_the_same_noise_levels(name: str, spec: str) -> None:
     whole, chain = Chain(SCHEDULES[name](40)), Chain(SCHEDULES[name](40), respace(40, spec))
     bar = (1 - chain.betas).cumprod(0)
@@ -134,27 +136,26 @@ def test_a_respaced_chain_passes_through_the_same_noise_levels(name: str, spec: 
 
 
 @pytest.mark.parametrize("spec", ["", "10", "1"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_alpha_and_sigma_fill_the_unit_circle_and_the_neighbours_line_up(name: str, spec: str) -> None:
     t = Chain(SCHEDULES[name](40), respace(40, spec)).table
-    for alpha, sigma in ((t.alpha, t.sigma), (t.alpha_prev, t.sigma_prev), (t.alpha_next, t.sigma_next)):
+    for alpha, sigma in ((t.alpha, t.sigma), (t.alpha_to, t.sigma_to)):
         torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-12, atol=0)
-    assert torch.equal(t.alpha_prev[1:], t.alpha[:-1]) and torch.equal(t.alpha_next[:-1], t.alpha[1:])
-    assert t.alpha_prev[0] == 1 and t.alpha_next[-1] == 0
-    assert t.first[0] == 1 and (t.first[1:] == 0).all()
+    assert torch.equal(t.alpha_to[1:], t.alpha[:-1]) and torch.equal(t.time_to[1:], t.time[:-1])
+    assert t.alpha_to[0] == 1 and t.last[0] == 1 and (t.last[1:] == 0).all()
 
 
 @pytest.mark.parametrize("spec", ["", "10"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_the_posterior_is_bayes_rule(name: str, spec: str) -> None:
     """Condition the joint Gaussian of (x_{t-1}, x_t) given x_0 on x_t."""
     chain = Chain(SCHEDULES[name](40), respace(40, spec))
     t, keep = chain.table, (1 - chain.betas).sqrt()
-    cov = keep * t.sigma_prev**2
-    gain = cov / (keep**2 * t.sigma_prev**2 + chain.betas)
+    cov = keep * t.sigma_to**2
+    gain = cov / (keep**2 * t.sigma_to**2 + chain.betas)
     torch.testing.assert_close(t.coef_xt, gain, rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(t.coef_x0, t.alpha_prev - gain * t.alpha, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(t.log_min.exp()[1:], (t.sigma_prev**2 - gain * cov)[1:], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(t.coef_x0, t.alpha_to - gain * t.alpha, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(t.log_min.exp()[1:], (t.sigma_to**2 - gain * cov)[1:], rtol=1e-9, atol=1e-12)
     assert t.log_min[0] == t.log_min[1]  # 0 itself has no logarithm
     torch.testing.assert_close(t.log_max.exp(), chain.betas)
 
@@ -172,9 +173,65 @@ def test_the_network_sees_the_schedules_step_number_out_of_1000_or_plain(rescale
         assert Chain(Cosine(40), respace(40, spec), rescale_time=rescale).table.time[-1] == last
 
 
-def test_a_look_up_is_float32_and_broadcasts_over_a_batch() -> None:
-    chain, i = Chain(Cosine(40)), torch.tensor([0, 39, 5])
-    images = chain.at(i, torch.empty(3, 3, 8, 8))
-    assert all(entry.shape == (3, 1, 1, 1) and entry.dtype == torch.float32 for entry in images)
-    assert torch.equal(images.sigma.flatten(), chain.table.sigma[i].float())
-    assert chain.at(i, i).time.shape == (3,)
+def test_a_chain_is_looked_up_by_u_and_walked_from_its_noisy_end() -> None:
+    chain = Chain(Cosine(40))
+    step = chain(torch.tensor([0.0, 0.999, 5.5 / 40], dtype=torch.float64))
+    assert torch.equal(step.sigma, chain.table.sigma[[0, 39, 5]])
+    walked = list(chain)
+    assert torch.equal(torch.stack([s.sigma for s in walked]), chain.table.sigma.flip(0))
+    assert all(s.sigma.ndim == 0 and s.sigma.dtype == torch.float64 for s in walked)
+
+
+U = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_continuous_schedule_gets_noisier_and_is_found_again_by_its_ratio(name: str) -> None:
+    schedule = SCHEDULES[name]()
+    level = schedule(U)
+    ratio = level.sigma / level.alpha
+    assert (ratio.diff() > 0).all() and all(c.dtype == torch.float64 for c in level)
+    torch.testing.assert_close(schedule.u_of(ratio), U)
+    assert (schedule.u_of(torch.tensor([0.0, 1e9], dtype=torch.float64)) < 1).all()
+
+
+def test_a_chain_is_found_again_by_its_ratio() -> None:
+    chain = Chain(Cosine(40))
+    table = chain.table
+    assert torch.equal(chain(chain.u_of(table.sigma / table.alpha)).sigma, table.sigma)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_walk_ends_at_the_image_and_its_steps_join(name: str, steps: int) -> None:
+    t = walk(SCHEDULES[name](), steps).table
+    assert t.alpha_to[0] == 1 and t.sigma_to[0] == 0 and t.last.tolist() == [1.0] + (steps - 1) * [0.0]
+    assert torch.equal(t.alpha_to[1:], t.alpha[:-1]) and torch.equal(t.sigma_to[1:], t.sigma[:-1])
+    assert (t.log_min[1:] <= t.log_max[1:] + 1e-12).all() and t.log_min[0] == t.log_max[0]
+    assert all(column.isfinite().all() for column in t)
+
+
+def test_flow_starts_at_pure_noise_and_ve_at_the_papers_levels() -> None:
+    """Karras et al. 2022, eq. 5, for N = 5."""
+    assert walk(Flow(), 4).table.sigma.tolist() == [0.25, 0.5, 0.75, 1.0]
+    ends = [80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) for i in range(5)]
+    grid = walk(VE(), 5)
+    np.testing.assert_allclose(grid.table.sigma.flip(0), [e**7 for e in ends], rtol=1e-12)
+    assert grid.start == pytest.approx(80)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_the_posterior_of_a_walk_is_bayes_rule(name: str) -> None:
+    t = walk(SCHEDULES[name](), 9).table
+    keep, beta = t.alpha / t.alpha_to, t.sigma**2 - (t.alpha / t.alpha_to * t.sigma_to) ** 2
+    cov = keep * t.sigma_to**2
+    gain = cov / (keep**2 * t.sigma_to**2 + beta)
+    torch.testing.assert_close(t.coef_xt, gain, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(t.coef_x0, t.alpha_to - gain * t.alpha, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(t.log_min.exp()[1:], (t.sigma_to**2 - gain * cov)[1:], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, 80.0)])
+def test_ve_refuses_ends_that_are_no_range(ends: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="sigma_min"):
+        VE(*ends)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import iddpm
-from iddpm.config import Sample, fields_of, own_numbers, settings_of
+from iddpm.config import Sample, Which, fields_of, own_numbers, settings_of
 from iddpm.data.sources import archive
 from iddpm.errors import UserError
 from iddpm.measure import image_sets
 from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
 from iddpm.sampling.job import job
-from iddpm.sampling.open import restore
+from iddpm.sampling.open import Opened, restore
 from iddpm.store.checkpoint import Weights, read_weights
 
 
@@ -227,7 +227,7 @@ def draw(run) -> Callable[..., ImageSet]:
 
     def make(weights: Weights = weights, seeds=range(4), labels="", precision="fp32", **changed) -> ImageSet:
         config = weights.config.updated(changed)
-        return drawn(config, net, weights, torch.device("cpu"), job(config, seeds, labels), run, precision)
+        return drawn(Opened(weights, config, net, torch.device("cpu"), Which(precision=precision)), job(config, seeds, labels))
 
     return make
 

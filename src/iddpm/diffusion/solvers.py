@@ -53,7 +53,7 @@ class Ddim:
     def step(self, x0: Tensor, x: Tensor, s: Step) -> Tensor:
         """The mean of x_to. Its variance is written so that no nearly equal numbers are subtracted."""
         kept = ((1 - self.eta**2) * s.sigma_to**2 + (self.eta * s.coef_xt * s.sigma) ** 2).sqrt()
-        return s.alpha_to * x0 + kept * (x - s.alpha * x0) / s.sigma
+        return s.alpha_to * x0 + kept * ((x - s.alpha * x0) / s.sigma)
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
@@ -75,7 +75,7 @@ def ddim_inversion(denoise: Denoise, x: Tensor, grid: Grid) -> Iterator[State]:
     steps = list(grid)[::-1]
     for s, to in zip(steps, steps[1:]):
         p = denoise(x, s)
-        x = to.alpha * p.x0 + to.sigma * (x - s.alpha * p.x0) / s.sigma
+        x = to.alpha * p.x0 + to.sigma * ((x - s.alpha * p.x0) / s.sigma)
         yield State(x, p.x0)
 
 

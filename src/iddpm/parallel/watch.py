@@ -29,40 +29,40 @@ def watch(timeout: float) -> Iterator[Tell]:
         yield lambda step, doing: None
         return
     watcher = _Watcher(store, timeout)
-    thread = threading.Thread(target=watcher.run, name="watch", daemon=True)
-    thread.start()
+    watcher.start()
     try:
         yield watcher.tell
     finally:
         watcher.ended.set()
-        thread.join()
+        watcher.join()
 
 
-class _Watcher:
+class _Watcher(threading.Thread):
     def __init__(self, store: Any, timeout: float):
+        super().__init__(name="watch", daemon=True)
         self.store, self.timeout = store, timeout
         self.ended = threading.Event()
-        self.told = (time.monotonic(), 0, 0, "starting")
-        self.beats = 0
+        self.told = time.monotonic()
+        here = dict(host=socket.gethostname(), pid=os.getpid())
+        self.sign: dict[str, Any] = dict(beats=0, calls=0, step=0, doing="starting", **here)
 
     def tell(self, step: int, doing: str) -> None:
-        self.told = (time.monotonic(), self.told[1] + 1, step, doing)
+        self.told = time.monotonic()
+        self.sign |= dict(calls=self.sign["calls"] + 1, step=step, doing=doing)
 
     def run(self) -> None:
         pause = min(2.0, self.timeout / 8)
         with contextlib.suppress(Exception):  # the store went with its process, and the collectives fail by themselves
             while True:
                 self._beat()  # the first at once: who hangs soon after the start has been seen
-                if time.monotonic() - self.told[0] > self.timeout:
+                if time.monotonic() - self.told > self.timeout:
                     self._blame(pause)
                 if self.ended.wait(pause):
                     return
 
     def _beat(self) -> None:
-        self.beats += 1
-        _, calls, step, doing = self.told
-        sign = dict(beats=self.beats, calls=calls, step=step, doing=doing, host=socket.gethostname(), pid=os.getpid())
-        self.store.set(f"watch/{processes.rank()}", json.dumps(sign))
+        self.sign["beats"] += 1
+        self.store.set(f"watch/{processes.rank()}", json.dumps(self.sign))
 
     def _signs(self) -> dict[int, dict[str, Any]]:
         keys = [f"watch/{k}" for k in range(processes.world())]
@@ -75,7 +75,7 @@ class _Watcher:
                 return
             self._beat()
         guilty, why = _guilty(before, self._signs(), processes.world())
-        if time.monotonic() - self.told[0] <= self.timeout:
+        if time.monotonic() - self.told <= self.timeout:
             return  # it went on meanwhile
         if processes.rank() == min(set(range(processes.world())) - guilty.keys(), default=0):
             who = "; ".join(f"rank {k} ({text})" for k, text in guilty.items())

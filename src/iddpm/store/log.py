@@ -161,11 +161,13 @@ def copied() -> Iterator[None]:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run's log.jsonl; a last line cut short by a crash is left out."""
+    """All rows of a run's log.jsonl; lines that are none, such as a last one cut short by a crash, are left out."""
     path, rows = run / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
