@@ -238,7 +238,7 @@ def test_a_broken_off_measurement_may_go_on_in_smaller_batches_but_not_as_anothe
 def test_what_is_kept_on_the_way_grows_with_images_plus_steps_and_not_their_product(tmp_path):
     sizes = []
     for n, steps in ((1000, 10), (1000, 1010), (2000, 10), (2000, 1010)):
-        Progress.blank(n, steps).save(tmp_path / "s", "{}")
+        Progress(n, steps).save(tmp_path / "s")
         sizes.append((tmp_path / "s").stat().st_size)
     assert sizes[3] - sizes[2] == sizes[1] - sizes[0] == 1000 * 2 * 3 * 8
 
