@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Measure, Sample, Which, check, image_size, make, settings_of
+from iddpm.config import Measure, Sample, Which, image_size, make, settings_of
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 
 if TYPE_CHECKING:
-    from iddpm.diffusion.grid import Grid
     from iddpm.sampling.open import Opened
 
 
@@ -30,7 +29,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
-    from iddpm.measure.held_out import bound_of, describe, open_held_out
+    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out
     from iddpm.parallel import processes
     from iddpm.sampling.open import open_weights
 
@@ -38,7 +37,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
         out = _out(measure, runs[0])
-        chains = _chains(measure.curve, runs)
+        chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
         leads = processes.rank() == 0
@@ -98,33 +97,6 @@ def _require_same_images(runs: "list[Opened]") -> None:
         shapes.append(f"{height}x{width} with {opened.config.model.image_channels} channels")
     if shapes[0] != shapes[-1]:
         raise UserError(f"--against: {runs[1].weights.path} models images of {shapes[1]}, and the run {shapes[0]}")
-
-
-def _chains(curve: str, runs: "list[Opened]") -> "dict[str, list[tuple[Opened, Grid]]]":
-    """The runs and their grids on each chain of --curve, by what is added to the name of its state; without --curve, their own.
-
-    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
-    """
-    from iddpm import build
-
-    if not curve:
-        return {"": [(o, build.grid(o.config)) for o in runs]}
-    chains = {}
-    seen: dict[tuple[int, int], str] = {}  # the run and how many steps, and the entry that asked for them
-    for spec in map(str.strip, curve.split(",")):
-        if not spec:
-            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
-        respaced = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
-        try:
-            grids = [build.grid(check(o.config)) for o in respaced]
-        except UserError as e:
-            raise UserError(f"--curve {curve}: {e}") from None
-        for k, grid in enumerate(grids):
-            if first := seen.get((k, grid.steps)):
-                raise UserError(f"--curve {curve}: {first} and {spec} are both {grid.steps} steps: leave one out")
-            seen[k, grid.steps] = spec
-        chains[f".{spec}"] = list(zip(respaced, grids))
-    return chains
 
 
 VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound", resumes=True)
