@@ -114,7 +114,7 @@ class Denoised:
 @pytest.mark.parametrize("solver", ORDERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_solver_that_draws_nothing_turns_noise_into_the_data(schedule: str, solver: str) -> None:
-    walked, draw = fine(schedule, 100), seeded(4)
+    walked, draw = fine(schedule, 1000 if ORDERS[solver] == 1 else 400), seeded(4, (1, 1, 128, 128))
     is_the_data(run(made(SOLVERS[solver])(best, walked.start * draw(0), walked, noise_is_not_drawn)))
 
 

@@ -16,7 +16,8 @@ from conftest import TINY as NATIVE
 from iddpm import build
 from iddpm.config import Config
 from iddpm.diffusion.law import LossSecondMoment
-from iddpm.interop.openai import files, flags, logger
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import logger
 from iddpm.store.checkpoint import Saved
 from iddpm.training import loop as train
 from iddpm.training.state import LossScale, TrainState
@@ -89,7 +90,7 @@ def test_b04_a_file_of_any_name_is_resumed_with_its_step_its_optimizer_and_its_a
     source = write(tmp_path, settings=TINY)
     if not name.startswith("ema"):
         source.model.rename(tmp_path / name)
-    config = flags.to_config("unet", TINY | {"ema_rate": "0.9,0.99"})
+    config = flags.to_config("images", TINY | {"ema_rate": "0.9,0.99"})
     saved, _ = files.Store(tmp_path, tmp_path / name, config).newest()
     assert saved.step == 11
     assert same(saved.averages[0.9], source.averages[0.9]) and same(saved.weights, source.weights)
@@ -153,7 +154,7 @@ def test_b05_a_resumed_run_is_the_run_that_was_not_interrupted(runs, pictures, t
 
 @red_with(loss_scale_of_20, says=r"20\.0 == 13\.25")
 def test_b05_the_loss_scale_is_resumed(tmp_path):
-    config = flags.to_config("unet", TINY | {"use_fp16": True})
+    config = flags.to_config("images", TINY | {"use_fp16": True})
     state, fresh = TrainState(config, CPU), TrainState(config, CPU)
     state.scale.lg, state.step = 13.25, 7
     path = files.save_run(tmp_path, config, state.to_saved())
@@ -247,8 +248,8 @@ def means_are_added(patch):
     made = build.objective
 
     def old(config: Config) -> Callable[..., dict[str, Tensor]]:
-        def loss(denoiser: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
-            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, x0, *args).items()}
+        def loss(denoiser: Any, schedule: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
+            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, schedule, x0, *args).items()}
 
         return loss
 

@@ -13,7 +13,7 @@ from iddpm import build
 from iddpm.config import Config
 from iddpm.diffusion import schedule
 from iddpm.diffusion.schedule import Chain, Linear, respace
-from iddpm.interop.openai import fp16_util, logger, script_util, unet
+from iddpm.interop.openai.python import fp16_util, logger, script_util, unet
 from iddpm.nn import UNet, layers
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 

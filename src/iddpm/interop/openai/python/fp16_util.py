@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm.interop.openai import logger
-from iddpm.interop.openai.nn import CONVOLUTIONS
+from iddpm.interop.openai.python import logger
+from iddpm.interop.openai.python.nn import CONVOLUTIONS
 from iddpm.training.state import LossScale
 
 
