@@ -4,25 +4,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Measure, Sample, Which, image_size, make, settings_of
+from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 
 if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
 
+BOUND = ("sampling_steps", "clip_denoised")  # all of Sample that the bound depends on: it has no solver
+
 
 def _parser(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a .safetensors file of weights")
     parser.add_argument("data", help="a folder of images")
     parser.add_fields(Measure)
-    parser.add_fields(Sample, "The steps of the bound (solver and eta change nothing here)", inherited=True)
+    parser.add_fields(Sample, "The steps of the bound", inherited=True, only=BOUND)
     parser.add_fields(Which, "Which weights (of both runs), and on what they run")
 
 
 def _nll(run: str, data: str, **given: Any) -> None:
     measure, which = make(Measure, given), make(Which, given)
-    changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
+    changes = {k: v for k, v in given.items() if k in BOUND}
     if measure.curve and "sampling_steps" in changes:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
     per_image, folder = _per_image(measure), place(data)
