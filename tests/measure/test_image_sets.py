@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import iddpm
-from iddpm.config import Sample, fields_of
+from iddpm.config import Sample, Which, fields_of
 from iddpm.data.sources import archive
 from iddpm.errors import UserError
 from iddpm.measure import image_sets
 from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
-from iddpm.sampling import draw as sample
+from iddpm.sampling.job import job
+from iddpm.sampling.open import Opened, restore
 from iddpm.store.checkpoint import Weights, read_weights
 
 
@@ -222,20 +223,21 @@ def test_an_archive_that_is_gone_leaves_nothing_open(forms, tmp_path):
 @pytest.fixture(scope="module")
 def draw(run) -> Callable[..., ImageSet]:
     weights = read_weights(run)
-    net = sample.restore(weights, torch.device("cpu"))
+    net = restore(weights, torch.device("cpu"))
 
     def make(weights: Weights = weights, seeds=range(4), labels="", precision="fp32", **changed) -> ImageSet:
         config = weights.config.updated(changed)
-        return drawn(config, net, weights, torch.device("cpu"), sample.job(config, seeds, labels), run, precision)
+        return drawn(Opened(weights, config, net, torch.device("cpu"), Which(precision=precision)), job(config, seeds, labels))
 
     return make
 
 
 def another(name: str) -> object:
     """A value of a setting of Sample that the tiny run does not have."""
-    _, default, meta = fields_of(Sample)[name]
-    if meta.get("choices"):
-        return next(choice for choice in meta["choices"] if choice != default)
+    field = fields_of(Sample)[name]
+    default = field.default
+    if field.allowed():
+        return next(choice for choice in field.allowed() if choice != default)
     return (not default) if isinstance(default, bool) else default + 0.5 if isinstance(default, float) else "4"
 
 

@@ -90,7 +90,7 @@ def test_the_best_checkpoint_is_kept_and_named(whole):
 def test_the_measurement_is_that_of_evaluate(pictures, tmp_path):
     """The kernel distance in the log is what `iddpm evaluate` finds for the same checkpoint, seeds and reference."""
     run = run_of(tmp_path / "r", pictures, eval_every=12, eval_samples=8)
-    from iddpm.cli.train import write_config
+    from iddpm.training.start import write_config
 
     write_config(run, Config().updated({**SETTINGS, "path": str(pictures)}))
     out = tmp_path / "evaluated.json"

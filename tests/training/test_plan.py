@@ -24,7 +24,7 @@ from iddpm.errors import UserError
 from iddpm.parallel.shard import Layout
 from iddpm.store.log import Meter
 from iddpm.training import plan as planning
-from iddpm.training.plan import Live, Sketch, communication, pretended
+from iddpm.training.plan import Live, communication, pretended, watch
 from iddpm.training.state import TrainState
 from iddpm.training.step import method_of, train_step
 from iddpm.training.trial import example
@@ -39,10 +39,10 @@ KINDS = {
     "learn_sigma": SMALL,
     "bf16 in microbatches": dict(SMALL, precision="bf16", microbatch=12, learn_sigma=False, dropout=0.1),
     "super_res, recomputed": dict(
-        SMALL, network="super_res", small_size="8", low_res_noise=0.1, use_checkpoint=True, image_size="32", resblock_updown=True
+        SMALL, task="enlarge", small_size="8", low_res_noise=0.1, use_checkpoint=True, image_size="32", resblock_updown=True
     ),
     "classifier": dict(
-        SMALL, network="classifier", class_cond=True, num_classes=10, learn_sigma=False, image_size="32", batch_size=24
+        SMALL, task="classify", class_cond=True, num_classes=10, learn_sigma=False, image_size="32", batch_size=24
     ),
 }
 
@@ -187,11 +187,11 @@ def test_operations_are_those_torch_counts_in_the_real_network():
         counted.append(counter.get_total_flops() / 2)
         out.sum().backward()
         counted.append(counter.get_total_flops() / 2)
-    found = plan(config).flops[False]
+    found = plan(config).passes[False]
     assert found.forward == counted[0]
     # the fused kernel works its scores out again in the backward pass: 8x8 tokens of 64 channels, in 4 blocks
     assert found.both == counted[1] + 4 * 2 * 64 * 64 * 64
-    assert plan(config).flops[True].both > found.both
+    assert plan(config).passes[True].both > found.both
 
 
 # ---- communication
@@ -214,12 +214,12 @@ def test_fsdp_gathers_stages_twice_and_the_root_once_in_whole_rows():
 @pytest.mark.parametrize(("processes", "shard"), [(48, 48), (6, 2)])
 def test_communication_is_what_fsdp_asks_of_the_process_group(processes, shard):
     config = Config().updated(SMALL | dict(batch_size=48, shard=shard))
-    sketch = Sketch(config, Layout(processes, shard), cuda=False)
+    groups, passes = watch(config, Layout(processes, shard), cuda=False)
     asked: dict[str, int] = {}
-    for name, size in sketch.calls:
+    for name, size in passes[True].calls:
         kind = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}[name]
         asked[kind] = asked.get(kind, 0) + size
-    expected = communication(sketch.groups, Layout(processes, shard), microbatches=1)
+    expected = communication(groups, Layout(processes, shard), microbatches=1)
     assert {t.what: t.payload for t in expected} == asked
 
 

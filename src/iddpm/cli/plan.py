@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, check, fields_of, image_size, make, opt
+from iddpm.config import Config, check, fields_of, image_size, make
+from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
 
@@ -59,55 +60,55 @@ def _parser(parser: Parser) -> None:
 
 
 def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
-    devices = make(Devices, given)
+    devices = make(Devices, {k: v for k, v in given.items() if k in fields_of(Devices)})
     flags = {k: v for k, v in given.items() if k not in fields_of(Devices)}
-    if not (preset or run or flags):
-        raise UserError(
-            "plan what? iddpm plan --preset NAME, --run DIR, or flags of iddpm train (--image_size 64 --num_channels 128 ...); "
-            f"then --processes N, --memory_gb M, --device_tflops X. Presets: {', '.join(PRESETS)}"
-        )
-    _check(devices, given)
-    config = _config(preset, run, num_classes, flags)
-
+    _check(devices, given, asked=bool(preset or run or flags))
     from iddpm import build
     from iddpm.training import trial
     from iddpm.training.plan import plan
 
+    config = _config(preset, run, num_classes, flags)
     device = build.device(config.train.device) if devices.measure else None
-    cuda = device.type != "cpu" if device else config.train.device != "cpu"
+    cuda = (device.type if device else config.train.device) != "cpu"
     planned = plan(config, devices.processes, cuda)
-    micro = planned.micro
-    if devices.memory_gb:
-        micro = min(micro, _largest(planned, config, devices))
+    micro = min(planned.micro, _largest(planned, config, devices)) if devices.memory_gb else planned.micro
     facts = _facts(planned, config, devices)
-    print("\n".join([*_what(planned, config), "", *_memory(planned, config, cuda), *_room(planned, config, devices)]))
-    if planned.traffic:
-        print("\n".join(["", *_communication(planned)]))
+    _say(*_what(planned, config), "", *_memory(planned, config, devices, cuda), *_communication(planned), "")
+    work = planned.passes[config.model.use_checkpoint].both * planned.images  # FLOP of a step
     if device:
-        print(f"\ntiming real steps on {device} ...", flush=True)
-        speed = trial.speed(config, device, planned.micro)
-        seconds = speed.step(planned.images)
-        rate = planned.flops[config.model.use_checkpoint].both * planned.images / seconds
-        said = f"{seconds:.3g} s for {planned.images} images, {_si(rate)}FLOP/s, from real steps of {speed.images} on {device}"
-    elif devices.device_tflops:
-        rate = devices.device_tflops * 1e12 * devices.efficiency
-        seconds = planned.flops[config.model.use_checkpoint].both * planned.images / rate
-        said = f"{devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}: {seconds:.3g} s for {planned.images} images"
-    if device or devices.device_tflops:
+        _say(f"timing real steps on {device} ...")
+        real = trial.speed(config, device, planned.micro)
+        seconds = real.step(planned.images)
+        how = f"{_si(work / seconds)}FLOP/s, from real steps of {real.images} on {device}"
         facts["speed"] = _speed(planned, config, devices, seconds)
-        print("\n".join(["", *_pace(facts["speed"], said)]))
+        _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
+    elif devices.device_tflops:
+        seconds = work / (devices.device_tflops * 1e12 * devices.efficiency)
+        how = f"{devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}"
+        facts["speed"] = _speed(planned, config, devices, seconds)
+        _say(*_pace(facts["speed"], f"{how}: {seconds:.3g} s for {planned.images} images"))
     else:
-        print("\nspeed: give --device_tflops X (and --bandwidth_gbs B), or --measure")
+        _say("speed: give --device_tflops X (and --bandwidth_gbs B), or --measure")
     if devices.json:
         Path(devices.json).write_text(json.dumps(facts, indent=1))
-        print(f"\nwrote {devices.json}")
-    print(f"\nnext: {_next(preset, run, flags, devices.processes, micro if micro < planned.micro else 0)}")
+        _say("", f"wrote {devices.json}")
+    fitting = {"microbatch": micro} if micro < planned.micro else {}
+    _say("", f"next: {_next(preset, run, flags | fitting, devices.processes)}")
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
 
 
 # ---- what is asked
 
 
-def _check(devices: Devices, given: dict[str, Any]) -> None:
+def _check(devices: Devices, given: dict[str, Any], asked: bool) -> None:
+    if not asked:
+        raise UserError(
+            "plan what? iddpm plan --preset NAME, --run DIR, or flags of iddpm train (--image_size 64 --num_channels 128 ...); "
+            f"then --processes N, --memory_gb M, --device_tflops X. Presets: {', '.join(PRESETS)}"
+        )
     if devices.measure and devices.device_tflops:
         raise UserError("--measure and --device_tflops both say how fast a device is: give one")
     if "efficiency" in given and not devices.device_tflops:
@@ -117,23 +118,19 @@ def _check(devices: Devices, given: dict[str, Any]) -> None:
 
 
 def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> Config:
-    if bool(flags.get("steps")) != bool(flags.get("images")):  # one of them replaces the other, wherever that came from
-        flags = {"steps": 0, "images": 0, **flags}
-    if num_classes:
-        flags = flags | {"num_classes": num_classes}
+    """The config that the same flags would train, of data that need not be there."""
+    from iddpm import build
+    from iddpm.training import start
+
     if preset and run:
         raise UserError("--preset and --run both name a config: give one")
+    given = flags | ({"num_classes": num_classes} if num_classes else {})
     if run:
-        return _config_of_run(Path(run), flags)
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
-    config = Config()
-    if source := flags.get("init_from"):
-        from iddpm.store.checkpoint import read_weights
-
-        other = read_weights(Path(source)).config
-        config = config.updated({k: getattr(g, k) for g in (other.model, other.diffusion, other.sample) for k in fields_of(g)})
-    config = check(config.updated({**(PRESETS[preset][1] if preset else {}), **flags, "preset": preset}))
+        record = Path(run) / "config.json"
+        if not record.exists():
+            raise UserError(f"{run} is no run of iddpm: it has no config.json")
+        return start.resumed(Config.from_json(record.read_text(), str(record)), given, run)[0]
+    config = build.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
         raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")
     if num_classes and not config.model.class_cond:
@@ -141,125 +138,109 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
     return config
 
 
-def _config_of_run(run: Path, flags: dict[str, Any]) -> Config:
-    record = run / "config.json"
-    if not record.exists():
-        raise UserError(f"{run} is no run of iddpm: it has no config.json")
-    config = Config.from_json(record.read_text(), str(record))
-    now, metas = config.flat(), {k: m for _, g in config.groups() for k, (_, _, m) in fields_of(g).items()}
-    if fixed := [k for k, v in flags.items() if v != now[k] and metas[k]["fixed"]]:
-        k = fixed[0]
-        raise UserError(f"--{k} {flags[k]}: {run} was trained with {now[k]}, which cannot change; plan without --run")
-    return check(config.updated(flags))
-
-
 # ---- what is answered
 
 
 def _what(planned: "Plan", config: Config) -> Iterator[str]:
     (n, d), m, t = planned.layout, config.model, config.train
-    sharing = (
-        "DDP, each holds all" if d == 1 else "FSDP2, all share one copy" if d == n else f"FSDP2, {n // d} copies of {d} shards"
-    )
+    ddp, fsdp = "DDP, each holds all", f"FSDP2, {n // d} copies of {d} shards" if d < n else "FSDP2, all share one copy"
     height, width = image_size(m)
     yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {t.precision}"
-    yield f"processes    {n}" + (f" ({sharing})" if n > 1 else "")
+    yield f"processes    {n}" + (f" ({fsdp if d > 1 else ddp})" if n > 1 else "")
     yield f"step         {t.batch_size} images, {planned.images} a process, {planned.micro} at a time"
-    off, on = planned.flops[False], planned.flops[True]
+    off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
 
 
-def _memory(planned: "Plan", config: Config, cuda: bool) -> Iterator[str]:
-    columns = [planned.need[on].parts(planned.micro) for on in (False, True)]
-    chosen = ["*" if on == config.model.use_checkpoint else " " for on in (False, True)]
+def _memory(planned: "Plan", config: Config, devices: Devices, cuda: bool) -> Iterator[str]:
+    """A table of MiB, without and with --use_checkpoint; then what fits in --memory_gb."""
+    recompute, need, micro = config.model.use_checkpoint, planned.need, planned.micro
+    plain, saving = need[False].parts(micro), need[True].parts(micro)
+    heads = "plain" + " *"[not recompute], "use_checkpoint" + " *"[recompute]
     kind = "as CUDA's kernels keep things" if cuda else "as a CPU's kernels keep things"
-    yield f"{'MiB of a device':34}{'plain' + chosen[0]:>12}{'use_checkpoint' + chosen[1]:>18}    {kind}"
+    yield f"{'MiB of a device':34}{heads[0]:>12}{heads[1]:>18}    {kind}"
     for name, shown in PARTS.items():
-        if any(column[name] for column in columns):
-            yield f"  {shown:32}{columns[0][name] / MIB:>11,.1f} {columns[1][name] / MIB:>17,.1f}"
-    peaks = [planned.need[on].peak(planned.micro) / MIB for on in (False, True)]
-    yield f"  {'at the fullest moment':32}{peaks[0]:>11,.1f} {peaks[1]:>17,.1f}   (not all parts are there at once; * the run's)"
+        if plain[name] or saving[name]:
+            yield f"  {shown:32}{plain[name] / MIB:>11,.1f} {saving[name] / MIB:>17,.1f}"
+    peaks = f"{need[False].peak(micro) / MIB:>11,.1f} {need[True].peak(micro) / MIB:>17,.1f}"
+    yield f"  {'at the fullest moment':32}{peaks}   (not all parts are there at once; * the run's)"
     if planned.layout.shard > 1:
         yield f"  validation and sample sheets gather all {4 * planned.parameters / MIB:,.1f} MiB of the weights on each device"
-
-
-def _room(planned: "Plan", config: Config, devices: Devices) -> Iterator[str]:
     if not devices.memory_gb:
         return
-    plain, recomputed = (planned.need[on].largest(devices.memory_gb * GIB) for on in (False, True))
-    yield f"  {f'images at a time in {devices.memory_gb:g} GiB':32}{plain:>11,} {recomputed:>17,}"
-    fits = recomputed if config.model.use_checkpoint else plain
-    if fits < planned.micro:
-        yield f"  {planned.micro} at a time do not fit: --microbatch {fits}" + (
-            f", or {min(recomputed, planned.images)} with --use_checkpoint True" if recomputed > fits else ""
-        )
+    fits = {on: need[on].largest(devices.memory_gb * GIB) for on in (False, True)}
+    yield f"  {f'images at a time in {devices.memory_gb:g} GiB':32}{fits[False]:>11,} {fits[True]:>17,}"
+    if fits[recompute] < micro:
+        more = f", or {min(fits[True], planned.images)} with --use_checkpoint True" if fits[True] > fits[recompute] else ""
+        yield f"  {micro} at a time do not fit: --microbatch {fits[recompute]}{more}"
 
 
 def _largest(planned: "Plan", config: Config, devices: Devices) -> int:
     """The largest microbatch that fits; UserError where one image does not, with what would help."""
-    recompute = config.model.use_checkpoint
-    largest = planned.need[recompute].largest(devices.memory_gb * GIB)
-    if largest:
+    need, room = planned.need[config.model.use_checkpoint], devices.memory_gb * GIB
+    if largest := need.largest(room):
         return largest
-    alone = planned.need[recompute].peak(1)
-    held = sum(planned.need[recompute].parts(1)[part] for part in ("weights", "gradients", "optimizer", "averages"))
-    ways = [f"more than {alone / GIB:.2f} GiB"]
-    if not recompute and planned.need[True].peak(1) <= devices.memory_gb * GIB:
+    held = sum(need.parts(1)[part] for part in ("weights", "gradients", "optimizer", "averages"))
+    ways = [f"more than {need.peak(1) / GIB:.2f} GiB"]
+    if planned.need[True].peak(1) <= room:
         ways.append("--use_checkpoint True")
     if planned.layout.shard < planned.layout.processes:
         ways.append("try --shard -1")
     raise UserError(
-        f"--memory_gb {devices.memory_gb:g} cannot take one image at a time, which needs {alone / GIB:.2f} GiB "
+        f"--memory_gb {devices.memory_gb:g} cannot take one image at a time, which needs {need.peak(1) / GIB:.2f} GiB "
         f"({held / GIB:.2f} of them for weights, gradients, optimizer and averages): take {' or '.join(ways)}"
     )
 
 
 def _communication(planned: "Plan") -> Iterator[str]:
-    yield f"{'MiB of communication a step':34}{'in all':>12}{'sent by a device':>18}"
+    if planned.traffic:
+        yield ""
+        yield f"{'MiB of communication a step':34}{'in all':>12}{'sent by a device':>18}"
     for what, payload, sent in planned.traffic:
         yield f"  {what:32}{payload / MIB:>11,.1f} {sent / MIB:>17,.1f}"
 
 
 def _speed(planned: "Plan", config: Config, devices: Devices, seconds: float) -> dict[str, Any]:
     """Seconds of a step, images per second and days, with communication wholly hidden behind arithmetic, and not at all."""
-    t = config.train
-    talk = sum(traffic.sent for traffic in planned.traffic) / (devices.bandwidth_gbs * 1e9) if devices.bandwidth_gbs else 0.0
-    total = t.images or t.steps * t.batch_size
+    n, known = config.train.batch_size, devices.bandwidth_gbs or not planned.traffic
+    talk = sum(t.sent for t in planned.traffic) / (devices.bandwidth_gbs * 1e9) if devices.bandwidth_gbs else 0.0
+    total = config.train.images or config.train.steps * n
     steps = {"hidden": max(seconds, talk), "not_hidden": seconds + talk}
     return {
         "compute_seconds": seconds,
-        "communication_seconds": talk if devices.bandwidth_gbs or not planned.traffic else None,
-        "images_per_second": {k: t.batch_size / s for k, s in steps.items()},
+        "communication_seconds": talk if known else None,
+        "images_per_second": {k: n / s for k, s in steps.items()},
         "total_images": total,
-        "days": {k: total / t.batch_size * s / 86400 for k, s in steps.items()} if total else None,
+        "days": {k: total / n * s / 86400 for k, s in steps.items()} if total else None,
     }
 
 
 def _pace(speed: dict[str, Any], said: str) -> Iterator[str]:
-    talk = speed["communication_seconds"]
-    yield f"speed        {said}" + (
-        "; communication not counted: give --bandwidth_gbs B" if talk is None else f"; communication {talk:.3g} s" if talk else ""
-    )
-    low, high = (speed["images_per_second"][k] for k in ("not_hidden", "hidden"))
-    span = f"{low:,.4g} to {high:,.4g} images/s (communication not hidden behind arithmetic, and hidden)"
-    yield f"             {span if talk else f'{high:,.4g} images/s'}"
-    if speed["days"]:
-        short, long = (speed["days"][k] for k in ("hidden", "not_hidden"))
-        days = f"{short:,.3g} to {long:,.3g} days" if talk else f"{short:,.3g} days"
-        yield f"run          {speed['total_images']:,} images: {days}"
+    talk, rate, days = speed["communication_seconds"], speed["images_per_second"], speed["days"]
+    if talk is None:
+        said += "; communication not counted: give --bandwidth_gbs B"
+    elif talk:
+        said += f"; communication {talk:.3g} s"
+    yield f"speed        {said}"
+    low = f"{rate['not_hidden']:,.4g} to " if talk else ""
+    hidden = " (communication not hidden behind arithmetic, and hidden)" if talk else ""
+    yield f"             {low}{rate['hidden']:,.4g} images/s{hidden}"
+    if days:
+        high = f" to {days['not_hidden']:,.3g}" if talk else ""
+        yield f"run          {speed['total_images']:,} images: {days['hidden']:,.3g}{high} days"
     else:
         yield "run          give --steps N or --images N to know how long it takes"
 
 
 def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:
     """All numbers, for --json; bytes, operations and seconds."""
-    memory = {}
+    memory: dict[str, dict[str, int]] = {}
     for on, need in planned.need.items():
         memory[f"use_checkpoint={on}"] = need.parts(planned.micro) | {"peak": need.peak(planned.micro)}
         if devices.memory_gb:
             memory[f"use_checkpoint={on}"]["largest_microbatch"] = need.largest(devices.memory_gb * GIB)
-    off, on_ = planned.flops[False], planned.flops[True]
+    off, on_ = planned.passes[False], planned.passes[True]
     return {
         "preset": config.preset,
         "processes": planned.layout.processes,
@@ -276,9 +257,7 @@ def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:
     }
 
 
-def _next(preset: str, run: str, flags: dict[str, Any], processes: int, micro: int) -> str:
-    if micro:
-        flags = flags | {"microbatch": micro}
+def _next(preset: str, run: str, flags: dict[str, Any], processes: int) -> str:
     what = f"--run {run}" if run else f"DATA --preset {preset}" if preset else "DATA"
     command = " ".join(["iddpm train", what, *(f"--{k} {v}" for k, v in flags.items())])
     if processes == 1:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm.diffusion.denoiser import Denoise, Network, Prediction
+from iddpm.diffusion.denoiser import Denoise, Network, Prediction, times
 from iddpm.diffusion.schedule import Level
 
 Gradient = Callable[[Tensor, Any], Tensor]  # (x_t (B, C, H, W), level) -> the scaled gradient, like x_t
@@ -17,7 +17,7 @@ def classifier_gradient(net: Network, y: Tensor, scale: float = 1.0) -> Gradient
     """scale times the gradient of log p(y | x_t) of a classifier (x_t, time) -> logits (B, K), for classes y (B,)."""
 
     def gradient(x: Tensor, level: Level) -> Tensor:
-        time = level.time.to(x.device, torch.float32).flatten().expand(len(x))
+        time = times(level, x)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_(True)
             log_p = F.log_softmax(net(x, time.clone()).float(), dim=1)

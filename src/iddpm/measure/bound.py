@@ -147,28 +147,24 @@ def bits_per_dim(
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
     progress, keep = _begin(chosen, grid.steps, state, _job(config, chosen, seed, identity), say)
     tick(int(progress.done.sum()))
-    stride = 0  # terms between two looks at all processes
+    stride, looks = 1, 0  # terms between two looks at all processes: as many as take SAVE_EVERY
     for r in _rounds(progress.done, grid.steps, batch_size):
         images, first = slice(r.every.start, r.every.stop), int(progress.done[r.every.start])
         x0, cond = _batch(config, data, chosen[r.call.start : r.call.stop], device)
         noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
-        denoise = partial(denoiser, cond=cond)
-        if not stride:
-            once = processes.same(_time(denoise, x0, noise(0).to(device), next(iter(grid))) if keep.leads else 0.0)
-            stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
-            if keep.leads:
-                left = (grid.steps - progress.done).sum() / len(r.every)
-                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
         if first == 0:
             prior = processes.gather(prior_term(grid, x0)[: len(r.mine)].cpu()).double().numpy()
             progress.prior[images] = progress.total[images] = prior
-        terms = _terms(denoise, x0, grid, noise, first)
-        for a in range(first, grid.steps, stride):
-            rows = torch.stack([torch.stack(term[1:], dim=1) for term in islice(terms, min(stride, grid.steps - a))], dim=2)
-            progress.add(images, processes.gather(rows[: len(r.mine)].cpu()).numpy())
+        terms = _terms(partial(denoiser, cond=cond), x0, grid, noise, first)
+        while columns := [torch.stack(term[1:], dim=1) for term in islice(terms, stride)]:
+            progress.add(images, processes.gather(torch.stack(columns, dim=2)[: len(r.mine)].cpu()).numpy())
             _require_finite(progress.total[images], data, chosen[images])
-            tick(len(r.every) * rows.shape[2])
-            keep()
+            tick(len(r.every) * len(columns))
+            once, looks = processes.same(keep()) / len(columns), looks + 1
+            stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
+            if keep.leads and looks == 2:  # the first one also warmed up
+                left = (grid.steps - progress.done).sum() / len(r.every)
+                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
     keep(at_once=True)
     return _bound(progress, chosen, grid, seed)
 
@@ -201,14 +197,16 @@ class _Keeper:
         self.seen = time.monotonic()
         self.due = self.seen + SAVE_EVERY
 
-    def __call__(self, at_once: bool = False) -> None:
-        began = time.monotonic()
-        self.progress.seconds += began - self.seen
-        self.seen = began
-        if self.path and (at_once or began > self.due):
+    def __call__(self, at_once: bool = False) -> float:
+        """The seconds since the last call."""
+        now = time.monotonic()
+        spent, self.seen = max(now - self.seen, 1e-6), now
+        self.progress.seconds += spent
+        if self.path and (at_once or now > self.due):
             self.progress.save(self.path, self.job)
             ended = time.monotonic()
-            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - began))
+            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - now))
+        return spent
 
 
 def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes.Round]:
@@ -238,15 +236,6 @@ def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tens
     nearer = Grid(Step(*(column[: grid.steps - first] for column in grid.table)))  # the steps that are left
     drawn = ahead(noise, range(first, grid.steps))
     return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
-
-
-def _time(denoise: Denoise, x0: Tensor, noise: Tensor, step: Step) -> float:
-    """Seconds that one term of a batch takes."""
-    began = 0.0
-    for _ in range(2):  # the first call also warms up
-        began = time.monotonic()
-        denoise(noise, step).x0.sum().item()
-    return max(time.monotonic() - began, 1e-6)
 
 
 def _require_finite(total: np.ndarray, data: Images, indices: np.ndarray) -> None:

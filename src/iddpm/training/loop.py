@@ -86,7 +86,7 @@ def train(
         logger.event(first, line)
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
-    draws = sheets and config.model.network != "classifier"
+    draws = sheets and not config.task.classifies
     method, meter, pace = method_of(config, state.parallel), Meter(), Pace(first, settings.batch_size)
 
     def due(interval: int) -> bool:

@@ -15,26 +15,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 IMAGES = 1_000_003  # in the batch that is watched: a prime, so that only what grows with the images is divisible by it
-# what a storage is for; buffers: FSDP's gathered weights and what it sends; copies: a kernel's own, gone when it is done
+# What a storage is for; buffers: FSDP's gathered weights and what it sends; copies: a kernel's own, gone when it is done.
 ACTIVATION, GRADIENT, BUFFER, COPY = range(4)
 
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> int:
-    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
-
-
-# what FlopCounterMode goes by, which would itself keep recomputed activations; it does not know the CPU's attention
+# Operations as torch's FlopCounterMode counts them. That itself would keep activations that are to be recomputed, so only its
+# formulas are used here; it has none for the CPU's attention.
+ATEN = torch.ops.aten
 FLOPS = flop_registry | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*(x.shape for x in qkv[:3])),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: (
+        sdpa_backward_flop_count(*(x.shape for x in gqkv[:4]))
+    ),
 }
-
-
-CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+CONVOLUTION, CONVOLUTION_BACKWARD = ATEN.convolution.default, ATEN.convolution_backward.default
 
 
 class Live(TorchDispatchMode):
@@ -49,7 +42,7 @@ class Live(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
         self.parts: list[int] = []  # of each storage, by its number
         self.calls: list[tuple[str, int]] = []  # collective operations, and the bytes of the largest tensor in each
-        self.flops = 0  # by torch's own formulas
+        self.flops = 0
         self._known: dict[int, tuple[int, weakref.ref]] = {}
         self._sizes: list[int] = []
 
@@ -65,15 +58,15 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        part = BUFFER if func is torch.ops.aten.empty.memory_format else ACTIVATION  # our networks make no empty tensors
+        part = BUFFER if func is ATEN.empty.memory_format else ACTIVATION  # our networks make no empty tensors
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self._note(t.untyped_storage(), part)
-        if self.copies and func in CONVOLUTIONS:
-            tensors = args[:3] if func is CONVOLUTIONS[1] else (args[0], out, args[1])
-            if math.prod(tensors[2].shape[2:]) > 1:  # of one pixel they are matrix products
-                self._copy(tensors[0].nbytes + tensors[1].nbytes)
-                self._copy(tensors[2].nbytes)  # the weights, which do not grow with the images
+        if self.copies and func in (CONVOLUTION, CONVOLUTION_BACKWARD):
+            image, result, weight = (args[0], out, args[1]) if func is CONVOLUTION else args[:3]
+            if math.prod(weight.shape[2:]) > 1:  # of one pixel they are matrix products
+                self._copy(image.nbytes + result.nbytes)
+                self._copy(weight.nbytes)  # apart, since it does not grow with the images
         if count := FLOPS.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         if func.namespace == "c10d":
@@ -133,7 +126,7 @@ class Live(TorchDispatchMode):
 
 
 def _local(t: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here."""
+    """The part of a sharded tensor that is here; `to_local` would be an operation, and noted."""
     return getattr(t, "_local_tensor", t)
 
 

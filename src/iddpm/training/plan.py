@@ -1,15 +1,16 @@
 """What a training run needs, without its hardware: the step's own code, run on tensors that have shapes but no data.
 
-Storages are watched as they come and go in the forward and backward pass of a batch. A storage has as many bytes for any batch,
-or so many for each image, so one batch, of a prime number of images, tells those of every other. Weights, optimizer, averages
-and communication follow from the shapes. This file and
-`live` alone use torch's private modules: FakeTensorMode, dispatch, and a process group of any number of processes of which only
-this one exists.
+Storages are watched as they come and go in the forward and backward pass of one batch of a prime number of images. A storage has
+as many bytes for any batch, or so many for each image: divisibility tells which, and so the needs of every other batch. Weights,
+optimizer, averages and communication follow from the shapes. This file and `memory` alone use torch's private modules:
+FakeTensorMode, dispatch, and a process group of any number of processes of which only this one exists.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,62 @@ from iddpm.nn.layers import Stage
 from iddpm.parallel import shard
 from iddpm.parallel.shard import Layout
 from iddpm.training.memory import ACTIVATION, BUFFER, COPY, GRADIENT, IMAGES, Live, Profile
+from iddpm.training.step import method_of
 from iddpm.training.trial import example
 
 FLOAT = 4  # bytes: weights, gradients, optimizer and averages are float32
+Shape = Sequence[int]
+
+# ---- a pass through the network
+
+
+class Pass(NamedTuple):
+    """What a forward and backward pass takes."""
+
+    profile: Profile
+    forward: float  # floating-point operations of one image in products, convolutions, attention; a product and a sum are two
+    both: float  # forward and backward
+    calls: list[tuple[str, int]]  # collective operations, and the bytes of the largest tensor in each
+
+
+def watch(config: Config, layout: Layout, cuda: bool) -> tuple[list[list[Shape]], dict[bool, Pass]]:
+    """The shapes of a network's weights, by what is gathered together, and its passes without and with --use_checkpoint."""
+    with ExitStack() as stack:
+        if sharded := layout.shard > 1:
+            stack.enter_context(pretended(layout.processes))
+        with torch.device("meta"):
+            net = build.network(config.updated({"use_checkpoint": True})).train()
+        shapes, stages = groups(net), [m for m in net.modules() if isinstance(m, Stage) and m.recompute]
+        if sharded:  # while still on the meta device: fake tensors take ten times as long to be cut into 1,024 parts
+            shard.spread(net, layout.shard)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        net.to_empty(device="cpu")
+        if sharded:
+            _pass(config, net, cuda)  # FSDP makes some of its storages in the first pass, and only resizes them from then on
+        passes = {}
+        for recompute in (False, True):
+            for stage in stages:
+                stage.recompute = recompute
+            passes[recompute] = _pass(config, net, cuda)
+    return shapes, passes
+
+
+def _pass(config: Config, net: nn.Module, cuda: bool) -> Pass:
+    """What `training.step.train_step` does between a batch and its gradient, watched."""
+    batch, live = example(config, IMAGES), Live(copies=not cuda)
+    u, weight = torch.zeros(IMAGES, dtype=torch.float64), torch.ones(IMAGES)
+    _, denoiser, schedule, objective = method_of(config, net)
+    live.ignore([*net.parameters(), batch.x0, batch.eps, *batch.cond.values(), u, weight])
+    with live.watching(), _as_on_cuda() if cuda else nullcontext():
+        loss = (objective(denoiser, schedule, batch.x0, batch.eps, u, batch.cond)["loss"] * weight).sum()
+        forward = live.flops
+        loss.backward()
+    for p in net.parameters():
+        if p.grad is not None:
+            live.parts[live.number(p.grad)] = GRADIENT
+    found = Pass(live.profile(), forward / IMAGES, live.flops / IMAGES, live.calls)
+    net.zero_grad(set_to_none=True)  # only now: it would be noted as well
+    return found
 
 
 @contextmanager
@@ -47,63 +101,6 @@ def _as_on_cuda() -> Iterator[None]:
         F.group_norm, F.dropout = norm, dropout
 
 
-# ---- the network, pretended
-
-
-class Sketch:
-    """A config's network without data, laid out over processes; what a pass takes, without and with --use_checkpoint."""
-
-    def __init__(self, config: Config, layout: Layout, cuda: bool):
-        self.config, self.cuda = config, cuda
-        with ExitStack() as stack:
-            if sharded := layout.shard > 1:
-                stack.enter_context(pretended(layout.processes))
-            with torch.device("meta"):
-                self.net = build.network(config.updated({"use_checkpoint": True})).train()
-            self.groups = groups(self.net)
-            recomputed = [m for m in self.net.modules() if isinstance(m, Stage) and m.recompute]
-            if sharded:
-                shard.spread(
-                    self.net, layout.shard
-                )  # on the meta device: cutting into 1,024 is ten times as slow on fake tensors
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            self.net.to_empty(device="cpu")
-            if sharded:
-                self._watch()  # FSDP makes some of its storages in the first pass, and only resizes them from then on
-            self.flops: dict[bool, Flops] = {}
-            self.profiles: dict[bool, Profile] = {}
-            for recompute in (False, True):
-                for stage in recomputed:
-                    stage.recompute = recompute
-                self.profiles[recompute], self.flops[recompute] = self._watch()
-
-    def _watch(self) -> tuple["Profile", "Flops"]:
-        """A forward and backward pass of iddpm.training.step.train_step."""
-        batch, live = example(self.config, IMAGES), Live(copies=not self.cuda)
-        i, w = torch.zeros(IMAGES, dtype=torch.int64), torch.ones(IMAGES)
-        run = build.in_precision(self.net, torch.device("cpu"), self.config.train.precision)
-        denoiser, objective = build.denoiser(self.config.diffusion, run), build.objective(self.config)
-        live.ignore([*self.net.parameters(), batch.x0, batch.eps, *batch.cond.values(), i, w])
-        with live.watching():
-            with _as_on_cuda() if self.cuda else nullcontext():
-                loss = (objective(denoiser, batch.x0, batch.eps, i, batch.cond)["loss"] * w).sum()
-                forward = live.flops
-                loss.backward()
-        for p in self.net.parameters():
-            if p.grad is not None:
-                live.parts[live.number(p.grad)] = GRADIENT
-        profile, self.calls = live.profile(), live.calls
-        self.net.zero_grad(set_to_none=True)
-        return profile, Flops(forward / IMAGES, live.flops / IMAGES)
-
-
-class Flops(NamedTuple):
-    """Floating-point operations of one image in matrix products, convolutions and attention; a product and a sum are two."""
-
-    forward: float
-    both: float  # forward and backward
-
-
 @contextmanager
 def pretended(processes: int) -> Iterator[None]:
     """A process group of which this process is the first and the others never come."""
@@ -116,9 +113,10 @@ def pretended(processes: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def groups(net: nn.Module) -> list[list[torch.Size]]:
+def groups(net: nn.Module) -> list[list[Shape]]:
     """The shapes of the weights that FSDP gathers together, the innermost stage's first; last those outside of any."""
-    found, seen = [], set()
+    found: list[list[Shape]] = []
+    seen: set[nn.Parameter] = set()
     for module in (*shard.stages(net), net):
         own = [p for p in module.parameters() if p not in seen]
         found.append([p.shape for p in own])
@@ -129,51 +127,50 @@ def groups(net: nn.Module) -> list[list[torch.Size]]:
 # ---- memory
 
 
-def shard_size(shape: Sequence[int], degree: int) -> int:
+def shard_size(shape: Shape, degree: int) -> int:
     """Elements of the largest of `degree` parts of a tensor, cut along its first dimension: one row where it has fewer."""
     return math.ceil(shape[0] / degree) * math.prod(shape[1:])
 
 
+@dataclass(frozen=True)
 class Need:
     """The bytes of one device, the fullest one, as a function of the images it takes at a time."""
 
-    def __init__(self, config: Config, layout: Layout, shapes: Sequence[Sequence[int]], profile: Profile, cuda: bool):
-        self.layout, self.profile, self.cuda = layout, profile, cuda
-        self.share = math.ceil(config.train.batch_size / layout.processes)
-        self.averages = len(ema_rates(config.train))
-        self.whole = FLOAT * sum(math.prod(s) for s in shapes)
-        self.weights = FLOAT * sum(shard_size(s, layout.shard) for s in shapes)
-        self.largest_weight = FLOAT * max(shard_size(s, layout.shard) for s in shapes)
-        batch = example(config, 1, "meta")
-        self.image = sum(v.numel() * v.element_size() for v in (batch.x0, batch.eps, *batch.cond.values()))
+    layout: Layout
+    cuda: bool
+    share: int  # images of a step
+    averages: int  # of the weights
+    shapes: list[Shape]
+    image: int  # bytes of one image, its noise and what else the network sees of it
+    profile: Profile
 
     def parts(self, micro: int) -> dict[str, int]:
         """Each part at its largest."""
-        alone = self.layout.processes == 1 or micro >= self.share
+        sizes = [FLOAT * shard_size(s, self.layout.shard) for s in self.shapes]
+        # Gradients of microbatches before the last are whole: they add up outside of DDP's buckets, or before FSDP shares them.
+        whole = FLOAT * sum(math.prod(s) for s in self.shapes)
         return {
-            "weights": self.weights,
-            "gradients": self.weights,
-            "optimizer": 2 * self.weights,
-            "averages": self.averages * self.weights,
+            "weights": sum(sizes),
+            "gradients": sum(sizes),
+            "optimizer": 2 * sum(sizes),
+            "averages": self.averages * sum(sizes),
             "batch": self.image * (min(micro, self.share) if self.cuda else self.share),  # the rest waits in the host's memory
-            # microbatches but the last add theirs up outside of DDP's buckets, or before FSDP shares them out
-            "unreduced": 0 if alone else self.whole,
+            "unreduced": 0 if self.layout.processes == 1 or micro >= self.share else whole,
             "activations": self.profile.most(ACTIVATION, micro),
             "copies": self.profile.most(COPY, micro),
             "gathered": self.profile.most(BUFFER, micro),
-            "temporaries": self.weights if self.cuda else 2 * self.largest_weight,  # AdamW's, all weights at once on CUDA
+            "temporaries": sum(sizes) if self.cuda else 2 * max(sizes),  # AdamW's: on CUDA it takes all weights at once
         }
 
     def peak(self, micro: int) -> int:
         """The bytes at the fullest moment: in the passes, where gradients come as activations go, or in the optimizer."""
-        parts = self.parts(micro)
+        parts, (processes, degree) = self.parts(micro), self.layout
         held = sum(parts[name] for name in ("weights", "optimizer", "averages", "batch"))
-        ddp, fsdp = self.layout.processes > 1 and self.layout.shard == 1, self.layout.shard > 1
         later = min(micro, self.share - micro)
         if later > 0:
-            reduced = parts["gradients"] if fsdp else 0  # which are not there before the last microbatch
+            reduced = parts["gradients"] if degree > 1 else 0  # FSDP has these only after the last microbatch
             passes = max(self.profile.first_pass(micro), self.profile.later_pass(later) - reduced) + parts["unreduced"]
-        elif ddp:  # its gradients are views of buckets that stay: as if they were there from the start
+        elif processes > 1 and degree == 1:  # DDP's gradients are views of buckets that stay: there from the start
             passes = self.profile.later_pass(micro)
         else:
             passes = self.profile.first_pass(micro)
@@ -181,13 +178,7 @@ class Need:
 
     def largest(self, room: float) -> int:
         """The most images at a time that `room` bytes can take; 0 where one does not fit."""
-        low, high = 0, 1
-        while self.peak(high) <= room and high < 2**20:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.peak(middle) <= room else (low, middle)
-        return low
+        return bisect_right(range(1, 2**20), room, key=self.peak)
 
 
 # ---- communication
@@ -201,7 +192,7 @@ class Traffic(NamedTuple):
     sent: int
 
 
-def communication(shapes: Sequence[Sequence[Sequence[int]]], layout: Layout, microbatches: int) -> list[Traffic]:
+def communication(shapes: Sequence[Sequence[Shape]], layout: Layout, microbatches: int) -> list[Traffic]:
     """The collective operations of a step over the groups of `shapes`, of which the last is the root's.
 
     A ring of n sends (n-1)/n of the whole to gather or reduce-scatter it, and twice that to all-reduce it. FSDP2 gathers a
@@ -237,7 +228,7 @@ class Plan(NamedTuple):
 
     layout: Layout
     parameters: int
-    flops: dict[bool, Flops]  # without and with --use_checkpoint
+    passes: dict[bool, Pass]  # without and with --use_checkpoint
     need: dict[bool, Need]
     traffic: list[Traffic]
     images: int  # of a step, on the fullest device
@@ -249,11 +240,14 @@ def plan(config: Config, processes: int = 1, cuda: bool = True) -> Plan:
 
     Nothing of the network is allocated.
     """
-    layout = shard.layout(config.train.batch_size, config.train.shard, processes)
-    sketch = Sketch(config, layout, cuda)
-    shapes = [s for group in sketch.groups for s in group]
-    need = {on: Need(config, layout, shapes, sketch.profiles[on], cuda) for on in (False, True)}
-    share = math.ceil(config.train.batch_size / processes)
-    micro = min(config.train.microbatch, share) if config.train.microbatch > 0 else share
-    traffic = communication(sketch.groups, layout, math.ceil(share / micro))
-    return Plan(layout, sum(math.prod(s) for s in shapes), sketch.flops, need, traffic, share, micro)
+    settings = config.train
+    layout = shard.layout(settings.batch_size, settings.shard, processes)
+    share = math.ceil(settings.batch_size / processes)
+    micro = min(settings.microbatch, share) if settings.microbatch > 0 else share
+    gathered, passes = watch(config, layout, cuda)
+    shapes, one = [s for group in gathered for s in group], example(config, 1, "meta")
+    image = sum(v.numel() * v.element_size() for v in (one.x0, one.eps, *one.cond.values()))
+    averages = len(ema_rates(settings))
+    need = {on: Need(layout, cuda, share, averages, shapes, image, p.profile) for on, p in passes.items()}
+    traffic = communication(gathered, layout, math.ceil(share / micro))
+    return Plan(layout, sum(math.prod(s) for s in shapes), passes, need, traffic, share, micro)

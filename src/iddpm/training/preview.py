@@ -18,7 +18,9 @@ from iddpm.data.batches import make_batch
 from iddpm.diffusion.denoiser import Network
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
-from iddpm.sampling import draw as sample
+from iddpm.sampling import sheets
+from iddpm.sampling.draw import images, painter
+from iddpm.sampling.job import Job, shrunk
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState, copy_weights
 from iddpm.training.step import method_of
@@ -38,14 +40,14 @@ def validate(config: Config, held_out: Images, state: TrainState, meter: Meter) 
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
     batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images)
     with shard.gathered(state.net):  # so no process waits for another, and their microbatches may differ in number
-        net, denoiser, objective = method_of(config, state.net.eval())
+        net, denoiser, schedule, objective = method_of(config, state.net.eval())
         device = next(net.parameters()).device
-        uniform = rng.uniform(settings.seed, rng.TIME, state.step, settings.batch_size)[mine.start : mine.stop]
-        i = (uniform * denoiser.chain.steps).long()
+        u = rng.uniform(settings.seed, rng.TIME, state.step, settings.batch_size)[mine.start : mine.stop]
         for a in range(0, len(mine), micro := settings.microbatch if settings.microbatch > 0 else len(mine)):
-            x0, eps, at = (v[a : a + micro].to(device) for v in (batch.x0, batch.eps, i))
-            terms = objective(denoiser, x0, eps, at, {name: v[a : a + micro].to(device) for name, v in batch.cond.items()})
-            meter.add({f"val_{name}": term for name, term in terms.items()}, at * 4 // denoiser.chain.steps)
+            part = slice(a, a + micro)
+            cond = {name: value[part].to(device) for name, value in batch.cond.items()}
+            terms = objective(denoiser, schedule, batch.x0[part].to(device), batch.eps[part].to(device), u[part], cond)
+            meter.add({f"val_{name}": term for name, term in terms.items()}, (u[part] * 4).long().to(device))
 
 
 @contextmanager
@@ -94,11 +96,14 @@ def sheet(config: Config, state: TrainState, device: torch.device, data: Images,
 
 def draw_sheet(config: Config, net: Network, device: torch.device, data: Images, path: Path) -> None:
     """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
-    if config.model.network != "super_res":
-        sample.grid_file(config, net, device, path)
+    paint = painter(config, net, device)
+    if not config.task.enlarges:
+        job = sheets.preview(config)
+        drawn = np.concatenate(list(images([paint], job)))
+        sheets.save_picture(sheets.grid(drawn, job.labels, config.data.classes), path)
         return
     first = np.arange(min(8, len(data)))
     originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
-    small = sample.shrunk(config, originals)
-    drawn = np.concatenate(list(sample.images(config, net, sample.Job(first.tolist(), labels, small), device)))
-    sample.comparison_file(config, path, drawn, small, originals)
+    small = shrunk(config, originals)
+    drawn = np.concatenate(list(images([paint], Job(first.tolist(), labels, small))))
+    sheets.comparison_file(config, path, drawn, small, originals)

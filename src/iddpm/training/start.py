@@ -63,10 +63,7 @@ def default_run(data: str, preset: str) -> str:
 
 
 def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The config of a run: stored, else from its source or preset; then the settings given. Also says what a resumed run changes."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
-    given = _implied(given)
+    """The config of a run: stored, else from its source or preset; then the settings given. And what a resumed run changes."""
     record = run / "config.json"
     if record.exists() and any((run / "checkpoints").glob("step_*")):
         stored = Config.from_json(record.read_text(), str(record))
@@ -83,7 +80,9 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any]) -> tupl
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    config = Config()
+    if preset and preset not in PRESETS:
+        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
+    given, config = _implied(given), Config()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = settings_of(other.model, other.diffusion, other.sample)

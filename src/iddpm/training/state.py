@@ -46,7 +46,7 @@ class TrainState:
         torch.manual_seed(settings.seed)  # the initial weights
         self.net = build.network(config).to(device)
         self.parallel = shard.spread(self.net, settings.shard)
-        self.law = build.law(config.diffusion)
+        self.law = build.law(config)
         self.params = dict(self.net.named_parameters())
         betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)

@@ -12,6 +12,7 @@ from iddpm.config import Config, total_steps
 from iddpm.data.batches import Batch
 from iddpm.diffusion.denoiser import Denoiser
 from iddpm.diffusion.objective import Terms
+from iddpm.diffusion.schedule import Schedule
 from iddpm.parallel import processes, shard
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
@@ -22,14 +23,15 @@ class Method(NamedTuple):
 
     net: nn.Module  # called by the denoiser; of several processes, it averages their gradients
     denoiser: Denoiser
+    schedule: Schedule
     objective: Callable[..., Terms]
 
 
 def method_of(config: Config, net: nn.Module) -> Method:
     """The method of a config around a network."""
     device = next(net.parameters()).device
-    denoiser = build.denoiser(config.diffusion, build.in_precision(net, device, config.train.precision))
-    return Method(net, denoiser, build.objective(config))
+    denoiser = build.denoiser(config, build.in_precision(net, device, config.train.precision))
+    return Method(net, denoiser, build.schedule(config), build.objective(config))
 
 
 def train_step(state: TrainState, config: Config, method: Method, batch: Batch, meter: Meter) -> None:
@@ -38,12 +40,14 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
     A gradient that is not finite changes nothing but the counts of steps, and the loss scale of fp16.
     """
     settings, device = config.train, next(iter(state.params.values())).device
+    net, denoiser, schedule, objective = method
     n, mine = settings.batch_size, processes.share(settings.batch_size)
 
-    # Each process draws the levels of the whole batch (8 bytes an image) and takes its own: they depend on no split.
-    drawn = state.law(rng.uniform(settings.seed, rng.TIME, state.step, n))
-    i, weight = (of_all[mine.start : mine.stop] for of_all in drawn)
-    losses = torch.zeros(n, device=device)  # of all processes' images, for a law that looks
+    # Each process draws the levels of the whole batch and takes its own: they do not depend on how it is split. They stay on
+    # the CPU, in float64 (8 bytes an image), where the schedule works its alpha and sigma out.
+    draw = state.law(rng.uniform(settings.seed, rng.TIME, state.step, n))
+    u, weight = (of_all[mine.start : mine.stop] for of_all in draw)
+    losses = torch.zeros(n, device=device)  # of this process's images, each in its place in the whole batch
 
     state.net.train()
     torch.manual_seed(_dropout_seed(settings.seed, state.step))
@@ -54,17 +58,16 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         # images, as the second of two with 7 images in microbatches of 1, repeats its first with a weight of 0.
         repeats = part.start == part.stop
         part = slice(0, 1) if repeats else part
-        at, w = i[part].to(device), weight[part].to(device) * (not repeats)
-        x0, eps = batch.x0[part].to(device), batch.eps[part].to(device)
+        x0, eps, w = (of_mine[part].to(device) for of_mine in (batch.x0, batch.eps, weight * (not repeats)))
         cond = {name: value[part].to(device) for name, value in batch.cond.items()}
         # Gradients are exchanged once a step, in the last backward pass.
-        with nullcontext() if k == len(parts) - 1 else shard.unsynchronised(method.net):
-            terms = method.objective(method.denoiser, x0, eps, at, cond)
+        with nullcontext() if k == len(parts) - 1 else shard.unsynchronised(net):
+            terms = objective(denoiser, schedule, x0, eps, u[part], cond)
             # The loss is divided by the whole batch; since the processes' gradients are averaged, not added, each has a share.
             share = processes.world() / n
             (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
         if not repeats:
-            meter.add({name: term * w for name, term in terms.items()}, at * 4 // method.denoiser.chain.steps)
+            meter.add({name: term * w for name, term in terms.items()}, (u[part] * 4).long().to(device))
             losses[mine.start + part.start : mine.start + part.stop] = terms["loss"].detach()
 
     grads = [p.grad for p in state.params.values() if p.grad is not None]
@@ -78,8 +81,9 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
             group["lr"], group["weight_decay"] = learning_rate(config, state.step), settings.weight_decay
         state.optimizer.step()
         state.ema.update()
-        processes.sum_(losses)
-        state.law.update(drawn.i, losses)
+        if state.law.looks:  # all processes' losses come together only for a law that reads them
+            processes.sum_(losses)
+            state.law.update(draw.u, losses)
         meter.add({"grad_norm": norm[None]})
     state.count(n, good)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, image_size, small_size, total_steps
+from iddpm.config import Config, image_size, is_chain, small_size, total_steps
 from iddpm.data import Images, Order
 from iddpm.data.batches import Batch, make_batch
 from iddpm.parallel import processes
@@ -40,7 +40,7 @@ def example(config: Config, images: int, device: str | torch.device = "cpu") -> 
     cond = {}
     if m.class_cond:
         cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
-    if m.network == "super_res":
+    if config.task.enlarges:
         cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
     if m.low_res_noise:
         cond["low_res_level"] = torch.zeros(images, device=device)
@@ -84,7 +84,8 @@ def dry_run(config: Config, data: Images, say: Callable[[str], None] = print) ->
     say(config.to_json())
     shapes = example(config, len(processes.share(n)), "meta")
     seen = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.cond.items())
-    say(f"images {tuple(shapes.x0.shape)}{seen}, chain of {config.diffusion.diffusion_steps}")
+    chain = f"a chain of {config.diffusion.diffusion_steps}" if is_chain(config.diffusion) else config.diffusion.noise_schedule
+    say(f"images {tuple(shapes.x0.shape)}{seen}, {chain}")
     held = weights * 4 * (4 + averages) / 2**20  # float32: weights, gradients, and AdamW's two of each
     say(f"{weights:,} weights; with gradients, AdamW and {averages} averages {held:,.0f} MiB")
     if device.type == "cuda":
