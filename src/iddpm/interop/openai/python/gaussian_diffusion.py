@@ -112,7 +112,7 @@ class GaussianDiffusion:
         level, previous = parametrization.eps(Level(*s[:3])), parametrization.previous(s)
         self._from_eps, self._from_xprev = (torch.stack([c.skip, c.out]).float() for c in (level, previous))
 
-        # What forks read. numpy's cumprod and torch's differ in the last bit, and published numbers are of numpy's.
+        # what forks read
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
