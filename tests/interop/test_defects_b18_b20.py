@@ -12,7 +12,8 @@ from conftest import TINY as NATIVE
 from iddpm import build
 from iddpm.config import Config
 from iddpm.diffusion import schedule
-from iddpm.diffusion.schedule import Chain, Linear, respace
+from iddpm.diffusion.grid import Chain, respace
+from iddpm.diffusion.schedule import Linear
 from iddpm.interop.openai.python import fp16_util, logger, script_util, unet
 from iddpm.nn import UNet, layers
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
