@@ -55,15 +55,12 @@ def imported(path: Path, given: Mapping[str, Any], published: str = "", classes:
         # A file's number is all that is known of how long it was trained, where no optimizer counted.
         number = files.number_of(path) or (row_of(published).steps if published else 0)
         weights = files.read(kin.model) if kin else weights
-        averages = files.read_averages(kin, rates) if kin else {}
-        saved = Saved(number, weights, averages, {}, dict(step=number, images=0, weights_only=True))
-    for name, tensors in ((kin.model.name if kin else path.name, saved.weights), *_named_averages(saved)):
+        kept = files.read_averages(kin, rates) if kin else {}
+        saved = Saved(number, weights, kept, {}, dict(step=number, images=0, weights_only=True))
+    averages = {f"average {rate}": average for rate, average in saved.averages.items()}
+    for name, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
         check_fit(shapes_of(tensors), config, f"{path.parent / name}")
     return Imported(saved, _named(config, classes), notes)
-
-
-def _named_averages(saved: Saved) -> list[tuple[str, Mapping[str, Tensor]]]:
-    return [(f"average {rate}", average) for rate, average in saved.averages.items()]
 
 
 def _stored(record: Path, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
