@@ -33,7 +33,7 @@ SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at w
 
 
 class Features:
-    """What an extractor makes of the chosen images of a set. The files are on the first process's machine: no other one reads them."""
+    """What an extractor makes of the chosen images of a set. The files may lie where only the first process can read them."""
 
     def __init__(self, folder: Path, images: ImageSet, chosen: np.ndarray, extractor: Extractor):
         self.folder, self.images, self.chosen, self.widths = folder, images, chosen, extractor.widths

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from iddpm.config import Config, Measure, image_size
-from iddpm.data import Images, decode
+from iddpm.data import Images
 from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
 from iddpm.measure.bound import Bound, bits_per_dim
@@ -59,7 +59,7 @@ def _by_number(names: tuple[str, ...], known: int, path: Path) -> tuple[str, ...
 
 def describe(images: Images) -> str:
     """What they are; and a remark where the first has not the model's size, so that the bits/dim are of what was made of it."""
-    (width, height), (h, w) = decode(images.files[0], images.channels).size, images.image_size
+    (width, height), (h, w) = images.picture(0).size, images.image_size
     if (height, width) == (h, w):
         return images.describe()
     scaled = f"the first has {height}x{width} pixels, scaled to {h}x{w}: the bits/dim are those of the scaled images"
