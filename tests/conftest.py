@@ -52,8 +52,8 @@ def data(pictures) -> Images:
 @pytest.fixture(scope="session")
 def run(config, data, tmp_path_factory) -> Path:
     """A finished tiny run. Read it; do not change it."""
-    from iddpm.training.start import write_config
     from iddpm.training.loop import train
+    from iddpm.training.start import write_config
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     write_config(folder, config)

@@ -473,7 +473,7 @@ def line(capsys) -> str:
         (dict(num_reference=500), "holds 100 images: 500 cannot be compared"),
         (dict(num_samples=1), "metrics need at least 2 images a side"),
         (dict(inception_weights="x.pth"), "--inception_weights has no effect with --extractor pixels"),
-        (dict(out="figures.txt"), "--out figures.txt: the figures are one file of JSON"),
+        (dict(out="figures.txt"), "--out figures.txt: give a name that ends in .json"),
         (dict(save_statistics="x.pt"), "--save_statistics x.pt: give a name that ends in .npz"),
         (dict(extractor="inception", inception_weights="absent.pth"), "absent.pth"),
     ],
@@ -536,7 +536,7 @@ def test_fewer_images_than_features_are_warned_of(sets, tmp_path, capsys):
 def test_a_run_that_draws_no_images_by_itself_is_refused(tmp_path, config, pictures, capsys):
     from cli.test_nll import untrained
 
-    judge = untrained(config, tmp_path / "judge", network="classifier", learn_sigma=False, objective="auto")
+    judge = untrained(config, tmp_path / "judge", task="classify", learn_sigma=False, objective="auto")
     assert evaluate(judge, pictures) == 2
     assert "is a classifier, which draws nothing" in line(capsys)
 

@@ -12,7 +12,7 @@ from PIL import Image
 import iddpm
 from conftest import TINY, flags
 from iddpm.cli.main import main
-from iddpm.cli.nll import _open_images
+from iddpm.measure.likelihood import open_held_out
 from iddpm.store import checkpoint
 from iddpm.training.state import TrainState
 
@@ -246,7 +246,7 @@ def test_classes_are_those_of_the_run_and_the_whole_chain_is_named(run, pictures
     assert nll(run, one, out=tmp_path / "n.json", sampling_steps="all") == 0
     assert " bits/dim (2 images" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["kept_steps"] == list(range(20))
-    alone = _open_images(checkpoint.read_weights(run).config, str(one), False, True)
+    alone = open_held_out(checkpoint.read_weights(run).config, one)
     assert alone.labels.tolist() == [2, 2]
 
 
@@ -260,7 +260,7 @@ def test_a_model_whose_classes_have_no_names_takes_numbers_or_ranks(config, tmp_
         (tmp_path / label).mkdir(exist_ok=True)
         Image.new("L", (8, 8), 40 * k).save(tmp_path / label / f"{k}.png")
     nameless = config.updated(dict(classes=(), num_classes=7))
-    images = _open_images(nameless, str(tmp_path), False, True)
+    images = open_held_out(nameless, tmp_path)
     by_file = dict(zip((f.name for f in images.files), images.labels.tolist()))
     assert [by_file[f"{k}.png"] for k in range(len(labels))] == expected
 
@@ -277,7 +277,7 @@ def test_a_model_without_classes_still_names_those_of_the_data_for_each_image(co
 
 
 def test_an_upsampler_is_measured_like_any_other(config, pictures, tmp_path, capsys):
-    settings = TINY | dict(network="super_res", small_size=4, low_res_noise=0.1)
+    settings = TINY | dict(task="enlarge", small_size=4, low_res_noise=0.1)
     assert main(["train", str(pictures), "--run", str(tmp_path / "r"), *flags(**settings)]) == 0
     assert nll(tmp_path / "r", pictures, out=tmp_path / "n.json") == 0
     assert json.loads((tmp_path / "n.json").read_text())["images"] == 22
@@ -310,7 +310,7 @@ def test_images_of_another_size_are_scaled_and_it_says_so(run, pictures, tmp_pat
         (["RUN", "DATA", "--against", "COLOUR"], "8x8 with 3 channels"),
         (["RUN", "DATA", "--against", "MISSING"], "no such run"),
         (["RUN", "DATA", "--sampling_steps", "21"], "only 20 steps"),
-        (["RUN", "DATA", "--curve", "3,21"], "--curve 3,21: 21: cannot take 21 steps from a section of 20"),
+        (["RUN", "DATA", "--curve", "3,21"], "--curve 3,21: --sampling_steps 21: the chain has only 20 steps"),
         (["RUN", "DATA", "--curve", "3,many"], "'many': give a count"),
         (["RUN", "DATA", "--curve", "3,0"], "'0': give a count"),
         (["RUN", "DATA", "--curve", "3,ddim6"], "ddim6: no whole stride takes 6 of 20"),
@@ -318,7 +318,10 @@ def test_images_of_another_size_are_scaled_and_it_says_so(run, pictures, tmp_pat
         (["RUN", "DATA", "--curve", "20,5,all"], "20 and all are both 20 steps"),
         (["RUN", "DATA", "--curve", "3,5", "--sampling_steps", "5"], "both say how many steps"),
         (["RUN", "DATA", "--curve", "3,5", "--per_image", "a.csv"], "--per_image is of one chain"),
-        (["RUN", "DATA", "--curve", "3,15", "--against", "SHORTER"], "cannot take 15 steps from a section of 10"),
+        (
+            ["RUN", "DATA", "--curve", "3,15", "--against", "SHORTER"],
+            "15: the chain has only 10 steps",
+        ),
         (["RUN", "DATA", "--out", "foreign/n.json"], "is not a file of figures"),
     ],
 )
@@ -327,7 +330,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     places = dict(RUN=run, DATA=pictures, MISSING="missing")
     makers = dict(
         NAMELESS=dict(classes=(), num_classes=5), LARGER=dict(image_size="16"), COLOUR=dict(image_channels=3),
-        SHORTER=dict(diffusion_steps=10), CLASSIFIER=dict(network="classifier", learn_sigma=False, objective="auto"),
+        SHORTER=dict(diffusion_steps=10), CLASSIFIER=dict(task="classify", learn_sigma=False, objective="auto"),
     )  # fmt: skip
     for name in set(argv) & set(makers):
         places[name] = untrained(config, tmp_path / name.lower(), **makers[name])

@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import flags, torchrun
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, main
-from iddpm.interop.openai import flags as original
+from iddpm.interop.openai.formats import flags as original
 
 MODEL = dict(image_size=32, num_channels=32, num_res_blocks=1, learn_sigma=True, class_cond=True, diffusion_steps=20,
              noise_schedule="cosine")  # fmt: skip

@@ -24,7 +24,7 @@ from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.data import Order
 from iddpm.data.batches import make_batch
-from iddpm.interop.openai import logger
+from iddpm.interop.openai.python import logger
 from iddpm.store.log import Meter
 from iddpm.training import loop as train
 from iddpm.training.state import TrainState

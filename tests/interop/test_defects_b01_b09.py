@@ -15,10 +15,14 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from iddpm import build
 from iddpm.config import Config
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.law import LossSecondMoment
-from iddpm.interop.openai import files, flags, logger
+from iddpm.diffusion.schedule import Linear
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import logger
 from iddpm.store.checkpoint import Saved
 from iddpm.training import loop as train
+from iddpm.training import step as training_step
 from iddpm.training.state import LossScale, TrainState
 from interop.test_defects import TINY, TRAIN, command, held, one_step, red_with, rows
 from interop.written import same, write
@@ -32,8 +36,8 @@ RUN = TRAIN | LAW | dict(dropout=0.2)
 def runs(pictures, tmp_path_factory) -> Path:
     """A run of four steps in whole/, and one of two in half/. Read them; do not change them."""
     root = tmp_path_factory.mktemp("runs")
-    for name, steps in (("whole", 4), ("half", 2)):
-        assert command(root / name, "image_train", data_dir=pictures, **TINY, **RUN | {"steps": steps}) == 0
+    for name, end in (("whole", 4), ("half", 2)):
+        assert command(root / name, "image_train", data_dir=pictures, **TINY, **RUN | {"steps": end}) == 0
     return root
 
 
@@ -48,7 +52,7 @@ def gone_on_with(runs: Path, data: Path, folder: Path, **settings: object) -> in
 
 
 def np_int(patch):
-    patch.setattr(LossSecondMoment, "__init__", lambda self, steps: np.zeros([steps], dtype=np.int))
+    patch.setattr(LossSecondMoment, "__init__", lambda self, schedule: np.zeros([schedule.steps], dtype=np.int))
 
 
 def history_is_not_loaded(patch):
@@ -89,7 +93,7 @@ def test_b04_a_file_of_any_name_is_resumed_with_its_step_its_optimizer_and_its_a
     source = write(tmp_path, settings=TINY)
     if not name.startswith("ema"):
         source.model.rename(tmp_path / name)
-    config = flags.to_config("unet", TINY | {"ema_rate": "0.9,0.99"})
+    config = flags.to_config("images", TINY | {"ema_rate": "0.9,0.99"})
     saved, _ = files.Store(tmp_path, tmp_path / name, config).newest()
     assert saved.step == 11
     assert same(saved.averages[0.9], source.averages[0.9]) and same(saved.weights, source.weights)
@@ -129,7 +133,7 @@ def data_from_the_start(patch):
 
 def random_numbers_of_the_process(patch):
     numbers = count()
-    patch.setattr(train, "_dropout_seed", lambda *args: next(numbers))
+    patch.setattr(training_step, "_dropout_seed", lambda *args: next(numbers))
 
 
 def logs_are_truncated(patch):
@@ -153,7 +157,7 @@ def test_b05_a_resumed_run_is_the_run_that_was_not_interrupted(runs, pictures, t
 
 @red_with(loss_scale_of_20, says=r"20\.0 == 13\.25")
 def test_b05_the_loss_scale_is_resumed(tmp_path):
-    config = flags.to_config("unet", TINY | {"use_fp16": True})
+    config = flags.to_config("images", TINY | {"use_fp16": True})
     state, fresh = TrainState(config, CPU), TrainState(config, CPU)
     state.scale.lg, state.step = 13.25, 7
     path = files.save_run(tmp_path, config, state.to_saved())
@@ -247,8 +251,8 @@ def means_are_added(patch):
     made = build.objective
 
     def old(config: Config) -> Callable[..., dict[str, Tensor]]:
-        def loss(denoiser: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
-            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, x0, *args).items()}
+        def loss(denoiser: Any, schedule: Any, x0: Tensor, *args: Any) -> dict[str, Tensor]:
+            return {k: v * config.train.batch_size / len(x0) for k, v in made(config)(denoiser, schedule, x0, *args).items()}
 
         return loss
 
@@ -307,8 +311,8 @@ def test_b09_fifty_steps_in_a_row_without_a_finite_gradient_end_the_run(pictures
 
 
 def every_loss_counts(patch):
-    def old(self: LossSecondMoment, i: Tensor, losses: Tensor) -> None:
-        for step, loss in zip(i.tolist(), losses.tolist()):
+    def old(self: LossSecondMoment, u: Tensor, losses: Tensor) -> None:
+        for step, loss in zip((u * self.steps).long().tolist(), losses.tolist()):
             self._losses[step, self._counts[step] % self._losses.shape[1]] = loss
             self._counts[step] = min(self._counts[step] + 1, self._losses.shape[1])
 
@@ -317,8 +321,8 @@ def every_loss_counts(patch):
 
 @red_with(every_loss_counts)
 def test_b09_a_loss_that_is_not_a_number_does_not_poison_the_law_of_t():
-    law = LossSecondMoment(3, history=2)
+    law = LossSecondMoment(Chain(Linear(3)), history=2)
     for losses in ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, math.nan, math.inf]):
-        law.update(torch.arange(3), torch.tensor(losses))
+        law.update((torch.arange(3) + 0.5) / 3, torch.tensor(losses))
     p = law.probabilities()
     assert p.tolist() == pytest.approx([0.999 * w / 7 + 0.001 / 3 for w in (1, 2, 4)])

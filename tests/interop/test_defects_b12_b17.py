@@ -13,14 +13,17 @@ from PIL import Image
 
 from iddpm.cli.flags import Parser
 from iddpm.config import Config
-from iddpm.data import Images, Order, batches, labels
-from iddpm.data import images as folder
+from iddpm.data import Images, Order, batches, images, labels
 from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
-from iddpm.interop.openai import commands, flags, script_util
+from iddpm.data.sources import folder
+from iddpm.interop.openai import commands
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.python import script_util
 from iddpm.measure import bound as nll
 from iddpm.measure.bound import Bound
-from iddpm.sampling import draw as sample
+from iddpm.sampling import draw, writers
+from iddpm.sampling import images as pixels
 from iddpm.training import loop as train
 from interop.test_defects import TINY, TRAIN, command, red_with
 
@@ -71,7 +74,7 @@ def test_b12_a_batch_may_be_larger_than_the_data(pictures, tmp_path):
 
 
 def nobody_counts_the_files(patch):
-    patch.setattr(folder, "find", lambda path: (path, []))
+    patch.setattr(folder.Folder, "open", lambda path: folder.Folder(path, []))
 
 
 @pytest.mark.parametrize("name", ["image_train", "image_nll"])
@@ -89,8 +92,8 @@ def test_b12_a_folder_without_images_is_one_line(name, trained, tmp_path, capsys
 
 def numbered_anew(patch):
     """Classes are the ranks of the names in this folder."""
-    number = folder.number
-    patch.setattr(folder, "number", lambda found, classes: number(found, None))
+    number = images.number
+    patch.setattr(images, "number", lambda found, classes: number(found, None))
 
 
 def prefix_of_any_name(patch):
@@ -102,7 +105,7 @@ def prefix_of_any_name(patch):
 
 
 def all_rows_are_drawn(patch):
-    patch.setattr(sample, "trained_classes", lambda config: config.model.num_classes)
+    patch.setattr(commands, "trained_classes", lambda config: config.model.num_classes)
 
 
 def rows_are_not_counted(patch):
@@ -123,8 +126,9 @@ def test_b13_the_classes_of_other_data_are_those_of_the_training(trained, pictur
         (tmp_path / "part" / name).mkdir(parents=True)
         for path in sorted((pictures / name).iterdir())[:2]:
             (tmp_path / "part" / name / path.name).write_bytes(path.read_bytes())
-    seen, measure = list[Any](), nll.measure
-    monkeypatch.setattr(nll, "measure", lambda *args, **kwargs: (seen.append(args[2].labels), measure(*args, **kwargs))[1])
+    seen, measure = list[Any](), commands.bits_per_dim
+    old = lambda *args, **kwargs: (seen.append(args[2].labels), measure(*args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(commands, "bits_per_dim", old)
     settings = dict(model_path=trained, data_dir=tmp_path / "part", timestep_respacing="2")
     assert command(tmp_path, "image_nll", **CLASSES, **settings) == 0
     assert seen[0].tolist() == [0, 0, 2, 2]
@@ -132,7 +136,7 @@ def test_b13_the_classes_of_other_data_are_those_of_the_training(trained, pictur
 
 @red_with(prefix_of_any_name)
 def test_b13_names_without_an_underscore_are_of_the_class_of_their_folder(pictures):
-    config = flags.to_config("unet", CLASSES | dict(data_dir=str(pictures)))
+    config = flags.to_config("images", CLASSES | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
     assert config.data.classes == ("across", "disc", "down")
     assert [images.classes[y] for y in images.labels] == [file.parent.name for file in images.files]
@@ -169,8 +173,8 @@ def originals_decoding(patch):
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    patch.setattr(folder, "decode", read)
-    patch.setattr(folder, "prepare", resized)
+    patch.setattr(images, "decode", read)
+    patch.setattr(images, "prepare", resized)
     patch.setattr(folder, "EXTENSIONS", ("jpg", "jpeg", "png", "gif"))
 
 
@@ -230,40 +234,40 @@ def test_b14_an_image_is_read_as_it_looks(write, tmp_path):
 
 
 def truncated(patch):
-    patch.setattr(sample, "as_bytes", lambda x: ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    patch.setattr(pixels, "as_uint8", lambda x: ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
 
 
 @red_with(truncated, says="63")
 def test_b15_a_pixel_comes_back_as_it_was():
     levels = torch.arange(256).view(1, 1, 16, 16)
-    back = sample.to_uint8(levels.float() / 127.5 - 1)
-    assert (back.ravel() != np.arange(256)).sum() == 0
+    back = pixels.as_uint8(levels.float() / 127.5 - 1)
+    assert (back.ravel() != torch.arange(256)).sum() == 0
 
 
 def held_in_memory(patch):
-    def old(self: sample.Array, batch: np.ndarray) -> None:
+    def old(self: writers.Array, batch: np.ndarray) -> None:
         self.array[self.done : self.done + len(batch)] = batch
         self.done += len(batch)
 
-    patch.setattr(sample.Array, "write", old)
+    patch.setattr(writers.Array, "write", old)
 
 
 @red_with(held_in_memory)
 def test_b15_a_stopped_job_keeps_what_it_has_drawn(trained, tmp_path, monkeypatch, capsys):
     settings = dict(model_path=trained, num_samples=5, batch_size=2, timestep_respacing="2")
-    draw, drawn = sample.images, []
+    images, drawn = draw.images, []
 
     def stopped(*args: Any) -> Iterator[np.ndarray]:
-        for batch in draw(*args):
+        for batch in images(*args):
             if len(drawn) == 2:
                 raise KeyboardInterrupt
             drawn.append(batch)
             yield batch
 
-    monkeypatch.setattr(sample, "images", stopped)
+    monkeypatch.setattr(draw, "images", stopped)
     assert command(tmp_path, "image_sample", **CLASSES, **settings) == 2
     assert not list(tmp_path.glob("*.npz"))
-    monkeypatch.setattr(sample, "images", draw)
+    monkeypatch.setattr(draw, "images", images)
     assert command(tmp_path, "image_sample", **CLASSES, **settings) == 0
     assert "4 of 5 images are there already" in capsys.readouterr().out
     assert (arrays(tmp_path)["arr_0"][:4] == np.concatenate(drawn)).all()
@@ -273,7 +277,7 @@ def test_b15_a_stopped_job_keeps_what_it_has_drawn(trained, tmp_path, monkeypatc
 
 
 def ddim_is_not_read(patch):
-    patch.setitem(flags.PROGRAMS, "use_ddim", lambda value: {"solver": "ancestral"})
+    patch.setitem(flags.MEANINGS, "use_ddim", lambda value: {"solver": "ancestral"})
 
 
 def base_samples_in_a_cycle(patch):
@@ -282,13 +286,13 @@ def base_samples_in_a_cycle(patch):
 
 
 def labels_are_left_out(patch):
-    close = sample.Array.close
+    close = writers.Array.close
 
-    def old(self: sample.Array) -> None:
+    def old(self: writers.Array) -> None:
         self.job = self.job._replace(labels=[])
         close(self)
 
-    patch.setattr(sample.Array, "close", old)
+    patch.setattr(writers.Array, "close", old)
 
 
 def low_res_as_it_comes(patch):
@@ -345,7 +349,7 @@ def test_b16_each_base_sample_is_enlarged_once(upsampler, tmp_path):
 
 @red_with(low_res_as_it_comes)
 def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
-    config = flags.to_config("super_res", SMALL | TRAIN | dict(data_dir=str(pictures)))
+    config = flags.to_config("enlarge", SMALL | TRAIN | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
     levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["low_res"] + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3
@@ -355,12 +359,12 @@ def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
 
 
 def the_tail_is_dropped(patch):
-    measure = nll.measure
+    measure = commands.bits_per_dim
 
     def old(*args: Any, chosen: np.ndarray, batch_size: int, **kwargs: Any) -> Bound:
         return measure(*args, chosen=chosen[: len(chosen) // batch_size * batch_size], batch_size=batch_size, **kwargs)
 
-    patch.setattr(nll, "measure", old)
+    patch.setattr(commands, "bits_per_dim", old)
 
 
 def mean_of_the_means_of_batches(patch):
@@ -368,13 +372,14 @@ def mean_of_the_means_of_batches(patch):
         means = [values[k : k + 5].mean() for k in range(0, len(values), 5)]
         return float(np.mean(means)), float(np.std(means))
 
-    patch.setattr(nll, "mean_and_error", old)
+    patch.setattr(nll.Estimate, "mean", staticmethod(old))
 
 
 @red_with(the_tail_is_dropped, mean_of_the_means_of_batches)
 def test_b17_each_image_counts_once_and_the_result_is_kept(trained, pictures, tmp_path, monkeypatch):
-    bounds, measure = list[Bound](), nll.measure
-    monkeypatch.setattr(nll, "measure", lambda *args, **kwargs: bounds.append(measure(*args, **kwargs)) or bounds[-1])
+    bounds, measure = list[Bound](), commands.bits_per_dim
+    old = lambda *args, **kwargs: bounds.append(measure(*args, **kwargs)) or bounds[-1]  # noqa: E731
+    monkeypatch.setattr(commands, "bits_per_dim", old)
     settings = dict(model_path=trained, data_dir=pictures, batch_size=5, timestep_respacing="2")
     assert command(tmp_path, "image_nll", **CLASSES, **settings) == 0
     result, (bound,) = json.loads((tmp_path / "nll.json").read_text()), bounds

@@ -25,16 +25,17 @@ from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, main
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
-from iddpm.data import batches
 from iddpm.errors import UserError
-from iddpm.interop.openai import commands, dist_util, files, flags, guided, logger, script_util, unet
-from iddpm.interop.openai import nn as pieces
+from iddpm.interop.openai import commands
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import dist_util, guided, logger, script_util, unet
+from iddpm.interop.openai.python import nn as pieces
 from iddpm.measure import bound as nll
 from iddpm.parallel import processes
-from iddpm.sampling import draw as sample
+from iddpm.sampling.open import restore
 from iddpm.store.log import Meter, read_rows
 from iddpm.training import loop as train
-from iddpm.training import preview
+from iddpm.training import preview, start
 from iddpm.training import step as steps
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 
@@ -184,7 +185,7 @@ def test_b24_a_run_may_end_without_lowering_its_rate(pictures, tmp_path, monkeyp
 
 
 def nothing_is_validated(patch):
-    patch.setattr(batches, "open_validation", lambda config: None)
+    patch.setattr(start, "open_validation", lambda config: None)
 
 
 def nothing_is_drawn(patch):
@@ -326,7 +327,7 @@ def test_b26_a_published_preset_has_the_published_flags(preset, file):
     words = row["flags"].split()
     parser = Parser(prog="iddpm image_train")
     VERBS["image_train"].parser(parser)
-    published = flags.to_config("unet", parser.read([*words, "--lr", "1e-4", "--batch_size", "128"]))
+    published = flags.to_config("images", parser.read([*words, "--lr", "1e-4", "--batch_size", "128"]))
     ours = Config().updated(PRESETS[preset][1])
     names = "image_size num_channels num_res_blocks dropout learn_sigma diffusion_steps noise_schedule attention_resolutions"
     for name in f"{names} num_heads use_scale_shift_norm lr batch_size rescale_timesteps".split():
@@ -373,9 +374,9 @@ def test_guided_likelihoods_are_of_the_images_as_they_are(config, data, run):
     from iddpm.store import checkpoint
 
     cpu, mirrored = torch.device("cpu"), config.updated(dict(random_flip=True))
-    net = sample.restore(checkpoint.read_weights(run), cpu)
+    net = restore(checkpoint.read_weights(run), cpu)
     plain, flipped = (
-        nll.measure(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
+        nll.bits_per_dim(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
     )
     assert plain.tolist() == flipped.tolist()
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iddpm.interop.openai import files, logger
+from iddpm.interop.openai.formats import files
+from iddpm.interop.openai.python import logger
 from iddpm.parallel import processes, shard
 from iddpm.training.state import TrainState
 from interop.test_defects import TINY, TRAIN, command, held, rows

@@ -7,9 +7,9 @@ import pytest
 from iddpm import build
 from iddpm.config import ENDLESS, Config, check
 from iddpm.errors import UserError
-from iddpm.interop.openai import flags
-from iddpm.interop.openai.flags import COMMANDS, NETWORKS, from_config, to_config
-from iddpm.interop.openai.published import PUBLISHED
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.formats.flags import COMMANDS, NETWORKS, from_config, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED
 
 LISTED = dict(  # name: default, in the words of the original's parser
     pair.split("=") for pair in """
@@ -82,33 +82,33 @@ def test_guided_diffusion_adds_flags_and_changes_two_defaults():
     ids=str,
 )
 def test_a_flag_of_the_originals_means_this_here(given, meant):
-    now = to_config("unet", given).flat()
+    now = to_config("images", given).flat()
     assert {k: now[k] for k in meant} == meant
 
 
 def test_the_batch_is_that_of_each_process():
-    assert to_config("unet", dict(batch_size=4), processes=3).train.batch_size == 12
+    assert to_config("images", dict(batch_size=4), processes=3).train.batch_size == 12
 
 
 def test_the_upsampler_to_512_is_as_wide_as_that_to_256():
-    wide = to_config("super_res", dict(large_size=512, small_size=128), "guided")
+    wide = to_config("enlarge", dict(large_size=512, small_size=128), "guided")
     assert wide.model.channel_mult == "1,1,2,2,4,4"
-    assert to_config("super_res", dict(large_size=256, small_size=64), "guided").model.channel_mult == ""
+    assert to_config("enlarge", dict(large_size=256, small_size=64), "guided").model.channel_mult == ""
 
 
 def test_a_classifiers_flags_do_not_mix_with_those_of_the_model_it_guides():
     command = COMMANDS["guided"]["classifier_sample"] | dict(image_size=128, num_channels=256, dropout=0.3, learn_sigma=True)
-    judge, model = to_config("classifier", command, "guided"), to_config("unet", command, "guided")
+    judge, model = to_config("classify", command, "guided"), to_config("images", command, "guided")
     assert (judge.model.num_channels, judge.model.dropout, judge.model.class_cond) == (128, 0.0, True)
     assert (model.model.num_channels, model.model.dropout, model.model.class_cond) == (256, 0.3, False)
     assert judge.model.image_size == model.model.image_size == "128"
     for config in (judge, model):
-        build.chain(check(config).diffusion)
+        build.grid(check(config))
 
 
 def test_a_classifier_is_trained_as_the_original_trains_it():
     given = dict(COMMANDS["guided"]["classifier_train"], val_data_dir="held-out", iterations=700, anneal_lr=True)
-    config = check(to_config("classifier", given, "guided"))
+    config = check(to_config("classify", given, "guided"))
     t, d = config.train, config.data
     assert (t.steps, t.lr_anneal_steps, t.ema_rate, d.validation, t.validation_interval) == (700, -1, "", "held-out", 5)
     assert (d.random_crop, d.random_flip, config.diffusion.rescale_timesteps) == (True, True, False)
@@ -116,7 +116,7 @@ def test_a_classifier_is_trained_as_the_original_trains_it():
 
 @pytest.mark.parametrize(("program", "command"), [(p, c) for p, commands in COMMANDS.items() for c in commands])
 def test_every_command_with_its_defaults_is_a_config_that_can_work(program, command):
-    network = "super_res" if "super_res" in command else "classifier" if "classifier_train" in command else "unet"
+    network = "enlarge" if "super_res" in command else "classify" if "classifier_train" in command else "images"
     check(to_config(network, COMMANDS[program][command], program))
 
 
@@ -138,7 +138,7 @@ def drawn(network: str, program: str, seed: int) -> dict:
         classifier_resblock_updown=[True, False], classifier_use_scale_shift_norm=[True, False],
     )  # fmt: skip
     out |= {k: r.choice(v) for k, v in choices.items() if k in out}
-    if network == "classifier":
+    if network == "classify":
         return out | dict(learn_sigma=False, predict_xstart=False, rescale_timesteps=False)
     if out["learn_sigma"]:
         out["use_kl"], out["rescale_learned_sigmas"] = r.choice([(False, True), (False, False)])
@@ -167,7 +167,7 @@ def test_the_flags_of_a_published_file_come_back(name):
     row = PUBLISHED[name]
     said, back = from_config(row.config())
     assert said == row.program
-    assert back == NETWORKS[row.program][row.network] | row.flags
+    assert back == NETWORKS[row.program][row.task] | row.flags
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,6 @@ def test_what_the_original_has_no_flag_for_is_named(change, said):
 def test_a_native_config_becomes_the_originals_command():
     config = Config().updated(dict(learn_sigma=True, objective="auto", diffusion_steps=4000, noise_schedule="cosine"))
     program, said = from_config(config.updated(dict(image_size="32", channel_mult="1,2,2,2", sampling_steps="250")))
-    line = flags.line(said, NETWORKS[program]["unet"])
+    line = flags.line(said, NETWORKS[program]["images"])
     wanted = "--image_size 32 --learn_sigma True --diffusion_steps 4000 --noise_schedule cosine --timestep_respacing 250"
     assert (program, line) == ("improved", wanted)

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags
-from iddpm.interop.openai.optimizer import MOMENTS, flatten, groups, layout_of, optimizer_file, unflatten
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.formats.optimizer import MOMENTS, flatten, groups, layout_of, optimizer_file, unflatten
 from iddpm.store.checkpoint import Saved
 from interop.written import FLAGS, network, write
 
 SHAPES = {"a.weight": (3, 2, 1), "a.bias": (3,), "b.weight": (4, 3), "c": ()}
-CONFIG = flags.to_config("unet", FLAGS)
+CONFIG = flags.to_config("images", FLAGS)
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -143,12 +143,12 @@ def test_torchs_own_adamw_takes_the_file_we_write(precision):
 @pytest.mark.parametrize(
     ("kind", "settings", "layout"),
     [
-        ("unet", {}, "flat"),
-        ("unet", {"num_head_channels": 64}, "guided"),
-        ("unet", {"resblock_updown": True}, "guided"),
-        ("unet", {"use_new_attention_order": True}, "guided"),
-        ("super_res", {}, "flat"),
-        ("classifier", {}, "guided"),
+        ("images", {}, "flat"),
+        ("images", {"num_head_channels": 64}, "guided"),
+        ("images", {"resblock_updown": True}, "guided"),
+        ("images", {"use_new_attention_order": True}, "guided"),
+        ("enlarge", {}, "flat"),
+        ("classify", {}, "guided"),
     ],
 )
 def test_under_fp16_the_layout_is_that_of_the_program_which_has_the_network(kind, settings, layout):

@@ -13,7 +13,7 @@ import torch
 
 from iddpm.cli.main import main
 from iddpm.errors import UserError
-from iddpm.interop.openai import files
+from iddpm.interop.openai.formats import files
 from interop.written import network, same, write
 
 # ---- what is read
@@ -139,7 +139,7 @@ def test_the_command_line_says_it_in_one_line_with_code_2(tmp_path, capsys):
 PEAK = """
 import re, sys
 from iddpm.cli.main import main
-from iddpm.interop.openai import files, optimizer, weights
+from iddpm.interop.openai.formats import files, optimizer, weights
 import iddpm.store.checkpoint, iddpm.build, safetensors.torch
 from pathlib import Path
 

@@ -8,13 +8,13 @@ import torch
 
 from iddpm.config import Config
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags
+from iddpm.interop.openai.formats import files, flags
 from iddpm.store.checkpoint import Saved
 from iddpm.training.loop import train
 from iddpm.training.state import TrainState
 from interop.written import FLAGS, same, write
 
-CONFIG = flags.to_config("unet", FLAGS | {"ema_rate": "0.9,0.99", "batch_size": 8})
+CONFIG = flags.to_config("images", FLAGS | {"ema_rate": "0.9,0.99", "batch_size": 8})
 CPU = torch.device("cpu")
 
 
@@ -181,41 +181,33 @@ def copied(whole, tmp_path):
 
 @pytest.mark.parametrize("file", ["model000006.pt", "opt000006.pt", "ema_0.9_000006.pt", "iddpm000006.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_family_is_passed_over_and_named(copied, file, damage):
+def test_a_damaged_family_is_named(copied, file, damage):
     folder, config = copied
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     if damage == "gone":
         (folder / file).unlink()
-    saved, passed_over = files.Store(folder, None, config).newest()
-    assert saved.step == 4
-    if file != "model000006.pt" or damage != "gone":
-        assert passed_over[0].startswith(f"passed over model000006.pt: {file} is")
-        with pytest.raises(UserError, match=file):
-            files.load_run(folder / "model000006.pt", config)
+    with pytest.raises(UserError, match=file):
+        files.Store(folder, folder / "model000006.pt", config).newest()
 
 
-def test_a_damaged_record_is_passed_over(copied):
+def test_a_damaged_record_is_named(copied):
     folder, config = copied
     (folder / "iddpm000006.json").write_text("{")
-    saved, passed_over = files.Store(folder, None, config).newest()
-    assert saved.step == 4
-    assert "iddpm000006.json is damaged" in passed_over[0]
+    with pytest.raises(UserError, match=r"iddpm000006\.json is damaged"):
+        files.Store(folder, folder / "model000006.pt", config).newest()
 
 
-def test_a_family_of_the_originals_without_its_optimizer_is_passed_over(tmp_path):
-    write(tmp_path, number=10)
-    newer = write(tmp_path, number=20)
-    (tmp_path / "opt000020.pt").unlink()
-    store = files.Store(tmp_path, None, CONFIG)
-    assert store.newest()[1] == ["passed over model000020.pt: opt000020.pt is missing"]
-    newer = write(tmp_path, number=20)
-    newer.model.write_bytes(newer.model.read_bytes()[:5000])
-    assert store.newest()[1] == ["passed over model000020.pt: model000020.pt is cut short"]
+def test_a_model_of_the_originals_that_is_cut_short_is_named(tmp_path):
+    source = write(tmp_path)
+    source.model.write_bytes(source.model.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model000010\.pt is cut short"):
+        files.Store(tmp_path, source.model, CONFIG).newest()
 
 
-def test_an_empty_folder_has_nothing_to_go_on_from(tmp_path):
+def test_a_run_begins_where_no_file_is_named(tmp_path):
+    write(tmp_path)
     assert files.Store(tmp_path, None, CONFIG).newest() == (None, [])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS
-from iddpm.interop.openai.published import PUBLISHED
+from iddpm.interop.openai.formats.published import PUBLISHED
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "published"
 

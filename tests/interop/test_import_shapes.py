@@ -9,9 +9,9 @@ import pytest
 from golden_rules import load
 from iddpm.config import Config, check
 from iddpm.errors import UserError
-from iddpm.interop.openai.flags import NETWORKS, to_config
-from iddpm.interop.openai.published import PUBLISHED
-from iddpm.interop.openai.weights import check_fit, cures, network_shapes, settle, tell
+from iddpm.interop.openai.formats.flags import NETWORKS, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED
+from iddpm.interop.openai.formats.weights import check_fit, cures, network_shapes, settle, tell
 
 ROWS = {file.removesuffix(".pt"): row for row in load("published_shapes.json")["rows"] for file in row["file"].split(", ")}
 
@@ -38,8 +38,8 @@ def test_every_published_file_has_a_row():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_row_of_a_published_file_has_its_flags(name):
     row = PUBLISHED[name]
-    ours = {k: str(v) for k, v in (NETWORKS[row.program][row.network] | row.flags).items()}
-    wanted = {k: str(v) for k, v in NETWORKS[row.program][row.network].items()} | parsed(ROWS[name]["flags"])
+    ours = {k: str(v) for k, v in (NETWORKS[row.program][row.task] | row.flags).items()}
+    wanted = {k: str(v) for k, v in NETWORKS[row.program][row.task].items()} | parsed(ROWS[name]["flags"])
     if name == "64x64_classifier":
         wanted["noise_schedule"] = "cosine"  # as the model that it guides has it; its own command has no such flag
     assert ours == wanted
@@ -60,12 +60,12 @@ def test_shapes_alone_tell_the_network_of_a_published_file(name):
     told = tell(published_shapes(name), name)
     assert cures(told, config) == []
     fields = told.at(int(config.model.image_size))
-    for field in ("network", "num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "num_classes"):
+    for field in ("task", "num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "num_classes"):
         assert fields[field] == getattr(config.model, field)
     assert fields.get("resblock_updown", False) == config.model.resblock_updown
     assert fields.get("learn_sigma", False) == config.diffusion.learn_sigma
     assert set(fields["attention_resolutions"].split(",")) == set(config.model.attention_resolutions.split(","))
-    if row.network == "classifier":
+    if row.task == "classify":
         assert fields["image_size"] == config.model.image_size
 
 
@@ -78,7 +78,7 @@ def test_shapes_alone_tell_the_network_of_a_published_file(name):
 def test_a_classifier_is_told_by_its_shapes(pool, updown, depth):
     shape = dict(width=32, depth=depth, pool=pool, resblock_updown=updown, use_scale_shift_norm=not updown)
     given = {f"classifier_{k}": v for k, v in shape.items()} | {"classifier_attention_resolutions": "16"}
-    config = to_config("classifier", given, "guided")
+    config = to_config("classify", given, "guided")
     config = config.updated({"num_head_channels": 32})
     shapes = network_shapes(config)
     told = tell(shapes, "f")
@@ -96,8 +96,8 @@ def test_a_classifier_is_told_by_its_shapes(pool, updown, depth):
     dict(use_scale_shift_norm=False), dict(num_res_blocks=3), dict(num_res_blocks=1, resblock_updown=True),
     dict(channel_mult="1,1.5"), dict(channel_mult="1"), dict(channel_mult="1,1,1", resblock_updown=True),
     dict(attention_resolutions=""), dict(attention_resolutions="32,8"), dict(image_channels=1),
-    dict(image_channels=4, learn_sigma=True), dict(network="super_res", small_size="8", learn_sigma=True),
-    dict(network="super_res", small_size="16", image_channels=1), dict(image_size="48", attention_resolutions="12"),
+    dict(image_channels=4, learn_sigma=True), dict(task="enlarge", small_size="8", learn_sigma=True),
+    dict(task="enlarge", small_size="16", image_channels=1), dict(image_size="48", attention_resolutions="12"),
 ], ids=str)  # fmt: skip
 def test_a_model_is_told_by_its_shapes(change):
     config = check(Config().updated(dict(num_channels=32, image_size="32", attention_resolutions="16") | change))
@@ -107,7 +107,7 @@ def test_a_model_is_told_by_its_shapes(change):
     given |= {"small_size": config.model.small_size} if config.model.small_size else {}
     found = settle(shapes, given, "f").config.model
     assert network_shapes(Config().updated({"learn_sigma": config.diffusion.learn_sigma}).updated(vars(found))) == shapes
-    assert (found.network, found.image_channels) == (config.model.network, config.model.image_channels)
+    assert (found.task, found.image_channels) == (config.model.task, config.model.image_channels)
 
 
 # ---- contradictions
@@ -133,37 +133,37 @@ BASE = dict(image_size=32, num_channels=32, num_res_blocks=2, attention_resoluti
     ids=str,
 )
 def test_the_flag_that_would_fit_is_named(file, flags, said):
-    shapes = network_shapes(to_config("unet", BASE | file, "guided"))
+    shapes = network_shapes(to_config("images", BASE | file, "guided"))
     with pytest.raises(UserError) as e:
-        check_fit(shapes, to_config("unet", BASE | flags, "guided"), "f.pt")
+        check_fit(shapes, to_config("images", BASE | flags, "guided"), "f.pt")
     assert str(e.value).startswith("f.pt does not fit the flags: ")
     assert str(e.value).endswith(f"It needs {said}")
 
 
 def test_the_first_three_mismatches_are_named():
-    shapes = network_shapes(to_config("unet", BASE | dict(learn_sigma=True, class_cond=True, num_channels=64)))
+    shapes = network_shapes(to_config("images", BASE | dict(learn_sigma=True, class_cond=True, num_channels=64)))
     with pytest.raises(UserError) as e:
-        check_fit(shapes, to_config("unet", BASE), "f.pt")
+        check_fit(shapes, to_config("images", BASE), "f.pt")
     message = str(e.value)
     assert (
         "time_embed.0.weight is (256, 64), not (128, 32); time_embed.0.bias is (256), not (128); time_embed.2.weight" in message
     )
     assert " more. It needs --num_channels 64, --learn_sigma True, --class_cond True" in message
-    one = network_shapes(to_config("unet", BASE | dict(learn_sigma=True)))
+    one = network_shapes(to_config("images", BASE | dict(learn_sigma=True)))
     with pytest.raises(
         UserError, match=r"out.2.weight is \(6, 32, 3, 3\), not \(3, 32, 3, 3\); out.2.bias is \(6\), not \(3\)\."
     ):
-        check_fit(one, to_config("unet", BASE), "f.pt")
+        check_fit(one, to_config("images", BASE), "f.pt")
     with pytest.raises(UserError, match=r"; label_emb.weight \(1000, 256\) is not of that network\. It needs --learn_sigma"):
-        check_fit(shapes, to_config("unet", BASE | dict(num_channels=64)), "f.pt")
+        check_fit(shapes, to_config("images", BASE | dict(num_channels=64)), "f.pt")
     with pytest.raises(UserError, match=r"flags: label_emb.weight is missing; out.2.weight is"):
-        check_fit(one, to_config("unet", BASE | dict(class_cond=True)), "f.pt")
+        check_fit(one, to_config("images", BASE | dict(class_cond=True)), "f.pt")
 
 
-@pytest.mark.parametrize("kinds", [("super_res", "unet"), ("unet", "super_res"), ("classifier", "unet"), ("unet", "classifier")])
+@pytest.mark.parametrize("kinds", [("enlarge", "images"), ("images", "enlarge"), ("classify", "images"), ("images", "classify")])
 def test_a_network_of_another_kind_is_called_what_it_is(kinds):
     made, asked = (to_config(kind, dict(image_size=64, large_size=64, small_size=16), "guided") for kind in kinds)
-    words = dict(unet="a model of images", super_res="a super-resolution model", classifier="a classifier")
+    words = dict(images="a model of images", enlarge="a super-resolution model", classify="a classifier")
     with pytest.raises(UserError, match=f"it is {words[kinds[0]]}, not {words[kinds[1]]}"):
         check_fit(network_shapes(made), asked, "f.pt")
 
@@ -171,7 +171,7 @@ def test_a_network_of_another_kind_is_called_what_it_is(kinds):
 @pytest.mark.parametrize("shapes", [
     {"weight": (2, 2)},
     {"time_embed.0.weight": (8, 2), "input_blocks.0.0.weight": (2, 3, 3, 3)},
-    {**network_shapes(to_config("unet", BASE)), "input_blocks.2.0.in_layers.2.weight": (7, 7, 3, 3)},
+    {**network_shapes(to_config("images", BASE)), "input_blocks.2.0.in_layers.2.weight": (7, 7, 3, 3)},
 ])  # fmt: skip
 def test_weights_of_another_program_are_refused(shapes):
     with pytest.raises(UserError, match="holds no network of improved- or guided-diffusion"):

@@ -13,9 +13,11 @@ from iddpm import build, rng
 from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.diffusion.solvers import run as walk
-from iddpm.interop.openai import files
-from iddpm.interop.openai import flags as original
-from iddpm.sampling import draw as sample
+from iddpm.interop.openai.formats import files
+from iddpm.interop.openai.formats import flags as original
+from iddpm.sampling import draw, job
+from iddpm.sampling.images import as_uint8
+from iddpm.sampling.open import restore
 from iddpm.store import checkpoint
 from iddpm.training.state import TrainState
 from interop.written import FLAGS, network, same, write
@@ -38,8 +40,8 @@ def command(capsys):
 
 def drawn(source: Path, rate: float | None = None, count: int = 3) -> np.ndarray:
     weights = checkpoint.read_weights(source, ema_rate=rate)
-    net, job = sample.restore(weights, CPU), sample.job(weights.config, range(count))
-    return np.concatenate(list(sample.images(weights.config, net, job, CPU)))
+    painter = draw.painter(weights.config, restore(weights, CPU), CPU)
+    return np.concatenate(list(draw.images([painter], job.job(weights.config, range(count)))))
 
 
 # ---- the original's files
@@ -50,16 +52,16 @@ def test_a_run_made_of_the_originals_files_draws_what_its_network_draws(tmp_path
     source = write(tmp_path / "files")
     code, out, _ = command("import", source.model, "--run", tmp_path / "run", *typed(**FLAGS))
     assert code == 0
-    config = original.to_config("unet", FLAGS)
+    config = original.to_config("images", FLAGS)
 
     def noise(k: int) -> torch.Tensor:
         return rng.normal(0, rng.SAMPLE, k, range(3), (3, 32, 32))
 
     for rate, weights in ((0, source.weights), (0.9, source.averages[0.9]), (0.99, source.averages[0.99])):
         source.net.load_state_dict(weights)
-        denoiser = build.denoiser(config.diffusion, source.net.eval(), clip=True)
+        denoise = build.sampling_denoiser(config, source.net.eval())
         with torch.inference_mode():
-            expected = sample.to_uint8(walk(build.solver(config.sample)(denoiser, noise(0), noise, {}, None)))
+            expected = as_uint8(walk(build.solver(config)(denoise, noise(0), build.grid(config), noise))).numpy()
         assert np.array_equal(drawn(tmp_path / "run", rate), expected)
     assert "next: iddpm sample" in out
 
@@ -194,26 +196,26 @@ def test_trained_classes_are_named_or_counted_or_those_of_a_folder(tmp_path, com
     assert command(*line, "--run", tmp_path / "a", "--classes", "cat, dog")[0] == 0
     config = checkpoint.read_weights(tmp_path / "a").config
     assert (config.data.classes, config.model.num_classes) == (("cat", "dog"), 1000)
-    assert sample.job(config, range(3)).labels == [0, 1, 0]
+    assert job.job(config, range(3)).labels == [0, 1, 0]
     assert command(*line, "--run", tmp_path / "b", "--classes", "10")[0] == 0
-    assert sample.trained_classes(checkpoint.read_weights(tmp_path / "b").config) == 10
+    assert job.trained_classes(checkpoint.read_weights(tmp_path / "b").config) == 10
     assert command(*line, "--run", tmp_path / "c")[0] == 0
-    assert sample.trained_classes(checkpoint.read_weights(tmp_path / "c").config) == 1000
+    assert job.trained_classes(checkpoint.read_weights(tmp_path / "c").config) == 1000
     assert command(*line, "--run", tmp_path / "e", "--classes", pictures)[0] == 0
     assert checkpoint.read_weights(tmp_path / "e").config.data.classes == ("across", "disc", "down")
     assert "room for 1000" in command(*line, "--run", tmp_path / "d", "--classes", "1001")[2]
 
 
-@pytest.mark.parametrize(("kind", "program"), [("super_res", "improved"), ("classifier", "guided")])
+@pytest.mark.parametrize(("kind", "program"), [("enlarge", "improved"), ("classify", "guided")])
 def test_upsamplers_and_classifiers_are_imported_too(tmp_path, command, kind, program):
     settings = {
-        "super_res": dict(FLAGS, large_size=32, small_size=8),
-        "classifier": dict(image_size=64, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
+        "enlarge": dict(FLAGS, large_size=32, small_size=8),
+        "classify": dict(image_size=64, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
                            diffusion_steps=20, noise_schedule="cosine"),
     }[kind]  # fmt: skip
-    settings.pop("image_size") if kind == "super_res" else None
-    heads = dict(num_head_channels=64) if kind == "classifier" else {}
-    rates = (0.9,) if kind == "super_res" else ()  # the original's classifier_train keeps no averages
+    settings.pop("image_size") if kind == "enlarge" else None
+    heads = dict(num_head_channels=64) if kind == "classify" else {}
+    rates = (0.9,) if kind == "enlarge" else ()  # the original's classifier_train keeps no averages
     source = write(tmp_path / "files", settings=settings, kind=kind, program=program, rates=rates, updates=2)
     code, out, _ = command("import", source.model, "--run", tmp_path / "run", *typed(**settings, **heads))
     assert (code, "the optimizer after 2 steps" in out) == (0, True)

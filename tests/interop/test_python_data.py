@@ -10,8 +10,8 @@ from PIL import Image
 
 from golden_rules import FOLDER, load
 from iddpm.errors import UserError
-from iddpm.interop.openai import guided, image_datasets, logger
-from iddpm.interop.openai.image_datasets import ImageDataset, load_data
+from iddpm.interop.openai.python import guided, image_datasets, logger
+from iddpm.interop.openai.python.image_datasets import ImageDataset, load_data
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from iddpm.errors import UserError
-from iddpm.interop.openai import dist_util
+from iddpm.interop.openai.python import dist_util
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iddpm.interop.openai import logger
+from iddpm.interop.openai.python import logger
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load
-from iddpm.interop.openai import fp16_util, guided, losses, script_util, unet
-from iddpm.interop.openai import nn as pieces
+from iddpm.interop.openai.python import fp16_util, guided, losses, script_util, unet
+from iddpm.interop.openai.python import nn as pieces
 
 ENTRIES = load("networks.json")
 T = torch.tensor([3.5, 871.0])

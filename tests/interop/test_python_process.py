@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from golden_rules import Stub, load, noise
-from iddpm.interop.openai import gaussian_diffusion as gd
-from iddpm.interop.openai.respace import SpacedDiffusion, space_timesteps
+from iddpm.interop.openai.python import gaussian_diffusion as gd
+from iddpm.interop.openai.python.respace import SpacedDiffusion, space_timesteps
 
 ENTRIES = load("process.json")
 LOSSES = {e["key"]: e for e in ENTRIES if e["kind"] == "training_losses"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from golden_rules import load
-from iddpm.interop.openai import resample
+from iddpm.interop.openai.python import resample
 
 GOLDEN = load("second_moment.json")
 CHAIN = SimpleNamespace(num_timesteps=GOLDEN["num_timesteps"])

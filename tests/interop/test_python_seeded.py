@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 import interop.python_seeded as script
 from golden_rules import load
-from iddpm.interop.openai import install, logger
+from iddpm.interop.openai import install
+from iddpm.interop.openai.python import logger
 
 
 @pytest.fixture(autouse=True)

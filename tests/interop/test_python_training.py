@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, noise
 from iddpm.errors import UserError
-from iddpm.interop.openai import fp16_util, logger, resample, script_util, train_util
-from iddpm.interop.openai.train_util import TrainLoop
+from iddpm.interop.openai.python import fp16_util, logger, resample, script_util, train_util
+from iddpm.interop.openai.python.train_util import TrainLoop
 
 Batches = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
@@ -345,7 +345,7 @@ def test_another_network_s_moments_are_refused(folder: Path) -> None:
     loop().run_loop()
     nine = {"step": torch.tensor(1.0), "exp_avg": torch.ones(9), "exp_avg_sq": torch.ones(9)}
     torch.save({"state": {0: nine}, "param_groups": [{"params": [0]}]}, folder / "opt000004.pt")
-    with pytest.raises(UserError, match=r"opt000004\.pt does not fit the model"):
+    with pytest.raises(UserError, match=r"opt000004\.pt is of another network"):
         resumed(folder)
 
 
@@ -479,7 +479,7 @@ TWO = """
     import os, sys, torch, numpy as np
     sys.path[:0] = [{tests!r}, {here!r}]
     torch.set_num_threads(1)
-    from iddpm.interop.openai import dist_util, logger, resample, script_util, train_util
+    from iddpm.interop.openai.python import dist_util, logger, resample, script_util, train_util
     from test_python_training import Line, images
     dist_util.setup_dist()
     dist_util.setup_dist()  # again does nothing

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm import build
-from iddpm.interop.openai import flags
+from iddpm.interop.openai.formats import flags
 
 FLAGS = dict(
     image_size=32, num_channels=16, num_res_blocks=1, num_heads=2, attention_resolutions="16", learn_sigma=True,
@@ -34,7 +34,7 @@ class Written(NamedTuple):
         return dict(self.net.state_dict())
 
 
-def network(settings: dict[str, Any], kind: str = "unet", program: str = "improved", seed: int = 0) -> nn.Module:
+def network(settings: dict[str, Any], kind: str = "images", program: str = "improved", seed: int = 0) -> nn.Module:
     """A network of the original's flags, none of whose weights are zero."""
     torch.manual_seed(seed)
     net = build.network(flags.to_config(kind, settings, program))
@@ -51,7 +51,7 @@ def write(
     fp16: bool = False,
     legacy: bool = False,
     settings: dict[str, Any] = FLAGS,
-    kind: str = "unet",
+    kind: str = "images",
     program: str = "improved",
 ) -> Written:
     """Some updates by AdamW on random gradients, then the files of number `number`."""

@@ -16,7 +16,7 @@ from iddpm.data import Order
 from iddpm.errors import UserError
 from iddpm.measure import bound as nll
 from iddpm.measure.bound import Progress, bits_per_dim, summary, write_original_tables, write_tables
-from iddpm.sampling import draw as sample
+from iddpm.sampling.open import restore
 from iddpm.store import checkpoint
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def trained(config, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(run):
-    return sample.restore(checkpoint.read_weights(run), CPU)
+    return restore(checkpoint.read_weights(run), CPU)
 
 
 class Golden:
@@ -127,7 +127,7 @@ def second_computation(config, net, x0, y, place, seed, kept):
 def test_the_bound_of_a_trained_model_is_a_second_computations(trained, config, data, spec, kept):
     weights = checkpoint.read_weights(trained)
     config = weights.config.updated(dict(sampling_steps=spec))
-    bound = bits_per_dim(config, sample.restore(weights, CPU), data, CPU, num_samples=5, batch_size=2, seed=3, say=quiet)
+    bound = bits_per_dim(config, restore(weights, CPU), data, CPU, num_samples=5, batch_size=2, seed=3, say=quiet)
     net = build.network(config).eval()
     net.load_state_dict(weights.tensors)
     rows = []
@@ -167,7 +167,7 @@ def test_training_lowers_the_bound(trained, config, data):
 
     config = config.updated(dict(sampling_steps="all"))
     untrained = build.in_precision(TrainState(config, CPU).net.eval(), CPU, "fp32")
-    better = sample.restore(checkpoint.read_weights(trained), CPU)
+    better = restore(checkpoint.read_weights(trained), CPU)
     before, after = (bits_per_dim(config, n, data, CPU, say=quiet).total.mean() for n in (untrained, better))
     assert after < 0.9 * before
 
@@ -238,7 +238,7 @@ def test_a_broken_off_measurement_may_go_on_in_smaller_batches_but_not_as_anothe
 def test_what_is_kept_on_the_way_grows_with_images_plus_steps_and_not_their_product(tmp_path):
     sizes = []
     for n, steps in ((1000, 10), (1000, 1010), (2000, 10), (2000, 1010)):
-        Progress.blank(n, steps).save(tmp_path / "s", "{}")
+        Progress(n, steps).save(tmp_path / "s")
         sizes.append((tmp_path / "s").stat().st_size)
     assert sizes[3] - sizes[2] == sizes[1] - sizes[0] == 1000 * 2 * 3 * 8
 

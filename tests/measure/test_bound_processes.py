@@ -19,8 +19,8 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).par
 @pytest.fixture(scope="module")
 def long_run(config, data, tmp_path_factory):
     """A run with a longer chain."""
-    from iddpm.training.start import write_config
     from iddpm.training.loop import train
+    from iddpm.training.start import write_config
 
     config, folder = config.updated(dict(diffusion_steps=STEPS, steps=1)), tmp_path_factory.mktemp("runs") / "long"
     write_config(folder, config)

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import iddpm
-from iddpm.config import Sample, fields_of
+from iddpm.config import Sample, Which, fields_of, own_numbers, settings_of
 from iddpm.data.sources import archive
 from iddpm.errors import UserError
 from iddpm.measure import image_sets
 from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
-from iddpm.sampling import draw as sample
+from iddpm.sampling.job import job
+from iddpm.sampling.open import Opened, restore
 from iddpm.store.checkpoint import Weights, read_weights
 
 
@@ -222,28 +223,33 @@ def test_an_archive_that_is_gone_leaves_nothing_open(forms, tmp_path):
 @pytest.fixture(scope="module")
 def draw(run) -> Callable[..., ImageSet]:
     weights = read_weights(run)
-    net = sample.restore(weights, torch.device("cpu"))
+    net = restore(weights, torch.device("cpu"))
 
     def make(weights: Weights = weights, seeds=range(4), labels="", precision="fp32", **changed) -> ImageSet:
         config = weights.config.updated(changed)
-        return drawn(config, net, weights, torch.device("cpu"), sample.job(config, seeds, labels), run, precision)
+        return drawn(Opened(weights, config, net, torch.device("cpu"), Which(precision=precision)), job(config, seeds, labels))
 
     return make
 
 
-def another(name: str) -> object:
-    """A value of a setting of Sample that the tiny run does not have."""
-    _, default, meta = fields_of(Sample)[name]
-    if meta.get("choices"):
-        return next(choice for choice in meta["choices"] if choice != default)
-    return (not default) if isinstance(default, bool) else default + 0.5 if isinstance(default, float) else "4"
+def another(name: str) -> tuple[dict[str, object], object]:
+    """What else must be set for a setting of Sample to have an effect, and a value of it that the tiny run does not have."""
+    field, around = fields_of(Sample).get(name), {}
+    if field is None:
+        chooser, field, rows = own_numbers(Sample)[name]
+        around = {chooser: rows[0]}
+    elif allowed := field.allowed():
+        return {}, next(choice for choice in allowed if choice != field.default)
+    default = field.default
+    return around, (not default) if isinstance(default, bool) else default + 0.5 if isinstance(default, float) else "4"
 
 
-@pytest.mark.parametrize("name", fields_of(Sample))
+@pytest.mark.parametrize("name", sorted(settings_of(Sample)))
 def test_every_setting_of_drawing_is_told_and_makes_other_images_of_it(draw, name):
-    ours, other = draw(), draw(**{name: another(name)})
-    assert other.about[name] == another(name) != ours.about[name]
-    assert other.digest(range(4)) != ours.digest(range(4)) == draw().digest(range(4))
+    around, value = another(name)
+    ours, other = draw(**around), draw(**around, **{name: value})
+    assert other.about[name] == value != ours.about[name]
+    assert other.digest(range(4)) != ours.digest(range(4)) == draw(**around).digest(range(4))
 
 
 def test_how_images_came_to_be_is_told(draw, run):

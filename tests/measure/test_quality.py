@@ -259,8 +259,8 @@ def test_two_processes_measure_what_one_does(pictures, tmp_path, shard, batch):
 
 
 def test_what_draws_nothing_is_not_measured(config):
-    with pytest.raises(UserError, match="--eval_every has no effect with --network classifier: it draws samples"):
-        check(config.updated(dict(eval_every=5, network="classifier", learn_sigma=False)))
+    with pytest.raises(UserError, match="--eval_every has no effect with --task classify: it belongs to --task images"):
+        check(config.updated(dict(eval_every=5, task="classify", learn_sigma=False)))
 
 
 @pytest.mark.parametrize(

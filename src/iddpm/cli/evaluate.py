@@ -1,18 +1,16 @@
 """`iddpm evaluate`: how good samples are, by the metrics of the field, against real images."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Evaluate, Sample, Which, fields_of, make
+from iddpm.config import Evaluate, Sample, Which, make, settings_of
 from iddpm.errors import UserError
-from iddpm.sampling.open import beside, open_weights
 from iddpm.store.remote import place, remote
 
 if TYPE_CHECKING:
-    import torch
-
     from iddpm.measure.image_sets import ImageSet
 
 OF_A_RUN = 2048  # samples drawn unless told otherwise
@@ -27,27 +25,34 @@ def _parser(parser: Parser) -> None:
 
 def _evaluate(samples: str, **given: Any) -> None:
     settings, which = make(Evaluate, given), make(Which, given)
+    changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
     if not settings.reference or not samples:
         raise UserError(
             "which images are compared? iddpm evaluate SAMPLES --reference DATA: folders, .npz files or archives, or a run"
         )
+    path, run = place(samples), _is_run(place(samples))
+    of_a_run = (settings_of(Sample, Which) | {"labels", "draws"}) - {"device", "batch_size"}
+    if not run and (useless := next((k for k in given if k in of_a_run), None)):
+        raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
     if settings.save_statistics:
-        if place(settings.save_statistics).suffix != ".npz":
-            raise UserError(f"--save_statistics {settings.save_statistics}: give a name that ends in .npz")
-        _require_writable(place(settings.save_statistics), "--save_statistics")
+        _require_writable(place(settings.save_statistics), "--save_statistics", ".npz")
     from iddpm import build
     from iddpm.look import figures as report
     from iddpm.measure import compare, figures
+    from iddpm.measure.image_sets import open_images
     from iddpm.parallel import processes
 
     with processes.session(build.device(which.device)) as device:
-        sets = _sample_sets(samples, settings, given, device)
-        out = _out(place(samples), sets[0], settings)
+        sets = _draws(path, settings, which, changes) if run else [open_images(samples)]
+        resolved = path.resolve()
+        beside = sets[0].home / "metrics.json" if run else resolved.with_name(f"{resolved.name}.metrics.json")
+        out = place(settings.out) if settings.out else beside
+        _require_writable(out, "--out", ".json")
         figures.read(out)  # what is no file of figures is refused before the work
         found = compare.evaluate(sets, settings, device, batch_size=which.batch_size)
-        if found:
+        if found:  # on the first process
             report.tell(found, settings, out)
-            if sets[0].about:
+            if run:
                 report.next_steps(samples, found.samples, out, named=bool(settings.out))
 
 
@@ -58,46 +63,25 @@ def _is_run(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / "checkpoints").is_dir() or checkpoint
 
 
-def _sample_sets(name: str, settings: Evaluate, given: dict[str, Any], device: "torch.device") -> "list[ImageSet]":
-    """The samples: of a run, a set for each draw."""
-    from iddpm.measure.image_sets import drawn, open_images
-    from iddpm.sampling import draw as sample
+def _draws(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":
+    """The samples of a run: a set for each draw, of seeds of its own."""
+    from iddpm.measure.image_sets import drawn
+    from iddpm.sampling.job import job
+    from iddpm.sampling.open import open_weights
 
-    if not _is_run(place(name)):
-        only = {**fields_of(Sample), **fields_of(Which), "labels": 0, "draws": 0}
-        if useless := next((k for k in given if k in only and k not in ("device", "batch_size")), None):
-            raise UserError(f"--{useless} has no effect: {name} holds images that are drawn already")
-        return [open_images(name)]
-    opened = open_weights(name, {**given, "device": str(device)})
-    config, home = opened.config, beside(opened.weights.path)
-    if config.model.network != "unet":
-        what = "enlarges images: draw some with iddpm sample --high_res, and give their .npz"
-        raise UserError(f"{name} {what if config.model.network == 'super_res' else 'is a classifier, which draws nothing'}")
-    n, sets = settings.num_samples or OF_A_RUN, []
-    for k in range(settings.draws):
-        seeds = range(settings.seed + k * n, settings.seed + (k + 1) * n)
-        job = sample.job(config, seeds, settings.labels)
-        sets.append(drawn(config, opened.net, opened.weights, opened.device, job, home, opened.which.precision))
-    return sets
+    opened, n = open_weights(run, which, changes), settings.num_samples or OF_A_RUN
+    if opened.config.task.enlarges:
+        raise UserError(f"{run} enlarges images: draw some with iddpm sample --high_res, and give their .npz")
+    if not opened.config.task.draws:
+        raise UserError(f"{run} is a classifier, which draws nothing")
+    starts = range(settings.seed, settings.seed + settings.draws * n, n)
+    return [drawn(opened, job(opened.config, range(a, a + n), settings.labels)) for a in starts]
 
 
-def _out(samples: Path, images: "ImageSet", settings: Evaluate) -> Path:
-    """Where the figures go; UserError where nothing can be written there."""
-    if images.about:
-        out = images.home / "metrics.json"
-    else:
-        samples = samples.resolve()
-        out = samples.with_name(f"{samples.name}.metrics.json")
-    if settings.out:
-        out = place(settings.out)
-        if out.suffix != ".json" or out.is_dir():
-            raise UserError(f"--out {settings.out}: the figures are one file of JSON: give a name that ends in .json")
-    _require_writable(out, "--out")
-    return out
-
-
-def _require_writable(path: Path, flag: str) -> None:
-    """Make the folder of a file that is to be written; UserError where that cannot be."""
+def _require_writable(path: Path, flag: str, ending: str) -> None:
+    """Make the folder of a file that is to be written; UserError where it cannot be, or has another ending."""
+    if path.suffix != ending or path.is_dir():
+        raise UserError(f"{flag} {path}: give a name that ends in {ending}")
     if remote(path):
         return
     try:

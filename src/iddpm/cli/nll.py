@@ -1,196 +1,104 @@
 """`iddpm nll`: bits per dimension of a data set, alone or against another run on the same images and noise."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, Measure, Sample, Which, make
+from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
-from iddpm.sampling.open import Opened, beside, open_weights
 from iddpm.store.remote import place
 
 if TYPE_CHECKING:
-    import torch
+    from iddpm.sampling.open import Opened
 
-    from iddpm.data import Images
-    from iddpm.measure.bound import Bound
+BOUND = ("sampling_steps", "clip_denoised")  # all of Sample that the bound depends on: it has no solver
 
 
 def _parser(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a .safetensors file of weights")
     parser.add_argument("data", help="a folder of images")
     parser.add_fields(Measure)
-    parser.add_fields(Sample, "The chain (of which solver and eta have no effect here)", inherited=True)
+    parser.add_fields(Sample, "The steps of the bound", inherited=True, only=BOUND)
     parser.add_fields(Which, "Which weights (of both runs), and on what they run")
 
 
 def _nll(run: str, data: str, **given: Any) -> None:
     measure, which = make(Measure, given), make(Which, given)
-    _check_names(measure, given)
+    changes = {k: v for k, v in given.items() if k in BOUND}
+    if measure.curve and "sampling_steps" in changes:
+        raise UserError("--curve and --sampling_steps both say how many steps: give one")
+    per_image, folder = _per_image(measure), place(data)
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
+    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out
     from iddpm.parallel import processes
+    from iddpm.sampling.open import open_weights
 
-    with processes.session(build.device(which.device)) as device:
-        given = {**given, "device": str(device)}
-        runs = [open_weights(source, given) for source in (run, measure.against) if source]
-        _check_networks(runs)
-        chains = _chains(measure.curve, runs)
-        name = "nll_curve.json" if measure.curve else "nll.json"
-        out = place(measure.out) if measure.out else beside(runs[0].weights.path) / name
+    with processes.session(build.device(which.device)):
+        runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
+        _require_same_images(runs)
+        out = _out(measure, runs[0])
+        chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
-        every_class = bool(measure.per_image)
-        images = [_open_images(opened.config, data, every_class, measure.num_samples == 0) for opened in runs]
+        images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
         leads = processes.rank() == 0
         if leads:
-            print(images[0].describe() + _scaling(images[0]))
-            for path in filter(None, (out, place(measure.per_image) if measure.per_image else None)):
+            print(describe(images[0]))
+            for path in filter(None, (out, per_image)):
                 path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []
-        states: list[Path] = []
-        for spec, chain in chains.items():
-            own = [out.with_name(f"{out.name}{spec}{end}.partial") for end in ("", ".against")]
-            done = [report.Measured(o, i, _measure(o, i, measure, device, p, leads)) for o, i, p in zip(chain, images, own)]
-            if leads:
-                report.say(done, data, out)
+        states: list[Path] = []  # a file for each run on each chain, from which the same command goes on
+        for name, chain in chains.items():
+            own = [out.with_name(f"{out.name}{name}{end}.partial") for end in ("", ".against")]
+            done = [
+                report.Measured(o, i, bound_of(o, grid, i, measure, state)) for (o, grid), i, state in zip(chain, images, own)
+            ]
             points.append(done)
             states += own
+            if leads:
+                report.say(done, folder, out)
         if leads:
             if measure.curve:
-                report.write_curve(points, out, data)
+                report.write_curve(points, out, folder)
             else:
-                report.write(points[0], out, data, measure.per_image)
-            for path in states:
-                path.unlink(missing_ok=True)
+                report.write(points[0], out, folder, per_image)
+            for state in states:
+                state.unlink(missing_ok=True)
 
 
-def _check_names(measure: Measure, given: dict[str, Any]) -> None:
-    out, per_image = place(measure.out), place(measure.per_image)
-    if measure.out and (out.suffix not in (".json", "") or out.is_dir()):
-        raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
-    if measure.per_image and (per_image.suffix not in (".csv", ".npz") or per_image.is_dir()):
-        raise UserError(f"--per_image {per_image}: give a name that ends in .csv or .npz")
-    if measure.curve and "sampling_steps" in given:
-        raise UserError("--curve and --sampling_steps both say how many steps: give one")
-    if measure.curve and measure.per_image:
+def _per_image(measure: Measure) -> Path | None:
+    """The file for the numbers of each image, if there is to be one."""
+    if not measure.per_image:
+        return None
+    path = place(measure.per_image)
+    if path.suffix not in (".csv", ".npz") or path.is_dir():
+        raise UserError(f"--per_image {path}: give a name that ends in .csv or .npz")
+    if measure.curve:
         raise UserError("--per_image is of one chain, and --curve of several: give one")
+    return path
 
 
-def _chains(curve: str, runs: list[Opened]) -> dict[str, list[Opened]]:
-    """The runs on each chain of --curve, by what is added to the name of its state; on their own where that is empty.
-
-    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
-    """
-    from iddpm import build
-
-    if not curve:
-        return {"": runs}
-    chains: dict[str, list[Opened]] = {}
-    lengths: list[dict[int, str]] = [{} for _ in runs]
-    for spec in map(str.strip, curve.split(",")):
-        if not spec:
-            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
-        chains[f".{spec}"] = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
-        for opened, seen in zip(chains[f".{spec}"], lengths):
-            try:
-                steps = build.chain(opened.config.diffusion, spec).steps
-            except UserError as e:
-                raise UserError(str(e).replace("--sampling_steps", f"--curve {curve}:", 1)) from None
-            if steps in seen:
-                raise UserError(f"--curve {curve}: {seen[steps]} and {spec} are both {steps} steps: leave one out")
-            seen[steps] = spec
-    return chains
+def _out(measure: Measure, first: "Opened") -> Path:
+    """The file for the numbers: JSON, by default in the run."""
+    if not measure.out:
+        return first.home / ("nll_curve.json" if measure.curve else "nll.json")
+    out = place(measure.out)
+    if out.suffix not in (".json", "") or out.is_dir():
+        raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
+    return out
 
 
-def _check_networks(runs: list[Opened]) -> None:
+def _require_same_images(runs: "list[Opened]") -> None:
     """UserError where a run has no likelihood, or two of them cannot see the same images."""
-    from iddpm.config import image_size
-
+    shapes = []
     for opened in runs:
-        if opened.config.model.network == "classifier":
+        if opened.config.task.classifies:
             raise UserError(f"{opened.weights.path} is a classifier: bits/dim are those of a model of images")
-    (size, channels), *others = [(image_size(o.config.model), o.config.model.image_channels) for o in runs]
-    for other in others:
-        if other != (size, channels):
-            sizes = [f"{h}x{w} with {c} channels" for (h, w), c in ((size, channels), other)]
-            raise UserError(f"--against: {runs[1].weights.path} models images of {sizes[1]}, and the run {sizes[0]}")
-
-
-def _open_images(config: Config, path: str, every_class: bool, keep: bool) -> "Images":
-    """The images with the classes of the run; for a run without classes, with the data's own where `every_class`.
-
-    Nothing stands in for a broken file, whose likelihood nobody knows. `keep`: decode them all at once, as far as memory goes.
-    """
-    from iddpm.config import image_size
-    from iddpm.data import Images
-
-    m = config.model
-
-    def open_with(labels: str, classes: tuple[str, ...] | None = None) -> Images:
-        size, channels, cache = image_size(m), m.image_channels, (2 << 30) * keep
-        return Images.open(path, size, channels, on_broken="fail", cache_bytes=cache, labels=labels, classes=classes)
-
-    if m.class_cond:
-        images = open_with(config.data.labels, config.data.classes or None)
-        if images.labels is None:
-            raise UserError(f"{path} has no classes, and this model was trained with them")
-        return images if config.data.classes else _numbered(images, m.num_classes, path)
-    if every_class:
-        try:
-            return open_with("auto")
-        except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
-            pass
-    return open_with("none")
-
-
-def _scaling(images: "Images") -> str:
-    """A remark where the first file has not the model's size: its likelihood is then that of what was made of it."""
-    from iddpm.data import decode
-
-    (width, height), wanted = decode(images.files[0], images.channels).size, images.image_size
-    if (height, width) == wanted:
-        return ""
-    return (
-        f"\nthe first has {height}x{width} pixels, scaled to {wanted[0]}x{wanted[1]}: the bits/dim are those of the scaled images"
-    )
-
-
-def _numbered(images: "Images", known: int, path: str) -> "Images":
-    """The labels for a model whose classes have numbers and no names: the numbers themselves, or the ranks of all its classes."""
-    import numpy as np
-
-    names = images.classes
-    if all(name.isdecimal() for name in names):
-        if beyond := [name for name in names if int(name) >= known]:
-            raise UserError(f"{path} has the label {beyond[0]}, and this model knows 0 to {known - 1}")
-        images.labels = np.array([int(name) for name in names], np.int64)[images.labels]
-        images.classes = tuple(map(str, range(known)))
-    elif len(names) != known:
-        raise UserError(
-            f"{path} has {len(names)} classes ({names[0]} ...), and this model knows {known} by number: "
-            f"label the images 0 to {known - 1}"
-        )
-    return images
-
-
-def _measure(opened: Opened, images: "Images", measure: Measure, device: "torch.device", state: Path, leads: bool) -> "Bound":
-    from tqdm import tqdm
-
-    from iddpm import build
-    from iddpm.measure import bound as nll
-
-    config, n = opened.config, min(measure.num_samples or len(images), len(images))
-    total = build.chain(config.diffusion, config.sample.sampling_steps).steps
-    names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
-    identity = dict(weights=str(opened.weights.path), about=opened.weights.about, files=names, precision=opened.which.precision)
-    with tqdm(total=total * n, unit="term", unit_scale=True, disable=None if leads else True) as bar:
-        return nll.measure(
-            config, opened.net, images, device,
-            num_samples=n, batch_size=opened.which.batch_size, seed=measure.seed,
-            state=state, identity=identity, say=bar.write, tick=bar.update,
-        )  # fmt: skip
+        height, width = image_size(opened.config.model)
+        shapes.append(f"{height}x{width} with {opened.config.model.image_channels} channels")
+    if shapes[0] != shapes[-1]:
+        raise UserError(f"--against: {runs[1].weights.path} models images of {shapes[1]}, and the run {shapes[0]}")
 
 
 VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound", resumes=True)

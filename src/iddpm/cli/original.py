@@ -3,7 +3,7 @@
 from typing import Any
 
 from iddpm.cli.flags import Parser, Verb, boolean
-from iddpm.interop.openai import flags
+from iddpm.interop.openai.formats.flags import COMMANDS
 
 HELP = {
     "image_train": "the original's training of a model of images",
@@ -14,7 +14,7 @@ HELP = {
     "classifier_train": "guided-diffusion's training of a classifier of noisy images",
     "classifier_sample": "guided-diffusion's sampling, guided by a classifier",
 }
-GUIDED = dict(num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False)
+GUIDED = dict(num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False, use_fp16=False)
 ADDED = dict(  # flags of ours that the original's commands take as well
     seed=(0, "seed of everything random"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: the best there is"),
@@ -22,29 +22,31 @@ ADDED = dict(  # flags of ours that the original's commands take as well
 )
 
 
+def add_flag(parser: Parser, section: Any, name: str, like: Any, **settings: Any) -> None:
+    """Add a flag of the type of `like` to a section of the parser's help."""
+    if isinstance(like, bool):
+        parser.booleans.add(name)
+    kind, metavar = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X")}.get(type(like), (str, "TEXT"))
+    section.add_argument(f"--{name}", type=kind, metavar=metavar, **settings)
+
+
 def _verb(name: str) -> Verb:
     program = "guided" if name.startswith("classifier") else "improved"
-    defaults: dict[str, Any] = dict(flags.COMMANDS[program][name])
+    defaults: dict[str, Any] = dict(COMMANDS[program][name])
     if program == "improved":
-        defaults |= {k: v for k, v in (GUIDED | {"use_fp16": False}).items() if k not in defaults}
+        defaults |= {k: v for k, v in GUIDED.items() if k not in defaults}
     if name != "classifier_train":
         defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
     added = {k: v for k, v in ADDED.items() if k != "steps" or name.endswith("_train")}
 
     def parser(p: Parser) -> None:
-        for flag, (value, text) in [*((k, (v, "")) for k, v in defaults.items()), *added.items()]:
-            kind = boolean if isinstance(value, bool) else type(value)
-            metavar = {bool: "BOOL", int: "N", float: "X"}.get(type(value), "TEXT")
-            if isinstance(value, bool):
-                p.booleans.add(flag)
-            p.add_argument(
-                f"--{flag}", type=kind, default=value, metavar=metavar, help=f"{text} [{value if value != '' else 'none'}]"
-            )
+        for flag, (value, text) in {**{k: (v, "") for k, v in defaults.items()}, **added}.items():
+            add_flag(p, p, flag, value, default=value, help=f"{text} [{value if value != '' else 'none'}]")
 
     def run(**given: Any) -> None:
         from iddpm.interop.openai import commands
 
-        commands.COMMANDS[name](given)
+        commands.run(name, given)
 
     return Verb(run, parser, "", HELP[name])
 

@@ -19,7 +19,7 @@ def _parser(parser: Parser) -> None:
         parser.add_fields(type(group))
     rows = (f"  {name:14} {text}" for name, (text, _) in PRESETS.items())
     codes = "exit codes: 0 done; 2 one line says what to mend; 75 stopped by Ctrl-C or SIGTERM with all saved, start it again"
-    parser.epilog = "presets (flags given beside one win):\n" + "\n".join(rows) + f"\n\n{codes}"
+    parser.epilog = "presets (a flag given beside a preset wins over it):\n" + "\n".join(rows) + f"\n\n{codes}"
 
 
 def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:

@@ -1,8 +1,8 @@
 """The settings of a run and of each verb, as frozen dataclasses: flags, help, ranges and the JSON all come from these fields."""
 
 from dataclasses import dataclass
-from typing import Any
 from functools import partial
+from typing import Any
 
 from iddpm.config.fields import opt
 from iddpm.config.tasks import TASKS
@@ -21,7 +21,7 @@ class Model:
     """The network."""
 
     task: str = opt("images", "what to train", choices=tuple(TASKS), fixed=True)
-    network: str = opt("unet", "what learns it", kind="network", fixed=True)
+    network: str = opt("unet", "the architecture that learns it", kind="network", fixed=True)
     image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
     small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH", fixed=True)
     low_res_noise: float = _enlarge(
@@ -44,7 +44,7 @@ class Model:
     new_attention_order: bool = _unet(False, "attention's channels are q, k, v, then heads (some published weights)")
     classifier_pool: str = opt(
         "attention",
-        "how it sums an image up",
+        "how the classifier pools its features over the image",
         choices=("adaptive", "attention", "spatial", "spatial_v2"),
         fixed=True,
         only="task=classify",
@@ -60,12 +60,12 @@ class Model:
 class Diffusion:
     """The process, and what is learned of it."""
 
-    noise_schedule: str = opt("linear", "how noise grows", kind="noise_schedule", fixed=True)
+    noise_schedule: str = opt("linear", "how the noise grows with time", kind="noise_schedule", fixed=True)
     diffusion_steps: int = _chain(1000, "steps T of the chain", low=1)
     parametrization: str = opt("eps", "what the network predicts", kind="parametrization", fixed=True, only="task=images|enlarge")
-    learn_sigma: bool = _generate(False, "learn the variance, as a range (twice the output channels)")
-    sigma_small: bool = _generate(False, "fixed variance: the posterior's rather than beta")
-    rescale_timesteps: bool = _chain(True, "the network sees i * 1000/T rather than i")
+    learn_sigma: bool = _generate(False, "learn the variance too, between its two bounds (twice the output channels)")
+    sigma_small: bool = _generate(False, "of the two fixed variances take the posterior's, not beta")
+    rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
     objective: str = opt(
         "auto",
         "the loss; auto: hybrid with learn_sigma, else simple",
@@ -74,9 +74,13 @@ class Diffusion:
         fixed=True,
         only="task=images|enlarge",
     )
-    weighting: str = opt("uniform", "of the squared error, by level", kind="weighting", fixed=True, only="objective:weighting")
+    weighting: str = opt(
+        "uniform", "weight of the squared error at each noise level", kind="weighting", fixed=True, only="objective:weighting"
+    )
     noised: bool = opt(True, "learn from images of every noise level, not from clean ones", fixed=True, only="task=classify")
-    schedule_sampler: str = opt("uniform", "law of t", kind="schedule_sampler", fixed=True, only="noised=True")
+    schedule_sampler: str = opt(
+        "uniform", "how training draws its noise levels (the law of t)", kind="schedule_sampler", fixed=True, only="noised=True"
+    )
 
     @property
     def objective_name(self) -> str:
@@ -109,9 +113,9 @@ class Train:
     """The training."""
 
     steps: int = opt(0, "end after this many optimizer steps", low=0)
-    images: int = opt(0, "or after this many images", low=0)
-    batch_size: int = opt(64, "images per step, in all", low=1)
-    microbatch: int = opt(-1, "images at a time, to save memory; -1: all. Changes no gradient", low=-1)
+    images: int = opt(0, "end after this many images instead", low=0)
+    batch_size: int = opt(64, "images per step, over all processes together", low=1)
+    microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", low=-1)
     lr: float = opt(1e-4, "learning rate", low=0)
     lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", low=0)
     lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", low=-1)
@@ -129,10 +133,12 @@ class Train:
     save_interval: int = opt(1000, "steps between checkpoints", low=1)
     sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
     keep: int = opt(3, "newest checkpoints to keep; 0: all", low=0)
-    keep_every: int = opt(0, "also keep the checkpoint of every step that this divides; 0: none", low=0)
+    keep_every: int = opt(0, "also keep every checkpoint whose step is a multiple of this; 0: none", low=0)
     async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
     shard: int = opt(
-        0, "of several processes, how many share one set of weights out (FSDP2); 0: each holds all (DDP), -1: all share", low=-1
+        0,
+        "how many processes divide one copy of the weights (FSDP2); 0: each holds a whole copy (DDP), -1: all divide one",
+        low=-1,
     )
     timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1)
     init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
@@ -146,7 +152,7 @@ class Train:
         "", "the real images they are compared with; empty: those of --validation, else the training images"
     )
     eval_extractor: str = _measured("lite0-128", "the network whose features are compared", kind="extractor")
-    eval_batch: int = _measured(64, "how many of them a process draws at a time", low=1)
+    eval_batch: int = _measured(64, "samples that a process draws at a time for it", low=1)
 
 
 @dataclass(frozen=True)
@@ -155,20 +161,20 @@ class Sample:
 
     solver: str = opt("ancestral", "how to walk from noise to image", kind="solver")
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
-    clip_denoised: bool = opt(True, "hold the predicted image in [-1, 1] at each step")
-    consistent: bool = _enlarge(False, "hold the predicted image's means over areas at the small image, too")
+    clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
+    consistent: bool = _enlarge(False, "at each step, also make the predicted image shrink to exactly the small one")
 
 
 @dataclass(frozen=True)
 class Which:
     """Which weights, and on what they run."""
 
-    checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest that is whole", low=-1)
+    checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest complete one", low=-1)
     best: bool = opt(False, "the checkpoint that --eval_every found best")
     ema_rate: float = opt(-1.0, "the average of this rate; 0: the raw weights, -1: the first rate of the run", low=-1, high=1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     precision: str = opt("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
-    batch_size: int = opt(64, "images at a time; does not change them", low=1)
+    batch_size: int = opt(64, "images computed at a time; they come out the same", low=1)
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class Draw:
     seeds: str = opt("", "seeds instead of a number of images, as 0-63 or 7,9,20-29")
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
     classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
-    classifier_scale: float = opt(1.0, "how strongly it pulls", low=0)
+    classifier_scale: float = opt(1.0, "strength of the classifier's guidance", low=0)
     then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")
@@ -191,12 +197,12 @@ class Draw:
 class Measure:
     """What to measure."""
 
-    num_samples: int = opt(0, "images, drawn by the seed; 0: all", low=0)
-    seed: int = opt(0, "seed of the draw and of the noise", low=0, high=2**63 - 1)
-    curve: str = opt("", "bits/dim against the number of steps instead: of chains respaced to these, as 10,50,250,all")
+    num_samples: int = opt(0, "images to measure, chosen by the seed; 0: all", low=0)
+    seed: int = opt(0, "seed of this choice and of the noise", low=0, high=2**63 - 1)
+    curve: str = opt("", "instead: bits/dim for several numbers of steps, on chains respaced to them, as 10,50,250,all")
     out: str = opt("", "where the numbers go; empty: nll.json or nll_curve.json in the run. Tables and a picture go beside it")
     per_image: str = opt("", "also the bits/dim of each image, as a .csv or .npz")
-    against: str = opt("", "another run: the difference to it, on the same images and noise")
+    against: str = opt("", "another run, measured on the same images and noise: tells the difference to it")
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ class Evaluate:
     seed: int = opt(
         0, "a run's first seed, and the seed of the choice among more images than are compared", low=0, high=2**63 - 1
     )
-    draws: int = opt(1, "sets of samples that a run draws, of which mean and spread are told", low=1)
+    draws: int = opt(1, "sets of samples to draw from a run: figures are their mean, errors come from their spread", low=1)
     save_statistics: str = opt("", "also write the reference's mu and sigma to this .npz, for other tools and later use")
     out: str = opt("", "where the figures go; empty: metrics.json in the run, or beside the samples")
     own: tuple[tuple[str, Any], ...] = ()  # the numbers of the extractor and the metrics that are chosen

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iddpm.diffusion.denoiser import Denoise, Prediction, wide
-from iddpm.diffusion.grid import Grid, Step
+from iddpm.diffusion.grid import Grid, Step, as_step
 from iddpm.diffusion.schedule import Level
 
 Noise = Callable[[int], Tensor]  # k -> the k-th standard normal draw, shaped like the batch
@@ -42,12 +42,13 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 def vlb_term(p: Prediction, x0: Tensor, xt: Tensor, step: Level | Step) -> Tensor:
     """The bound's term of each image (B,), in bits/dim: the decoder's at the last step, a KL at every other."""
-    assert isinstance(step, Step)  # the bound is a chain's
-    s = Step(*wide(step, x0))
+    s = Step(*wide(as_step(step, "the bound"), x0))
     assert p.mean is not None and p.log_var is not None  # as every denoiser gives them at a step
-    kl = gaussian_kl(s.coef_x0 * x0 + s.coef_xt * xt, s.log_min, p.mean, p.log_var)
-    decoder = -discretized_log_likelihood(x0, p.mean, 0.5 * p.log_var)
-    return torch.where(s.last.flatten().to(x0.device) > 0, mean_flat(decoder), mean_flat(kl)) / math.log(2)
+    kl = mean_flat(gaussian_kl(s.coef_x0 * x0 + s.coef_xt * xt, s.log_min, p.mean, p.log_var))
+    if not s.last.ndim and not s.last:  # a step of a walk, but the last one: the decoder costs as much again
+        return kl / math.log(2)
+    decoder = mean_flat(-discretized_log_likelihood(x0, p.mean, 0.5 * p.log_var))
+    return (torch.where(s.last.flatten() > 0, decoder, kl) if s.last.ndim else decoder) / math.log(2)
 
 
 def prior_term(grid: Grid, x0: Tensor) -> Tensor:

@@ -32,14 +32,24 @@ Denoise = Callable[[Tensor, Any], Prediction]  # (x_t, level or step): a denoise
 def wide(columns: Sequence[Any], x: Tensor) -> tuple[Any, ...]:
     """float64 columns (B,) as float32 (B, 1, ...) beside images x (B, ...), on their device; 0-dim ones as float32.
 
-    All go over in one copy: on a GPU each would cost a launch.
+    All go over in one copy, which does not wait for what the GPU still has to do.
     """
+    columns = [c.float() if isinstance(c, Tensor) else c for c in columns]
     many = [c for c in columns if isinstance(c, Tensor) and c.ndim]
     if not many:
-        return tuple(c.float() if isinstance(c, Tensor) else c for c in columns)
-    rows = torch.stack([c.float() for c in many], dim=1).to(x.device).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
+        return tuple(columns)
+    rows = _moved(torch.stack(many, dim=1), x.device).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
     moved = iter(rows)
     return tuple(next(moved) if isinstance(c, Tensor) and c.ndim else c for c in columns)
+
+
+def times(level: Level | Step | Scalings, x: Tensor) -> Tensor:
+    """The time of each of the images x (B, ...), as a network is given it: (B,) float32 on their device."""
+    return _moved(level.time.float(), x.device).flatten().expand(len(x))
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device, non_blocking=device.type == "cuda")  # safe: CUDA has read pageable memory before the call returns
 
 
 # ---- variance: (step, the network's variance channels) -> log variance of p(x_{t-1} | x_t)
@@ -88,23 +98,25 @@ class Denoiser:
 
     def __call__(self, x: Tensor, level: Level | Step, cond: Cond = {}) -> Prediction:
         """Predict from x_t (B, C, H, W) at a level, or a step, whose entries are (B,) or 0-dim."""
-        c = self.parametrization(level)  # worked out in float64: 1/alpha reaches 1e5 at the noisy end
-        time = c.time.to(x.device, torch.float32).flatten().expand(len(x))
-        seen = x if c.inp is None else wide((c.inp,), x)[0] * x
-        return self.read(self.net(seen, time, **cond).float(), x, level, c)
+        c = self._scalings(level, x)
+        seen = x if c.inp is None else c.inp * x
+        return self.read(self.net(seen, times(c, x), **cond).float(), x, level, c)
 
     def read(self, output: Tensor, x: Tensor, level: Level | Step, c: Scalings | None = None) -> Prediction:
         """The prediction that a network's output (B, C or 2C, H, W) stands for."""
         raw, values = output.chunk(2, dim=1) if self.variance in LEARNED else (output, None)
         if raw.shape != x.shape:
             raise ValueError(f"the network gave {tuple(output.shape)} for images {tuple(x.shape)}: wrong channels or size")
-        c = Scalings(*wide(c or self.parametrization(level), x))
+        c = c or self._scalings(level, x)
         x0 = reduce(lambda x0, f: f(x0), self.after, c.skip * x + c.out * raw)
         if not isinstance(level, Step):
             return Prediction(raw, values, x0, None, None)
         step = Step(*wide(level, x))
         mean = raw if c.is_mean else step.coef_x0 * x0 + step.coef_xt * x
         return Prediction(raw, values, x0, mean, self.variance(step, values))
+
+    def _scalings(self, level: Level | Step, x: Tensor) -> Scalings:
+        return Scalings(*wide(self.parametrization(level), x))  # worked out in float64: 1/alpha reaches 1e5 at the noisy end
 
 
 def clip(x0: Tensor) -> Tensor:

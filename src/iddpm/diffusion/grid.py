@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm.diffusion.schedule import Discrete, Schedule
+from iddpm.diffusion.schedule import Discrete, Level, Schedule
 
 
 class Step(NamedTuple):
@@ -28,6 +28,13 @@ class Step(NamedTuple):
     last: Tensor  # 1 at the step whose result is the image, else 0
 
 
+def as_step(level: Level | Step, what: str) -> Step:
+    """The level itself, for `what` needs a step; ValueError where it is a bare level."""
+    if not isinstance(level, Step):
+        raise ValueError(f"{what} needs the steps of a chain or of a grid: a bare level of a continuous schedule has no next one")
+    return level
+
+
 class Grid:
     """Steps between levels, least noisy first in `table`; `start` is what unit noise is multiplied with at the noisy end."""
 
@@ -47,8 +54,9 @@ class Grid:
         return (Step(*row) for row in zip(*(column.flip(0).unbind() for column in self.table)))
 
     def u_of(self, ratio: Tensor) -> Tensor:
-        """The u (B,) of the least noisy step whose sigma/alpha is `ratio` (B,) or more: the middle of its share of [0, 1)."""
-        i = torch.searchsorted(self.table.sigma / self.table.alpha, ratio).clamp(max=self.steps - 1)
+        """The u (B,) of the step whose log(sigma/alpha) is nearest to that of `ratio` (B,): the middle of its share of [0, 1)."""
+        log = (self.table.sigma / self.table.alpha).log()
+        i = torch.searchsorted((log[:-1] + log[1:]) / 2, ratio.log(), right=True)  # right: pure noise has the ratio infinity
         return (i.double() + 0.5) / self.steps
 
 

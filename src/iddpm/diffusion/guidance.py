@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm.diffusion.denoiser import Denoise, Network, Prediction
+from iddpm.diffusion.denoiser import Denoise, Network, Prediction, times
 from iddpm.diffusion.schedule import Level
 
 Gradient = Callable[[Tensor, Any], Tensor]  # (x_t (B, C, H, W), level) -> the scaled gradient, like x_t
@@ -17,7 +17,7 @@ def classifier_gradient(net: Network, y: Tensor, scale: float = 1.0) -> Gradient
     """scale times the gradient of log p(y | x_t) of a classifier (x_t, time) -> logits (B, K), for classes y (B,)."""
 
     def gradient(x: Tensor, level: Level) -> Tensor:
-        time = level.time.to(x.device, torch.float32).flatten().expand(len(x))
+        time = times(level, x)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_(True)
             log_p = F.log_softmax(net(x, time.clone()).float(), dim=1)
@@ -31,7 +31,7 @@ def guided(denoise: Denoise, gradient: Gradient) -> Denoise:
     """The denoiser, bent by a classifier's gradient (Dhariwal & Nichol 2021, section 4), for steps whose entries are 0-dim.
 
     The mean moves by variance times gradient (algorithm 1), which `ancestral` reads; x0 by that of the score, sigma^2/alpha
-    times gradient (algorithm 2), which all others read. In pure noise, where alpha is 0, there is no x0 to move.
+    times gradient (algorithm 2), which all others read. Of pure noise, where alpha is 0, a classifier says nothing: x0 stays.
     """
 
     def bent(x: Tensor, step: Any) -> Prediction:

@@ -113,10 +113,13 @@ class LossSecondMoment(Uniform):
         moment = (self._losses**2).mean(1).sqrt().clamp(min=1e-300)  # all losses 0 is the uniform law
         return (1 - self.uniform) * moment / moment.sum() + self.uniform / self.steps
 
-    def __call__(self, u: Tensor) -> Draw:
-        p = self.probabilities()
-        i = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=self.steps - 1)
-        return Draw((i.double() + 0.5) / self.steps, (1 / (self.steps * p[i])).float())
+    def __call__(self, v: Tensor) -> Draw:
+        p, v = self.probabilities(), v.double()
+        upto = p.cumsum(0)
+        i = torch.searchsorted(upto, v, right=True).clamp(max=self.steps - 1)
+        # On a continuous schedule, a step stands for all u of its share, evenly; rounding must not lead over its edges.
+        within = ((v - upto[i]) / p[i] + 1).clamp(1e-6, 1 - 1e-6)
+        return Draw((i + within) / self.steps, (1 / (self.steps * p[i])).float())
 
     def update(self, u: Tensor, losses: Tensor) -> None:
         for step, loss in zip((u * self.steps).long().tolist(), losses.double().tolist()):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm.diffusion.bound import mean_flat, vlb_term
-from iddpm.diffusion.denoiser import Cond, Denoiser, wide
+from iddpm.diffusion.denoiser import Cond, Denoiser, times, wide
+from iddpm.diffusion.grid import as_step
 from iddpm.diffusion.schedule import Schedule
 from iddpm.diffusion.weighting import Weighting, uniform
 
@@ -53,8 +54,7 @@ def vlb_unscaled(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor
 
 def clean_cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
     """cross_entropy of the clean images, at the least noisy time: a plain classifier"""
-    time = schedule(torch.zeros_like(u)).time
-    return _ranked(denoiser.net(x0, time.to(x0.device, torch.float32)), cond["y"])
+    return _ranked(denoiser.net(x0, times(schedule(torch.zeros_like(u)), x0)), cond["y"])
 
 
 def cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
@@ -64,7 +64,7 @@ def cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tenso
     """
     level = schedule(u)
     alpha, sigma = wide((level.alpha, level.sigma), x0)
-    return _ranked(denoiser.net(alpha * x0 + sigma * eps, level.time.to(x0.device, torch.float32)), cond["y"])
+    return _ranked(denoiser.net(alpha * x0 + sigma * eps, times(level, x0)), cond["y"])
 
 
 def _ranked(logits: Tensor, y: Tensor) -> Terms:
@@ -80,16 +80,18 @@ def _squared_error(
 ) -> Terms:  # fmt: skip
     level = schedule(u)
     c = denoiser.parametrization(level)
-    alpha, sigma, of_x0, of_eps = wide((level.alpha, level.sigma, c.of_x0, c.of_eps), x0)
+    columns = level.alpha, level.sigma, c.of_x0, c.of_eps, weighting(level, c)
+    alpha, sigma, of_x0, of_eps, weight = wide(columns, x0)
     xt = alpha * x0 + sigma * eps
     p = denoiser(xt, level, cond)
     mse = mean_flat((p.raw - (of_x0 * x0 + of_eps * eps)) ** 2)  # of the target as it is, not by way of x0: 1/alpha is large
-    loss = mse if weighting is uniform else weighting(level, c).to(mse) * mse
+    loss = weight.flatten() * mse
     if not vb_scale or p.values is None:
         return {"loss": loss, "mse": mse}
-    assert p.mean is not None  # a learned variance goes with a chain, whose levels are steps
+    step = as_step(level, "a learned variance")
+    assert p.mean is not None  # as every denoiser gives it at a step
     frozen = p._replace(mean=p.mean.detach())  # the bound must not pull at the mean: its gradient is far noisier
-    vb = vb_scale * vlb_term(frozen, x0, xt, level)
+    vb = vb_scale * vlb_term(frozen, x0, xt, step)
     return {"loss": loss + vb, "mse": mse, "vb": vb}
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm.diffusion.grid import Step
+from iddpm.diffusion.grid import Step, as_step
 from iddpm.diffusion.schedule import Level
 
 
@@ -40,8 +40,9 @@ def v(s: Level) -> Scalings:
     return Scalings(s.alpha, -s.sigma, -s.sigma, s.alpha, s.time)
 
 
-def previous(s: Step) -> Scalings:
+def previous(s: Level | Step) -> Scalings:
     """The mean of q(x_{t-1} | x_t, x_0), on a chain."""
+    s = as_step(s, "parametrization previous")
     to_x0, to_eps = s.coef_x0 + s.coef_xt * s.alpha, s.coef_xt * s.sigma
     return Scalings(-s.coef_xt / s.coef_x0, 1 / s.coef_x0, to_x0, to_eps, s.time, is_mean=True)
 

@@ -11,8 +11,9 @@ from iddpm.config import is_chain
 from iddpm.data import Images
 from iddpm.look.charts import COLOURS, SOFT, Axis, Note, Panel, Series, counts, linear, logarithmic, page
 from iddpm.measure import bound as measuring
-from iddpm.measure.bound import Bound, mean_and_error, parts
+from iddpm.measure.bound import Bound, parts
 from iddpm.measure.figures import Figure, circumstances, record
+from iddpm.measure.metrics.rows import Estimate
 from iddpm.sampling.open import Opened, beside
 from iddpm.store.remote import replace
 
@@ -81,7 +82,7 @@ def _write(out: Path, numbers: dict[str, Any], svg: str) -> Path:
 def terms_and_sums(names: Sequence[str], bounds: Sequence[Bound], title: str, note: str = "") -> str:
     """An SVG of each step's term (both axes logarithmic), and of their running sum from the data upwards."""
     steps = counts("step t (0: the data)", max(int(b.kept[-1]) for b in bounds))
-    totals = [mean_and_error(b.total) for b in bounds]
+    totals = [Estimate.mean(b.total) for b in bounds]
     sums = [np.r_[b.mean["vb"].cumsum(), total] for b, (total, _) in zip(bounds, totals)]  # at the end with the prior's term
     terms = logarithmic("bits/dim of each step", np.concatenate([b.mean["vb"] for b in bounds]))
     summed = linear("bits/dim up to each step", np.concatenate(sums), zero=True)
@@ -116,7 +117,7 @@ def against_steps(names: Sequence[str], curves: Sequence[Sequence[Bound]], title
     series: list[Series] = []
     for k, (name, bounds) in enumerate(zip(names, curves)):
         bounds = sorted(bounds, key=lambda b: len(b.kept))
-        totals, errors = zip(*(mean_and_error(b.total) for b in bounds))
+        totals, errors = zip(*(Estimate.mean(b.total) for b in bounds))
         steps, error = np.array([len(b.kept) for b in bounds]), np.array([e or 0.0 for e in errors])
         colour = COLOURS[k % len(COLOURS)]
         series.append(Series(steps, np.array(totals), name, colour, error, bars=True, dots=range(len(bounds))))
@@ -166,7 +167,7 @@ def _respaced(bound: Bound) -> int:
 
 
 def _paired(done: Sequence[Measured]) -> dict[str, float | None]:
-    mean, error = mean_and_error(done[0].bound.total - done[1].bound.total)
+    mean, error = Estimate.mean(done[0].bound.total - done[1].bound.total)
     return dict(difference=mean, difference_error=error)
 
 

@@ -1,7 +1,7 @@
 """Charts as SVG, which every browser shows: a page of panels beside each other, each with two axes, lines, bands and words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -134,22 +134,29 @@ def _panel(panel: Panel, left: float, width: float) -> list[str]:
     out += [_stroke(f"M{left:.1f} {BOTTOM}H{right:.1f}", FOOT, 1)]
     out += [_text((left + right) / 2, BOTTOM + 42, panel.x.title, SOFT, "middle")]
     for s in reversed(panel.series):
-        pixels = across(s.x)
-        x, y, error = (_thin(pixels, v) for v in (pixels, s.y, np.zeros(len(s.y)) if s.error is None else s.error))
-        if s.fill:
-            out.append(f'<path d="{_path(x, up(y))}V{BOTTOM}H{x[0]:.1f}Z" fill="{s.colour}" fill-opacity="0.06"/>')
-        if s.bars:
-            ends = zip(x, up(y + error), up(y - error))
-            out += [_stroke(f"M{a - 4:.1f} {b:.1f}h8m-4 0V{c:.1f}m-4 0h8", s.colour, 1.5) for a, b, c in ends]
-        elif s.error is not None and np.isfinite(error).all():
-            around = _path(np.r_[x, x[::-1]], np.r_[up(y + error), up(y - error)[::-1]])
-            out.append(f'<path d="{around}Z" fill="{s.colour}" fill-opacity="0.16"/>')
-        out.append(_stroke(_path(x, up(y)), s.colour, 1 if s.dashed else 2, s.dashed))
-        for k in s.dots:
-            at = f'cx="{pixels[k]:.1f}" cy="{up(s.y[k]):.1f}"'
-            out.append(f'<circle {at} r="4" fill="{s.colour}" stroke="#fff" stroke-width="1.5"/>')
+        out += _series(s, across(s.x), up)
     for n in panel.notes:
         out.append(_text(float(across(n.x)) + n.right, float(up(n.y)) + n.down, n.text, n.colour, n.anchor))
+    return out
+
+
+def _series(s: Series, pixels: np.ndarray, up: Callable[[np.ndarray], np.ndarray]) -> list[str]:
+    """A line and what belongs to it; `pixels` (n,) are those of its x, `up` gives those of a y."""
+    x, y, error = (_thin(pixels, v) for v in (pixels, s.y, np.zeros(len(s.y)) if s.error is None else s.error))
+    line, upper, lower = up(y), up(y + error), up(y - error)
+    out = []
+    if s.fill:
+        out.append(f'<path d="{_path(x, line)}V{BOTTOM}H{x[0]:.1f}Z" fill="{s.colour}" fill-opacity="0.06"/>')
+    if s.bars:
+        ends = zip(x, upper, lower)
+        out += [_stroke(f"M{a - 4:.1f} {b:.1f}h8m-4 0V{c:.1f}m-4 0h8", s.colour, 1.5) for a, b, c in ends]
+    elif s.error is not None and np.isfinite(error).all():
+        around = _path(np.r_[x, x[::-1]], np.r_[upper, lower[::-1]])
+        out.append(f'<path d="{around}Z" fill="{s.colour}" fill-opacity="0.16"/>')
+    out.append(_stroke(_path(x, line), s.colour, 1 if s.dashed else 2, s.dashed))
+    for k in s.dots:
+        at = f'cx="{pixels[k]:.1f}" cy="{up(s.y[k]):.1f}"'
+        out.append(f'<circle {at} r="4" fill="{s.colour}" stroke="#fff" stroke-width="1.5"/>')
     return out
 
 

@@ -1,16 +1,13 @@
 """Measuring a model: the bound on -log2 p of each image, in bits/dim, term by term. A killed measurement goes on where it was."""
 
 import csv
-import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,13 +19,14 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config, small_size
-from iddpm.data import Images, Order
+from iddpm.data import DataSet, Order
 from iddpm.data.super_res import shrink
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
 from iddpm.diffusion.denoiser import Denoise, Network
 from iddpm.diffusion.grid import Chain, Grid, Step
 from iddpm.errors import UserError
 from iddpm.measure.ahead import ahead
+from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
 from iddpm.store.log import duration
 from iddpm.store.remote import opened, remote, replace
@@ -36,6 +34,7 @@ from iddpm.store.remote import opened, remote, replace
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
 SAVE_COST = 20  # ... or this many times what writing the file takes, where that is longer
 TABLES = Term._fields[1:]  # vb, x0_mse, eps_mse
+KEPT = ("done", "total", "prior", "decoder", "sums", "seconds")  # of Progress, in its file
 ORIGINAL = {"vb": "vb_terms.npz", "eps_mse": "mse_terms.npz", "x0_mse": "xstart_mse_terms.npz"}  # the original's file names
 
 
@@ -63,24 +62,19 @@ class Bound(NamedTuple):
         return self.total - self.prior - self.decoder
 
 
-@dataclass
 class Progress:
-    """Which terms of which images are in, and their sums: all that a killed job needs to go on.
+    """Which terms of which images are in, and their sums: all that a killed job needs to go on, kept in a file.
 
     Sums take in the images one by one in their order, so the batches and processes change nothing but the networks' rounding.
     """
 
-    done: np.ndarray  # (n,) int64: how many of each image's K terms, from the noisiest step down
-    total: np.ndarray  # (n,) float64 bits/dim: the prior's and these terms
-    prior: np.ndarray  # (n,) float64
-    decoder: np.ndarray  # (n,) float64
-    sums: np.ndarray  # (2, 3, K) float64: over images, of each step's vb, x0_mse and eps_mse, and of their squares
-    seconds: np.ndarray  # (1,) float64: what this took
-
-    @staticmethod
-    def blank(n: int, steps: int) -> "Progress":
-        sums = np.zeros((2, len(TABLES), steps))
-        return Progress(np.zeros(n, np.int64), np.zeros(n), np.zeros(n), np.zeros(n), sums, np.zeros(1))
+    def __init__(self, n: int, steps: int, path: Path | None = None, job: str = ""):
+        self.done = np.zeros(n, np.int64)  # how many of each image's K terms, from the noisiest step down
+        self.total, self.prior, self.decoder = np.zeros((3, n))  # bits/dim; the total is the prior's and the terms so far
+        self.sums = np.zeros((2, len(TABLES), steps))  # over images, of each step's vb, x0_mse and eps_mse, and of their squares
+        self.seconds = np.zeros(1)  # what this took
+        self.path, self.job, self.seen = path, job, time.monotonic()
+        self.due = self.seen + SAVE_EVERY
 
     def add(self, images: slice, rows: np.ndarray) -> None:
         """Take in the next j terms (b, 3, j) float32 of b neighbouring images that are equally far."""
@@ -96,25 +90,39 @@ class Progress:
             self.decoder[images] = rows[:, 0, -1]
         self.done[images] += terms
 
-    def save(self, path: Path, identity: str) -> None:
-        replace(path, lambda file: np.savez(file, identity=np.array(identity), **dataclasses.asdict(self)))
+    def keep(self, at_once: bool = False) -> float:
+        """Write the file now and then; returns the seconds since the last call."""
+        now = time.monotonic()
+        spent, self.seen = max(now - self.seen, 1e-6), now
+        self.seconds += spent
+        if self.path and (at_once or now > self.due):
+            self.save(self.path)
+            ended = time.monotonic()
+            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - now))
+        return spent
 
-    def load(self, path: Path, identity: str) -> str:
-        """Become what was saved of the same job, if anything; returns what else there is to say."""
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in KEPT}
+        replace(path, lambda file: np.savez(file, identity=np.array(self.job), **arrays))
+
+    def resume(self) -> str:
+        """Become what the file holds of the same job, if anything; returns what there is to say."""
+        if not self.path:
+            return ""
         try:
-            with opened(path) as raw, np.load(raw) as file:
-                if (found := str(file["identity"])) != identity:
-                    theirs, ours = json.loads(found), json.loads(identity)
+            with opened(self.path) as raw, np.load(raw) as file:
+                if (found := str(file["identity"])) != self.job:
+                    theirs, ours = json.loads(found), json.loads(self.job)
                     names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
-                    return f"{path} is of another measurement (other {names}): starting anew"
-                for name in dataclasses.asdict(self):
+                    return f"{self.path} is of another measurement (other {names}): starting anew"
+                for name in KEPT:
                     setattr(self, name, file[name])
         except FileNotFoundError:
             return ""
         except UserError:
             raise
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return f"{path} is damaged: starting anew"
+            return f"{self.path} is damaged: starting anew"
         return f"going on: {self.done.mean() / self.sums.shape[2]:.0%} is there already"
 
 
@@ -122,7 +130,7 @@ class Progress:
 def bits_per_dim(
     config: Config,
     net: Network,
-    data: Images,
+    data: DataSet,
     device: torch.device,
     *,
     grid: Grid | None = None,
@@ -145,31 +153,33 @@ def bits_per_dim(
     grid, denoiser = grid or build.grid(config), build.sampling_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
-    progress, keep = _begin(chosen, grid.steps, state, _job(config, chosen, seed, identity), say)
+    job, leads = _job(config, chosen, seed, identity), processes.rank() == 0
+    progress = Progress(len(chosen), grid.steps, state if leads else None, job)  # the file is the first process's
+    if note := progress.resume():
+        say(note)
+    for name in KEPT:  # and what is in it, everybody's
+        held = torch.from_numpy(getattr(progress, name))
+        setattr(progress, name, processes.gather(held[: None if leads else 0]).numpy())
     tick(int(progress.done.sum()))
-    stride = 0  # terms between two looks at all processes
+    stride, looks = 1, 0  # terms between two looks at all processes: as many as take SAVE_EVERY
     for r in _rounds(progress.done, grid.steps, batch_size):
         images, first = slice(r.every.start, r.every.stop), int(progress.done[r.every.start])
         x0, cond = _batch(config, data, chosen[r.call.start : r.call.stop], device)
         noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
-        denoise = partial(denoiser, cond=cond)
-        if not stride:
-            once = processes.same(_time(denoise, x0, noise(0).to(device), next(iter(grid))) if keep.leads else 0.0)
-            stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
-            if keep.leads:
-                left = (grid.steps - progress.done).sum() / len(r.every)
-                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
         if first == 0:
             prior = processes.gather(prior_term(grid, x0)[: len(r.mine)].cpu()).double().numpy()
             progress.prior[images] = progress.total[images] = prior
-        terms = _terms(denoise, x0, grid, noise, first)
-        for a in range(first, grid.steps, stride):
-            rows = torch.stack([torch.stack(term[1:], dim=1) for term in islice(terms, min(stride, grid.steps - a))], dim=2)
-            progress.add(images, processes.gather(rows[: len(r.mine)].cpu()).numpy())
+        terms = _terms(partial(denoiser, cond=cond), x0, grid, noise, first)
+        while columns := [torch.stack(term[1:], dim=1) for term in islice(terms, stride)]:
+            progress.add(images, processes.gather(torch.stack(columns, dim=2)[: len(r.mine)].cpu()).numpy())
             _require_finite(progress.total[images], data, chosen[images])
-            tick(len(r.every) * rows.shape[2])
-            keep()
-    keep(at_once=True)
+            tick(len(r.every) * len(columns))
+            once, looks = processes.same(progress.keep()) / len(columns), looks + 1
+            stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
+            if leads and looks == 2:  # the first one also warmed up
+                left = (grid.steps - progress.done).sum() / len(r.every)
+                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
+    progress.keep(at_once=True)
     return _bound(progress, chosen, grid, seed)
 
 
@@ -181,36 +191,6 @@ def _job(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, A
     return json.dumps({**identity, "images": images, "seed": seed, **model, **chain})
 
 
-def _begin(
-    chosen: np.ndarray, steps: int, state: Path | None, job: str, say: Callable[[str], None]
-) -> "tuple[Progress, _Keeper]":
-    """What is in already, the same on every process, and who keeps it; the file is the first one's."""
-    progress, leads = Progress.blank(len(chosen), steps), processes.rank() == 0
-    if leads and state and (note := progress.load(state, job)):
-        say(note)
-    for name, array in vars(progress).items():
-        setattr(progress, name, processes.gather(torch.from_numpy(array)[: None if leads else 0]).numpy())
-    return progress, _Keeper(progress, state, job, leads)
-
-
-class _Keeper:
-    """Keeps the time, and on the process that `leads` writes the progress to a file now and then."""
-
-    def __init__(self, progress: Progress, path: Path | None, job: str, leads: bool):
-        self.progress, self.path, self.job, self.leads = progress, path if leads else None, job, leads
-        self.seen = time.monotonic()
-        self.due = self.seen + SAVE_EVERY
-
-    def __call__(self, at_once: bool = False) -> None:
-        began = time.monotonic()
-        self.progress.seconds += began - self.seen
-        self.seen = began
-        if self.path and (at_once or began > self.due):
-            self.progress.save(self.path, self.job)
-            ended = time.monotonic()
-            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - began))
-
-
 def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes.Round]:
     """The images still to be measured; those of a round are equally far."""
     edges = [0, *(np.flatnonzero(np.diff(done)) + 1).tolist(), len(done)]
@@ -220,7 +200,7 @@ def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes
                 yield processes.Round(*(range(a + part.start, a + part.stop) for part in r))
 
 
-def _batch(config: Config, data: Images, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def _batch(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and small image without noise."""
     m, cond = config.model, {}
     x0 = torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1
@@ -240,16 +220,7 @@ def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tens
     return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
 
 
-def _time(denoise: Denoise, x0: Tensor, noise: Tensor, step: Step) -> float:
-    """Seconds that one term of a batch takes."""
-    began = 0.0
-    for _ in range(2):  # the first call also warms up
-        began = time.monotonic()
-        denoise(noise, step).x0.sum().item()
-    return max(time.monotonic() - began, 1e-6)
-
-
-def _require_finite(total: np.ndarray, data: Images, indices: np.ndarray) -> None:
+def _require_finite(total: np.ndarray, data: DataSet, indices: np.ndarray) -> None:
     if not np.isfinite(total).all():
         file = data.files[indices[np.flatnonzero(~np.isfinite(total))[0]]]
         raise UserError(f"the bound of {file} is not finite: these weights diverged, or need --precision fp32")
@@ -265,18 +236,12 @@ def _bound(progress: Progress, chosen: np.ndarray, grid: Grid, seed: int) -> Bou
     return Bound(chosen, *each, np.array(kept), of, seed, tables[0], tables[1], float(progress.seconds[0]))
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
-    """The mean of values (n,) and its standard error; none for a single one."""
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
 # ---- what is kept of it
 
 
-def parts(bound: Bound) -> dict[str, tuple[float, float | None]]:
+def parts(bound: Bound) -> dict[str, Estimate]:
     """The bound and what it is made of, in bits/dim: the mean over images and its standard error of each."""
-    values = {"total": bound.total, "prior": bound.prior, "decoder": bound.decoder, "rest": bound.rest}
-    return {name: mean_and_error(v) for name, v in values.items()}
+    return {name: Estimate.mean(getattr(bound, name)) for name in ("total", "prior", "decoder", "rest")}
 
 
 def scalars(bound: Bound) -> dict[str, Any]:
@@ -314,7 +279,7 @@ def write_original_tables(bound: Bound, folder: Path) -> list[Path]:
     return [folder / file_name for file_name in ORIGINAL.values()]
 
 
-def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against: Bound | None = None) -> None:
+def write_per_image(path: Path, bound: Bound, data: DataSet, root: Path, against: Bound | None = None) -> None:
     """One row for each image, by name: a .csv, or an .npz of the same columns; label is empty (-1) where there is none.
 
     Names are paths from `root`, the data's folder. With `against`, also that run's bits/dim and the difference to it.

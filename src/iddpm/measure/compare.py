@@ -19,6 +19,7 @@ from iddpm.measure.figures import Figure, circumstances
 from iddpm.measure.image_sets import ImageSet, open_images
 from iddpm.measure.metrics.frechet import SMALL
 from iddpm.measure.metrics.interface import Comparison, Finding, Metric, Side
+from iddpm.measure.metrics.moments import Gaussian
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
 from iddpm.store.remote import place
@@ -54,10 +55,11 @@ def evaluate(
     asked = [name.strip() for name in settings.metrics.split(",") if name.strip()]
     metrics = {name: make("metrics", name, own) for name in asked or choices("metrics")}
     extractor = extractors.open(settings.extractor, own, device)
-    reference, real = _reference(settings, sets[0], extractor, say if leads else lambda line: None)
+    held, real = _reference(settings, sets[0], extractor, say if leads else lambda line: None)
     samples = [_features(images, extractor, batch_size, settings.num_samples, settings.seed) for images in sets]
     if not leads:
         return None
+    reference = _side(held, real)
     both = [Comparison(features.side, reference, extractor) for features in samples]
     draws = compare(both, possible(both[0], metrics, bool(asked), say))
     abouts = [_about(features, real, extractor, settings, device) for features in samples]
@@ -74,22 +76,27 @@ def evaluate(
 
 def _reference(
     settings: Evaluate, samples: ImageSet, extractor: Extractor, say: Callable[[str], None]
-) -> tuple[Side, Features | None]:
-    """The real images' side, from a file of statistics, from images, or both; and their features, where there are images."""
+) -> tuple[dict[str, Gaussian] | None, Features | None]:
+    """The statistics of the reference where it is a file that holds some, and the features of its images where it has any."""
     path, held = place(settings.reference), None
     if path.suffix in (".npz", ".pt") and path.exists():
         held = statistics.read(path, extractor)
         if held and not (path.suffix == ".npz" and statistics.has_images(path)):
             if settings.num_reference:
                 raise UserError(f"--num_reference has no effect: {path} holds statistics, of which there is no choosing")
-            return Side({}, held.get), None
+            return held, None
     images = open_images(settings.reference, samples.like())
     for line in _conversions(samples, images, settings.labels):
         say(f"note: {line}")
-    real = _features(images, extractor, 64, settings.num_reference, settings.seed)
-    if not held:
-        return real.side, real
-    return dataclasses.replace(real.side, gaussian=lambda tap: held.get(tap) or real.gaussian(tap)), real
+    return held, _features(images, extractor, 64, settings.num_reference, settings.seed)
+
+
+def _side(held: Mapping[str, Gaussian] | None, real: Features | None) -> Side:
+    """The reference as metrics see it: where a file has statistics beside its images, these are not computed of the images."""
+    if real and held:
+        return dataclasses.replace(real.side, gaussian=lambda tap: held.get(tap) or real.gaussian(tap))
+    assert real or held
+    return real.side if real else Side({}, (held or {}).get)
 
 
 def _conversions(samples: ImageSet, real: ImageSet, labels: str) -> list[str]:

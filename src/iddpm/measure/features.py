@@ -9,9 +9,9 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,26 @@ READ = 1000  # images whose content is looked at in one go
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at work
 
 
-class Stored:
-    """An (n, d) float32 array in a file, of which only the rows asked for are read."""
-
-    def __init__(self, path: Path, n: int, width: int):
-        self.path, self.shape = path, (n, width)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, step = part.indices(self.shape[0])
-        assert step == 1
-        n, width = max(0, stop - start), self.shape[1]
-        return np.fromfile(self.path, np.float32, n * width, offset=4 * start * width).reshape(n, width)
-
-
 class Features:
-    """What an extractor makes of the chosen images of a set: `rows`, (n, width) by tap, and their Gaussians."""
+    """What an extractor makes of the chosen images of a set. The files may lie where only the first process can read them."""
 
     def __init__(self, folder: Path, images: ImageSet, chosen: np.ndarray, extractor: Extractor):
-        self.folder, self.images, self.chosen = folder, images, chosen
-        self.rows = {tap: Stored(folder / f"{tap}.f32", len(chosen), width) for tap, width in extractor.widths.items()}
+        self.folder, self.images, self.chosen, self.widths = folder, images, chosen, extractor.widths
         self.gaussian = cache(self._gaussian)
-        labels = None if images.labels is None else images.labels[chosen]
-        self.side = Side(self.rows, self.gaussian, labels, images.classes)
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    @cached_property
+    def rows(self) -> dict[str, np.ndarray]:
+        """(n, width) float32 by tap: maps of the files, of which only what is looked at is read."""
+        how: Any = "c"  # nothing writes, but torch warns of arrays that cannot be written to
+        return {tap: np.memmap(_rows(self.folder, tap), np.float32, how, shape=(len(self), w)) for tap, w in self.widths.items()}
+
+    @cached_property
+    def side(self) -> Side:
+        labels = None if self.images.labels is None else self.images.labels[self.chosen]
+        return Side(self.rows, self.gaussian, labels, self.images.classes)
 
     def _gaussian(self, tap: str) -> Gaussian:
         """Mean and covariance; of more rows than features, kept beside them."""
@@ -93,11 +85,15 @@ def extract(
         if leads and 0 < done < len(chosen):
             say(f"going on: the features of {done} of {len(chosen)} images are there")
         tick(done)
-        if done < len(chosen):
-            with _Files(folder, extractor, done, leads) as files:
-                for rows in _blocks(images, chosen[done:], extractor, block):
-                    files.append(rows)
-                    tick(len(rows["pool"]))
+        saved = time.monotonic()
+        for rows in _blocks(images, chosen[done:], extractor, block):
+            if leads:
+                _append(folder, rows, done)
+            done += len(rows["pool"])
+            if leads and (done == len(chosen) or time.monotonic() - saved > SAVE_EVERY):
+                _promise(folder, rows, done)
+                saved = time.monotonic()
+            tick(len(rows["pool"]))
     return Features(folder, images, chosen, extractor)
 
 
@@ -135,48 +131,33 @@ def _fault(images: ImageSet, numbers: np.ndarray, found: dict[str, Tensor]) -> s
 # ---- files
 
 
-class _Files:
-    """Appends rows to a file for each tap, and now and then, once they are on the disk, says so in about.json.
+def _rows(folder: Path, tap: str) -> Path:
+    """The file of a tap's features, float32 row after row."""
+    return folder / f"{tap}.f32"
 
-    Of several processes one `leads`: the others write nothing.
-    """
 
-    def __init__(self, folder: Path, extractor: Extractor, done: int, leads: bool):
-        self.folder, self.done, self.saved, self.files = folder, done, time.monotonic(), {}
-        for tap, width in extractor.widths.items() if leads else ():
-            self.files[tap] = open(folder / f"{tap}.f32", "ab")  # noqa: SIM115
-            self.files[tap].truncate(4 * width * done)  # what came after the last word is from a job that was killed
+def _append(folder: Path, rows: dict[str, np.ndarray], done: int) -> None:
+    """Put rows behind the first `done` of each tap; what lies there is from a job that was killed."""
+    for tap, part in rows.items():
+        with open(_rows(folder, tap), "ab") as file:
+            file.truncate(4 * part.shape[1] * done)
+            file.write(np.ascontiguousarray(part, np.float32).tobytes())
 
-    def append(self, rows: dict[str, np.ndarray]) -> None:
-        for tap, file in self.files.items():
-            file.write(np.ascontiguousarray(rows[tap], np.float32).tobytes())
-        self.done += len(rows["pool"])
-        if time.monotonic() - self.saved > SAVE_EVERY:
-            self.save()
 
-    def save(self) -> None:
-        for file in self.files.values():
-            file.flush()
+def _promise(folder: Path, taps: Iterable[str], done: int) -> None:
+    """Say in about.json how many images' features are there, once they are on the disk."""
+    for tap in taps:
+        with open(_rows(folder, tap), "r+b") as file:
             os.fsync(file.fileno())
-        if self.files:
-            about = json.dumps({"done": self.done})
-            replace(self.folder / "about.json", lambda file: file.write(about.encode()))
-        self.saved = time.monotonic()
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.save()
-        for file in self.files.values():
-            file.close()
+    about = json.dumps({"done": done})
+    replace(folder / "about.json", lambda file: file.write(about.encode()))
 
 
 def _done(folder: Path, extractor: Extractor) -> int:
     """How many images' features are there: as many as about.json says, and as every file has. Of damaged files, none."""
     try:
         said = int(json.loads((folder / "about.json").read_text())["done"])
-        there = [(folder / f"{tap}.f32").stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
+        there = [_rows(folder, tap).stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
         return max(0, said) if said <= min(there) else 0
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0

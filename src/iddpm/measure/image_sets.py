@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 import iddpm
 from iddpm import build
-from iddpm.config import Config, Sample, image_size, settings_of
+from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
 from iddpm.data.sources import ENDINGS, Source, open_source
-from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
-from iddpm.store.checkpoint import Weights
+from iddpm.sampling.open import Opened
 from iddpm.store.remote import fetch, place, remote, sha256
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
@@ -122,14 +120,16 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
 
 def drawing(config: Config, precision: str, ema_rate: float) -> dict[str, Any]:
     """What decides samples beside weights, seeds and classes, as a figure tells it."""
-    how = {k: v for k, v in config.flat().items() if k in settings_of(Sample)}
-    return {"eta": 0.0, **how} | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
+    how = {name: number.default for name, (_, number, _) in own_numbers(Sample).items()}  # also those of other solvers
+    how |= {name: value for name, value in config.flat().items() if name in settings_of(Sample)}
+    return how | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
 
 
-def drawn(config: Config, net: Network, weights: Weights, device: torch.device, job: Job, home: Path, precision: str) -> ImageSet:
+def drawn(model: Opened, job: Job) -> ImageSet:
     """What a run draws: image k is that of the job's k-th seed, and is drawn when it is asked for."""
-    m, paint = config.model, painter(config, net, device)
-    how = drawing(config, precision, weights.about.get("ema_rate", 0))
+    config, weights, home = model.config, model.weights, model.home
+    m, paint = config.model, painter(config, model.net, model.device)
+    how = drawing(config, model.which.precision, weights.about.get("ema_rate", 0))
     about = how | dict(weights=str(weights.path), checkpoint_step=weights.about["step"], trained_on=config.data.path)
     made_by = [DRAWING, iddpm.__version__, _model(weights.path), how]
 

@@ -364,6 +364,12 @@ class Asked(NamedTuple):
     small_level: bool = False  # and how much noise is on that
 
 
+SAME = (  # settings that are arguments of the networks, too
+    "num_channels", "num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels", "use_scale_shift_norm",
+    "resblock_updown", "new_attention_order",
+)  # fmt: skip
+
+
 def unet(asked: Asked, settings: Any) -> UNet | Classifier:
     """The U-Net of Nichol & Dhariwal 2021
 
@@ -379,9 +385,7 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
         attention=attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult)),
         channel_mult=mult,
     )
-    same = ("num_channels", "num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels")
-    same += ("use_scale_shift_norm", "resblock_updown", "new_attention_order")
-    common |= {name: getattr(settings, name) for name in same}
+    common |= {name: getattr(settings, name) for name in SAME}
     if asked.logits:
         if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")

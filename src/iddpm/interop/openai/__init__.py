@@ -1,6 +1,8 @@
-"""improved-diffusion's Python names, commands and files, with this project's functions behind them.
+"""improved-diffusion's files, commands and Python names, with this project's functions behind them.
 
-The modules are named as there. `install()` lets a script that imports `improved_diffusion` run as it is.
+formats    its files and flags, read and written
+commands   its commands, on our engine
+python     its modules, named as there; `install()` lets a script that imports `improved_diffusion` run as it is
 """
 
 import importlib.util
@@ -27,11 +29,18 @@ def install(name: str = "improved_diffusion") -> None:
     package = _module(name, __iddpm__=True, __path__=[], __doc__=__doc__)
     for part in MODULES:
         source = "guided" if name == "guided_diffusion" and part in GUIDED else part
-        module = importlib.import_module(f"{__name__}.{source}")
+        module = importlib.import_module(f"{__name__}.python.{source}")
         setattr(package, part, module)
         sys.modules[f"{name}.{part}"] = module
     if importlib.util.find_spec("blobfile") is None:
-        sys.modules["blobfile"] = importlib.import_module(f"{__name__}.blobfile")
+        sys.modules["blobfile"] = importlib.import_module(f"{__name__}.python.blobfile")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The original's modules here as well as in `python`, imported when asked for: they need torch, this package does not."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.python.{name}")
 
 
 def _module(name: str, **content: object) -> ModuleType:

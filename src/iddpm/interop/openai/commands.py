@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from iddpm import build, rng
 from iddpm.config import ENDLESS, Config, check, image_size, small_size
@@ -14,21 +15,41 @@ from iddpm.data import read_npz
 from iddpm.data.batches import open_data, open_validation
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
-from iddpm.interop.openai import files, flags, logger
-from iddpm.measure import bound as nll
+from iddpm.interop.openai.formats import files, flags
+from iddpm.interop.openai.python import logger
+from iddpm.measure.bound import bits_per_dim, summary, write_original_tables
 from iddpm.parallel import processes
-from iddpm.sampling import draw as sample
+from iddpm.sampling import draw
+from iddpm.sampling.job import Job, trained_classes
+from iddpm.sampling.open import restore
+from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
+from iddpm.store.remote import replace
 from iddpm.training import loop as train
 
-Given = dict[str, Any]
+Given = dict[str, Any]  # the original's flags, all of them
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
 
 
-def _config(network: str, program: str, given: Given) -> Config:
-    known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}  # it never had an effect
-    config = flags.to_config(network, known, program, processes.world())
-    return check(config.updated({k: given[k] for k in ("seed", "device") if k in given}))
+def run(name: str, given: Given) -> None:
+    """Do what the command of that name does."""
+    task, program, work = COMMANDS[name]
+    with processes.session(build.device(given["device"])):  # first: the batch of a config depends on how many there are
+        work(_config(task, program, given), given, processes.own_device(build.device(given["device"])))
+
+
+def _config(task: str, program: str, given: Given) -> Config:
+    # the original takes --sigma_small beside --learn_sigma, where it never had an effect; ours would refuse the two
+    known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}
+    config = flags.to_config(task, known, program, processes.world())
+    return build.require_fit(check(config.updated({k: given[k] for k in ("seed", "device") if k in given})))
+
+
+def _path(given: Given, flag: str, what: str) -> Path:
+    """A path that a command cannot do without."""
+    if not given[flag]:
+        raise UserError(f"which {what}? --{flag} {'FOLDER' if flag == 'data_dir' else 'FILE'}")
+    return Path(given[flag])
 
 
 # ---- training
@@ -37,8 +58,8 @@ def _config(network: str, program: str, given: Given) -> Config:
 class _Log:
     """The rows of a run in the original's columns and files; the terms of a classifier's loss begin with train_."""
 
-    def __init__(self, network: str):
-        self.renamed = ("loss", "acc@") if network == "classifier" else ()
+    def __init__(self, config: Config):
+        self.renamed = ("loss", "acc@") if config.task.classifies else ()
 
     def row(self, **values: Any) -> None:
         for name, value in values.items():
@@ -54,167 +75,132 @@ class _Log:
         logger.reset()
 
 
-def _train(network: str, program: str, given: Given) -> None:
-    with processes.session(build.device(given["device"])):
-        config = _config(network, program, given)
-        if given["steps"]:
-            config = config.updated({"steps": given["steps"]})
-        if os.environ.get("DIFFUSION_TRAINING_TEST"):
-            config = config.updated({"steps": config.train.save_interval})
-        if not given["data_dir"]:
-            raise UserError("which images? --data_dir FOLDER")
-        logger.configure()
-        folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
-        resume = Path(given["resume_checkpoint"]) if given["resume_checkpoint"] else None
-        if resume is None and (held := sorted(folder.glob("model*.pt"))):
-            raise UserError(
-                f"{folder} holds checkpoints already: go on with --resume_checkpoint {held[-1]}, or set another OPENAI_LOGDIR"
-            )
-        images, config = open_data(config)
-        logger.log(images.describe())
-        logger.log(f"logs in {logger.get_dir()}, checkpoints in {folder}")
-        if config.train.steps == ENDLESS:
-            logger.log("this run goes on until it is stopped; Ctrl-C saves it, --steps N ends it")
-        last = train.train(
-            config, images, folder,
-            say=logger.log, store=files.Store(folder, resume, config), log=lambda step: _Log(network), save_start=True,
-            held_out=open_validation(config), sheets=False,
-        )  # fmt: skip
-        if last and processes.rank() == 0:
-            print(f"done: {last}\nnext: the {SAMPLERS[network]} command with --model_path, or iddpm import {last}")
-
-
-SAMPLERS = {"unet": "image_sample", "super_res": "super_res_sample", "classifier": "classifier_sample"}
-
-
-def image_train(given: Given) -> None:
-    """Train a model of images."""
-    _train("unet", "improved", given)
-
-
-def super_res_train(given: Given) -> None:
-    """Train a model that enlarges images."""
-    _train("super_res", "improved", given)
-
-
-def classifier_train(given: Given) -> None:
-    """Train a classifier of noisy images."""
-    _train("classifier", "guided", given | {"ema_rate": ""})
+def _train(config: Config, given: Given, device: torch.device) -> None:
+    if given["steps"]:
+        config = config.updated({"steps": given["steps"]})
+    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # the original then ends at its first checkpoint
+        config = config.updated({"steps": config.train.save_interval})
+    _path(given, "data_dir", "images")
+    logger.configure()
+    folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
+    # The original would begin anew and overwrite what lies there. A run goes on only from a checkpoint that is named.
+    resume = Path(given["resume_checkpoint"]) if given["resume_checkpoint"] else None
+    if resume is None and (held := files.models(folder)):
+        raise UserError(
+            f"{folder} holds checkpoints already: go on with --resume_checkpoint {held[-1]}, or set another OPENAI_LOGDIR"
+        )
+    images, config = open_data(config)
+    logger.log(images.describe())
+    logger.log(f"logs in {logger.get_dir()}, checkpoints in {folder}")
+    if config.train.steps == ENDLESS:
+        logger.log("this run goes on until it is stopped; Ctrl-C saves it, --steps N ends it")
+    last = train.train(
+        config, images, folder,
+        say=logger.log, store=files.Store(folder, resume, config), log=lambda step: _Log(config), save_start=True,
+        held_out=open_validation(config), sheets=False,
+    )  # fmt: skip
+    if last and processes.rank() == 0:
+        print(f"done: {last}")
+        print(f"next: the {flags.KINDS[config.model.task].sampler} command with --model_path, or iddpm import {last}")
 
 
 # ---- sampling
 
 
-def _open(path: str, config: Config, flag: str = "model_path") -> tuple[Weights, Network]:
+def _open(path: Path, config: Config, device: torch.device) -> tuple[Weights, Network]:
     """The weights of a file of the original's, with the classes stored beside them, and the network."""
-    if not path:
-        raise UserError(f"which weights? --{flag} FILE")
-    weights = files.read_model(Path(path), config)
-    device = processes.own_device(build.device(config.train.device))
-    return weights, sample.restore(weights, device, config.train.precision)
+    weights = files.read_model(path, config)
+    return weights, restore(weights, device, config.train.precision)
 
 
-def _sample(program: str, network: str, given: Given) -> None:
-    with processes.session(build.device(given["device"])):
-        weights, net = _open(given["model_path"], _config(network, program, given))
-        config = weights.config
-        guide = None
-        if network == "unet" and "classifier_path" in given:
-            theirs, judge = _open(given["classifier_path"], _config("classifier", "guided", given), "classifier_path")
-            guide = sample.Guide(theirs.config, judge, given["classifier_scale"])
-        build.chain(config.diffusion, config.sample.sampling_steps)
-        job = _enlarging(given, config) if network == "super_res" else _drawing(given, config, guide)
-        logger.configure()
-        n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
-        out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
-        device = processes.own_device(build.device(given["device"]))
-        asked = {k: v for k, v in given.items() if k not in ("batch_size", "device")}
-        sample.draw_into(
-            out, config, job, json.loads(json.dumps(asked)),
-            draw=lambda rest, tick: sample.images(config, net, rest, device, size, tick, guide),
-            ticks=lambda n: sample.solver_steps(config, n, size),
-        )  # fmt: skip
-        if processes.rank() == 0:
-            print(f"{n} images: {out}")
+def _sample(config: Config, given: Given, device: torch.device) -> None:
+    weights, net = _open(_path(given, "model_path", "weights"), config, device)
+    config, guide = weights.config, None
+    if "classifier_path" in given:
+        judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classify", "guided", given), device)
+        guide = draw.Guide(judge.config, scores, given["classifier_scale"])
+    grid = build.grid(config)
+    job = _enlarging(given, config) if config.task.enlarges else _drawing(given, guide.config if guide else config)
+    logger.configure()
+    n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
+    out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
+    # Batches and devices do not change the images: a stopped job goes on with others.
+    draw_into(
+        out,
+        config,
+        job,
+        {k: v for k, v in given.items() if k not in ("batch_size", "device")},
+        draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
+        ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
+    )
+    if processes.rank() == 0:
+        print(f"{n} images: {out}")
 
 
-def _drawing(given: Given, config: Config, guide: sample.Guide | None) -> sample.Job:
+def _drawing(given: Given, config: Config) -> Job:
     """As many images as asked, their classes drawn at random from those trained, as the original draws them."""
+    # each --seed has 2^32 image numbers to itself, so that jobs of different seeds share no image
     seeds = range(given["seed"] << 32, (given["seed"] << 32) + given["num_samples"])
-    classes_of = guide.config if guide else config
-    if not classes_of.model.class_cond:
-        return sample.Job(seeds, [-1] * len(seeds))
-    known = sample.trained_classes(classes_of)
-    drawn = rng.uniform(given["seed"], rng.SAMPLE, 0, len(seeds)) * known
-    return sample.Job(seeds, drawn.long().tolist())
+    if not config.model.class_cond:
+        return Job(seeds, [-1] * len(seeds))
+    drawn = rng.uniform(given["seed"], rng.SAMPLE, 0, len(seeds)) * trained_classes(config)
+    return Job(seeds, drawn.long().tolist())
 
 
-def _enlarging(given: Given, config: Config) -> sample.Job:
+def _enlarging(given: Given, config: Config) -> Job:
     """The base samples, each once."""
-    if not given["base_samples"]:
-        raise UserError("which images? --base_samples FILE.npz, as image_sample writes them")
-    path = Path(given["base_samples"])
+    path = _path(given, "base_samples", "images")
+    # The original begins the file anew when it is through, and so enlarges some images twice.
     images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
     n = min(given["num_samples"], len(images))
     if n < given["num_samples"] and processes.rank() == 0:
         print(f"{path} holds {n} images: each is enlarged once")
-    if config.model.class_cond and labels is None:
-        raise UserError(f"{path} has no labels (arr_1), and this model was trained with classes")
-    if config.model.class_cond and labels is not None and labels.max() >= (known := sample.trained_classes(config)):
-        raise UserError(f"{path} has the label {labels.max()}: the model knows 0 to {known - 1}")
-    classes = labels[:n].tolist() if config.model.class_cond and labels is not None else [-1] * n
+    classes = [-1] * n
+    if config.model.class_cond:
+        if labels is None:
+            raise UserError(f"{path} has no labels (arr_1), and this model was trained with classes")
+        if labels.max() >= (known := trained_classes(config)):
+            raise UserError(f"{path} has the label {labels.max()}: the model knows 0 to {known - 1}")
+        classes = labels[:n].tolist()
     first = given["seed"] << 32
-    return sample.Job(range(first, first + n), classes, images[:n].transpose(0, 2, 3, 1))
-
-
-def image_sample(given: Given) -> None:
-    """Draw images."""
-    _sample("improved", "unet", given)
-
-
-def super_res_sample(given: Given) -> None:
-    """Enlarge images."""
-    _sample("improved", "super_res", given)
-
-
-def classifier_sample(given: Given) -> None:
-    """Draw images that a classifier guides to their classes."""
-    _sample("guided", "unet", given)
+    return Job(range(first, first + n), classes, images[:n].transpose(0, 2, 3, 1))
 
 
 # ---- likelihood
 
 
-def image_nll(given: Given) -> None:
-    """Bits per dimension of images."""
-    with processes.session(build.device(given["device"])):
-        weights, net = _open(given["model_path"], _config("unet", "improved", given))
-        config = weights.config
-        if not given["data_dir"]:
-            raise UserError("which images? --data_dir FOLDER")
-        images, config = open_data(config.updated({"path": given["data_dir"]}))
-        n = min(given["num_samples"], len(images))
-        logger.configure()
-        folder = Path(logger.get_dir())
-        logger.log(images.describe())
-        if n < given["num_samples"]:
-            logger.log(f"there are {n} images, each measured once")
-        bound = nll.measure(
-            config, net, images, processes.own_device(build.device(given["device"])),
-            chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
-            state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
-        )  # fmt: skip
-        if processes.rank():
-            return
-        numbers = nll.summary(bound)
-        nll.replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-        tables = nll.write_original_tables(bound, folder)
-        (folder / "nll.partial").unlink(missing_ok=True)
-        logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")
-        logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")
+def _nll(config: Config, given: Given, device: torch.device) -> None:
+    weights, net = _open(_path(given, "model_path", "weights"), config, device)
+    _path(given, "data_dir", "images")
+    images, config = open_data(weights.config)
+    n = min(given["num_samples"], len(images))
+    logger.configure()
+    folder = Path(logger.get_dir())
+    logger.log(images.describe())
+    if n < given["num_samples"]:
+        logger.log(f"there are {n} images, each measured once")
+    # nll.partial holds what is measured so far: the same command goes on from there.
+    bound = bits_per_dim(
+        config, net, images, device, chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
+        state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,
+    )  # fmt: skip
+    if processes.rank():
+        return
+    numbers = summary(bound)
+    replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+    tables = write_original_tables(bound, folder)
+    (folder / "nll.partial").unlink(missing_ok=True)
+    logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")
+    logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")
 
 
-COMMANDS: Mapping[str, Callable[[Given], None]] = {
-    f.__name__: f
-    for f in (image_train, image_sample, image_nll, super_res_train, super_res_sample, classifier_train, classifier_sample)
+Work = Callable[[Config, Given, torch.device], None]
+COMMANDS: dict[str, tuple[str, str, Work]] = {  # the task, the program whose flags these are, and what is done
+    "image_train": ("images", "improved", _train),
+    "image_sample": ("images", "improved", _sample),
+    "image_nll": ("images", "improved", _nll),
+    "super_res_train": ("enlarge", "improved", _train),
+    "super_res_sample": ("enlarge", "improved", _sample),
+    "classifier_train": ("classify", "guided", _train),
+    "classifier_sample": ("images", "guided", _sample),
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from iddpm.measure.extractors.interface import Extractor
 from iddpm.measure.metrics.moments import Gaussian
-from iddpm.measure.metrics.rows import Estimate, Part, Rows
+from iddpm.measure.metrics.rows import Estimate, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Side:
 
     def part(self, start: int, stop: int) -> "Side":
         """Rows start .. stop - 1."""
-        rows = {tap: Part(held, start, stop - start) for tap, held in self.rows.items()}
+        rows = {tap: held[start:stop] for tap, held in self.rows.items()}
         labels = None if self.labels is None else self.labels[start:stop]
         return Side(rows, cache(lambda tap: Gaussian.of(rows[tap])), labels, self.classes)
 

@@ -12,7 +12,7 @@ BLOCK = 2048  # rows held at a time; a block of distances is then 32 MiB
 
 
 class Rows(Protocol):
-    """Features (n, d) in memory or on disk, of which slices become arrays."""
+    """Features (n, d) in memory or on disk, of which slices are arrays."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -20,20 +20,6 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
-
-
-class Part:
-    """Some consecutive rows of others."""
-
-    def __init__(self, rows: Rows, start: int, n: int):
-        self.rows, self.start, self.shape = rows, start, (n, rows.shape[1])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice, /) -> np.ndarray:
-        a, b, _ = rows.indices(len(self))
-        return self.rows[self.start + a : self.start + b]
 
 
 class Estimate(NamedTuple):

@@ -25,8 +25,8 @@ from torch import Tensor
 import iddpm
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
-from iddpm.interop.openai.optimizer import MOMENTS, groups, optimizer_file, unflatten
-from iddpm.interop.openai.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
+from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.parallel import processes
 from iddpm.store.checkpoint import Saved, Weights
 from iddpm.store.files import flush, sha256
@@ -83,27 +83,9 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
 
 
-# ---- the optimizer's file
-
-
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
-    """AdamW's state for parameters of these shapes, as NAME.SLOT, and how many updates it made.
-
-    However it lies in the file: by parameter, or flat as under fp16. UserError where it is of other parameters.
-    """
-    found = load(path)
-    if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
-        raise UserError(f"{path} holds no optimizer's state")
-    order = [p for group in found["param_groups"] for p in group["params"]]
-    state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
-    layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
-    if layout is None:
-        raise UserError(f"{path} is of {len(order)} parameters, the network has {len(shapes)}: they do not belong together")
-    for k, names in enumerate(groups(shapes, layout)):
-        want = sum(torch.Size(shapes[name]).numel() for name in names)
-        if k in state and not all(isinstance(state[k].get(s), Tensor) and state[k][s].numel() == want for s in MOMENTS):
-            raise UserError(f"{path} is of another network: it does not fit {names[0]}")
-    return unflatten(state, shapes, layout), max((int(s["step"]) for s in state.values()), default=0)
+    """AdamW's state for parameters of these shapes, as NAME.SLOT, and how many updates it made; UserError where it is not."""
+    return slots_of(load(path), shapes, str(path))
 
 
 # ---- which files belong together
@@ -155,10 +137,28 @@ def family(path: Path) -> Family:
     return Family(path, digits, averages, optimizer if optimizer.exists() else None, record_of(path))
 
 
+def number_of(path: Path) -> int:
+    """The number in the name of a model's or an average's file, or 0."""
+    return int(_digits(path) or 0)
+
+
+def _digits(path: Path) -> str:
+    match = AVERAGE.match(path.name) or MODEL.match(path.name)
+    return match[match.re.groups] if match else ""
+
+
+def read_averages(kin: Family, rates: Iterable[float]) -> dict[float, dict[str, Tensor]]:
+    """The averages of these rates; UserError where one is missing."""
+    for rate in rates:
+        if rate not in kin.averages:
+            name = f"ema_{rate}_{kin.digits}.pt"
+            raise UserError(f"{name} is missing beside {kin.model}: the average of --ema_rate {rate} cannot go on")
+    return {rate: read(kin.averages[rate]) for rate in rates}
+
+
 def record_of(path: Path) -> Path | None:
     """Our own file that vouches for a model's or an average's file, if there is one."""
-    match = AVERAGE.match(path.name) or MODEL.match(path.name)
-    record = path.with_name(f"iddpm{match[match.re.groups] if match else ''}.json")
+    record = path.with_name(f"iddpm{_digits(path)}.json")
     return record if record.exists() and path.name in _record(record)["files"] else None
 
 
@@ -189,8 +189,12 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     stored, law, state = None, dict[str, Tensor](), None
     if kin.record:
         found = _record(kin.record)
-        if fault := _fault(kin.record.parent, found["files"]):
-            raise UserError(f"{kin.record.parent / fault[0]} {fault[1]}")
+        for name, known in found["files"].items():
+            file = kin.record.with_name(name)
+            if not file.exists():
+                raise UserError(f"{file} is missing")
+            if [file.stat().st_size, sha256(file)] != known:
+                raise UserError(f"{file} is damaged")
         stored, state = recorded(kin.record), found["state"]
         law = load_file(kin.record.with_suffix(".safetensors")) if state.get("law") else {}
     weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
@@ -199,62 +203,21 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     elif not (state and state.get("weights_only")):
         name = f"opt{kin.digits or '*'}.pt"
         raise UserError(f"{name} is missing beside {path}: without it, training cannot go on from there")
-    averages = {}
-    for rate in ema_rates((config or stored).train) if config or stored else kin.averages:  # type: ignore[union-attr]
-        if rate not in kin.averages:
-            raise UserError(f"ema_{rate}_{kin.digits}.pt is missing beside {path}: the average of --ema_rate {rate} cannot go on")
-        averages[rate] = read(kin.averages[rate])
-    if state is None:
+    settled = config or stored
+    averages = read_averages(kin, ema_rates(settled.train) if settled else kin.averages)
+    if state is None:  # the original's files: what they do not tell is as if the run had been at these settings all along
         images = updates * config.train.batch_size if config else 0
         state = dict(step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[])
     return Saved(state["step"], weights, averages, slots | {f"law.{k}": v for k, v in law.items()}, state), stored
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The model's file with the largest number whose family is whole, and a line for each that was passed over."""
-    passed_over: list[str] = []
-    for path in sorted(models(folder), key=lambda p: int(p.stem.removeprefix("model")), reverse=True):
-        try:
-            kin = family(path)
-            files = _record(kin.record)["files"] if kin.record else dict.fromkeys([*_names(kin), f"opt{kin.digits}.pt"])
-            fault = _fault(folder, files)
-        except UserError as e:
-            fault = ("its record", str(e))
-        if fault is None:
-            return path, passed_over
-        passed_over.append(f"passed over {path.name}: {fault[0]} {fault[1]}")
-    return None, passed_over
-
-
-def _names(kin: Family) -> list[str]:
-    return [p.name for p in (kin.model, *kin.averages.values())]
-
-
 def models(folder: Path) -> list[Path]:
-    """The model%06d.pt of a folder."""
+    """The model%06d.pt of a folder, by name."""
     return [p for p in sorted(folder.glob("model*.pt")) if re.fullmatch(r"model\d+\.pt", p.name)]
 
 
-def _fault(folder: Path, files: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first file that is missing or damaged, by its size and digest, or, where there are none, by its end; and what it is."""
-    for name, known in files.items():
-        path = folder / name
-        if not path.exists():
-            return name, "is missing"
-        if known is not None and [path.stat().st_size, sha256(path)] != known:
-            return name, "is damaged"
-        if known is None and _begins_as_zip(path) and not zipfile.is_zipfile(path):
-            return name, "is cut short"
-    return None
-
-
-def _begins_as_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == ZIP
-
-
 class Store:
-    """The checkpoints of a run in the original's files. It begins at the file `resume`, or else at the folder's newest.
+    """The checkpoints of a run in the original's files. It goes on from the file `resume`, or else begins.
 
     `config` says which averages the run needs, and the batch by which the original's count of updates becomes one of images.
     """
@@ -263,9 +226,8 @@ class Store:
         self.folder, self.resume, self.config = folder, resume, config
 
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """The state to go on from, and one line for each that was passed over."""
-        path, passed_over = (self.resume, []) if self.resume else newest(self.folder)
-        return (load_run(path, self.config)[0] if path else None), passed_over
+        """The state to go on from; nothing is ever passed over, since the file is named."""
+        return (load_run(self.resume, self.config)[0] if self.resume else None), []
 
     def begin(self, config: Config, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Path | None:
         """Keep a state, at once; the first process returns the model's file."""
@@ -287,9 +249,8 @@ def read_model(path: Path, config: Config) -> Weights:
     """
     tensors = read(path)
     check_fit(shapes_of(tensors), config, str(path))
-    average, number = AVERAGE.match(path.name), MODEL.match(path.name)
-    digits = average[2] if average else number[1] if number else "0"
-    about = dict(step=int(digits), ema_rate=float(average[1]) if average else 0)
+    average = AVERAGE.match(path.name)
+    about = dict(step=number_of(path), ema_rate=float(average[1]) if average else 0)
     if record := record_of(path):
         stored = recorded(record)
         config = config.updated({"classes": stored.data.classes, "rule": stored.data.rule})
@@ -310,6 +271,7 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     if not saved.state.get("weights_only"):
         contents[f"opt{digits}.pt"] = optimizer_file(saved, config, shapes)
     record = folder / f"iddpm{digits}.json"
+    # A kill between two files leaves no record, so that a half-written checkpoint is never taken for ours.
     record.unlink(missing_ok=True)  # of a run that was here before: it vouches for other files
     for name, content in contents.items():
         _write(folder / name, partial(torch.save, content))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from iddpm.config import numbers
-from iddpm.interop.openai import flags
-from iddpm.interop.openai import gaussian_diffusion as gd
-from iddpm.interop.openai.respace import SpacedDiffusion, space_timesteps
-from iddpm.interop.openai.unet import EncoderUNetModel, SuperResModel, UNetModel
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.python import gaussian_diffusion as gd
+from iddpm.interop.openai.python.respace import SpacedDiffusion, space_timesteps
+from iddpm.interop.openai.python.unet import EncoderUNetModel, SuperResModel, UNetModel
 from iddpm.nn import attention_rates, channel_mult_for
 
 NUM_CLASSES = 1000  # read when a network is made, so it can be set

@@ -5,46 +5,21 @@ from typing import Any
 
 from torch import Tensor
 
-from iddpm.interop.openai import flags, image_datasets, unet
-from iddpm.interop.openai.image_datasets import ImageDataset, _list_image_files_recursively
-from iddpm.interop.openai.respace import SpacedDiffusion
-from iddpm.interop.openai.script_util import (
-    add_dict_to_argparser,
-    args_to_dict,
-    called,
-    classifier_and_diffusion_defaults,
-    classifier_defaults,
-    create_classifier,
-    create_classifier_and_diffusion,
-    create_gaussian_diffusion,
-    diffusion_defaults,
-    network,
-    str2bool,
-)
-from iddpm.interop.openai.unet import (
-    AttentionPool2d,
-    Downsample,
-    EncoderUNetModel,
-    QKVAttention,
-    QKVAttentionLegacy,
-    ResBlock,
-    TimestepBlock,
-    TimestepEmbedSequential,
-    Upsample,
-    count_flops_attn,
-)
+from iddpm.interop.openai.formats import flags
+from iddpm.interop.openai.python import image_datasets, script_util, unet
+from iddpm.interop.openai.python.respace import SpacedDiffusion
+from iddpm.interop.openai.python.script_util import called, create_gaussian_diffusion, network
 
-__all__ = [
-    "AttentionBlock", "AttentionPool2d", "Downsample", "EncoderUNetModel", "ImageDataset", "QKVAttention",
-    "QKVAttentionLegacy", "ResBlock", "SuperResModel", "TimestepBlock", "TimestepEmbedSequential", "UNetModel", "Upsample",
-    "_list_image_files_recursively", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults",
-    "classifier_defaults", "count_flops_attn", "create_classifier", "create_classifier_and_diffusion",
-    "create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "diffusion_defaults", "load_data",
-    "model_and_diffusion_defaults", "sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults",
-    "str2bool",
-]  # fmt: skip
-
+BASES = (script_util, unet, image_datasets)  # what is not defined here is theirs
+__all__ = [name for module in BASES for name in vars(module) if not name.startswith("__")]
 NUM_CLASSES = 1000  # read when a network is made, so it can be set
+
+
+def __getattr__(name: str) -> Any:
+    for module in BASES:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- unet

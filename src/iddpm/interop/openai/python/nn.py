@@ -10,14 +10,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from iddpm.diffusion import bound as likelihood
 from iddpm.nn import layers
-from iddpm.nn.layers import zeroed as zero_module
 
-__all__ = [
-    "CheckpointFunction", "GroupNorm32", "SiLU", "avg_pool_nd", "checkpoint", "conv_nd", "linear", "mean_flat",
-    "normalization", "scale_module", "timestep_embedding", "update_ema", "zero_module",
-]  # fmt: skip
-
-linear = nn.Linear
+linear, zero_module = nn.Linear, layers.zeroed
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 

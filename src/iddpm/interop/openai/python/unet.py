@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm.interop.openai.fp16_util import convert_module_to_f16, convert_module_to_f32
-from iddpm.interop.openai.nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
+from iddpm.interop.openai.python.fp16_util import convert_module_to_f16, convert_module_to_f32
+from iddpm.interop.openai.python.nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
 from iddpm.nn import Classifier, SuperResUNet, UNet, layers
 
 # ---- layers
@@ -85,7 +85,7 @@ class ResBlock(layers.ResBlock, TimestepBlock):
         self.skip_connection = skip
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        flat = x.ndim == 4 or self.scale_shift
+        flat = x.ndim == 4 or self.scale_shift  # ours adds the embedding to images only; scale and shift fit any shape
         return checkpoint(super().forward if flat else self._added, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _added(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ class QKVAttention(nn.Module):
     """Attention of (B, 3C, T) to (B, C, T), the channels q, k, v first and heads within; the original has one head."""
 
     heads_first = False
+    count_flops = staticmethod(count_flops_attn)
 
     def __init__(self, n_heads: int = 1):
         super().__init__()
@@ -125,11 +126,6 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         return layers.attend(qkv.transpose(1, 2), self.n_heads, heads_first=self.heads_first).transpose(1, 2)
-
-    @staticmethod
-    def count_flops(model: Any, _x: Any, y: Sequence[Tensor]) -> None:
-        """As count_flops_attn."""
-        count_flops_attn(model, _x, y)
 
 
 class QKVAttentionLegacy(QKVAttention):
@@ -162,7 +158,6 @@ class _Torso(nn.Module):
     input_blocks: nn.ModuleList
     time_embed: nn.Sequential
     out: nn.Sequential
-    TORSO = ("input_blocks", "middle_block", "output_blocks")
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -170,16 +165,16 @@ class _Torso(nn.Module):
 
     def convert_to_fp16(self) -> None:
         """Make the torso's convolutions float16; what goes in and comes out stays float32."""
-        self._torso(convert_module_to_f16)
+        for part in self._torso():
+            part.apply(convert_module_to_f16)
 
     def convert_to_fp32(self) -> None:
         """Undo convert_to_fp16."""
-        self._torso(convert_module_to_f32)
+        for part in self._torso():
+            part.apply(convert_module_to_f32)
 
-    def _torso(self, convert: Any) -> None:
-        for name in self.TORSO:
-            if hasattr(self, name):
-                getattr(self, name).apply(convert)
+    def _torso(self) -> list[nn.Module]:
+        return [part for name, part in self.named_children() if name in ("input_blocks", "middle_block", "output_blocks")]
 
     @property
     def inner_dtype(self) -> torch.dtype:
@@ -225,11 +220,11 @@ class UNetModel(_Torso, UNet):
         """What the stages give: "down" and "up", lists of (B, C, h, w), and "middle"."""
         with self._arithmetic(x):
             emb, (*down, middle) = self.encode(x, timesteps, y)
-            skips, up = down.copy(), [middle]
-            for stage in self.output_blocks:
-                up.append(stage(up[-1], emb, skips.pop()))
-        as_given = [[h.to(x.dtype) for h in hs] for hs in (down, up)]
-        return {"down": as_given[0], "middle": middle.to(x.dtype), "up": as_given[1][1:]}
+            up = [middle]
+            for stage, skip in zip(self.output_blocks, reversed(down)):
+                up.append(stage(up[-1], emb, skip))
+        down, (middle, *up) = ([h.to(x.dtype) for h in hs] for hs in (down, up))
+        return {"down": down, "middle": middle, "up": up}
 
 
 class SuperResModel(UNetModel, SuperResUNet):

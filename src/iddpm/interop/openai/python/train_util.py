@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from iddpm.errors import UserError
-from iddpm.interop.openai import blobfile as bf
-from iddpm.interop.openai import dist_util, logger
-from iddpm.interop.openai.fp16_util import (
-    grad_norm,
-    make_master_params,
-    master_params_to_model_params,
-    masters_to_state_dict,
-    model_grads_to_master_grads,
-    state_dict_to_masters,
-    zero_grad,
-)
-from iddpm.interop.openai.nn import update_ema
-from iddpm.interop.openai.optimizer import flatten, unflatten
-from iddpm.interop.openai.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from iddpm.interop.openai.formats.optimizer import flatten, slots_of
+from iddpm.interop.openai.python import blobfile as bf
+from iddpm.interop.openai.python import dist_util, fp16_util, logger
+from iddpm.interop.openai.python.nn import update_ema
+from iddpm.interop.openai.python.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from iddpm.parallel.processes import barrier, rank, same, world
 from iddpm.parallel.shard import spread
 from iddpm.training.loop import MAX_SKIPS
@@ -66,6 +57,7 @@ class TrainLoop:
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE if use_fp16 else 0.0
         self.sync_cuda = torch.cuda.is_available()
 
+        # In the original's order: forks override these, and rely on what is there when they are called.
         self._load_and_sync_parameters()
         if use_fp16:
             self._setup_fp16()
@@ -118,11 +110,12 @@ class TrainLoop:
             return
         logger.log(f"loading optimizer state from checkpoint: {path}")
         saved = dist_util.load_state_dict(path, map_location="cpu")
-        slots = _fitted(saved, self.model, self.use_fp16, path)
-        self.opt.load_state_dict({"state": slots, "param_groups": self.opt.state_dict()["param_groups"]})
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        slots, updates = slots_of(saved, shapes, path)
+        state = flatten(slots, shapes, "flat" if self.use_fp16 else "each")
+        self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         extra = saved.get(EXTRA, {})
-        counted = [int(slot["step"]) for slot in slots.values()]
-        self.resume_step = extra.get("step", max(counted, default=self.resume_step))
+        self.resume_step = extra.get("step", updates or self.resume_step)
         self.skipped = extra.get("skipped", 0)
         if self.use_fp16:
             self.lg_loss_scale = extra.get("lg_loss_scale", self.lg_loss_scale)
@@ -130,7 +123,7 @@ class TrainLoop:
             self.schedule_sampler.load_state_dict(extra["sampler"])
 
     def _setup_fp16(self) -> None:
-        self.master_params = list(make_master_params(self.model_params))
+        self.master_params = list(fp16_util.make_master_params(self.model_params))
         self.model.convert_to_fp16()  # type: ignore[operator]
 
     # ---- training
@@ -173,26 +166,27 @@ class TrainLoop:
 
     def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
         """The gradient of the batch's mean loss, whatever the microbatches (B8)."""
-        zero_grad(self.model_params)
+        fp16_util.zero_grad(self.model_params)
         for i in range(0, len(batch), self.microbatch):
             micro = batch[i : i + self.microbatch].to(dist_util.dev())
             micro_cond = {k: v[i : i + self.microbatch].to(dist_util.dev()) for k, v in cond.items()}
-            last = i + self.microbatch >= len(batch)
+            last = i + self.microbatch >= len(batch)  # gradients are exchanged once, in the last backward pass
             t, weights = self.schedule_sampler.sample(len(micro), dist_util.dev())
             with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():  # type: ignore[operator]
                 losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=micro_cond)
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+            # divided by the whole batch, so that a short last microbatch weighs no more than its images
             (self.scale.factor * (losses["loss"] * weights).sum() / len(batch)).backward()
 
     def optimize_fp16(self) -> None:
         """A step of the float32 masters; after one that is not finite the loss scale is halved, down to 1."""
-        model_grads_to_master_grads(self.model_params, self.master_params)
+        fp16_util.model_grads_to_master_grads(self.model_params, self.master_params)
         self.master_params[0].grad.mul_(1.0 / self.scale.factor)
         if self._finite():
             self._update()
-            master_params_to_model_params(self.model_params, self.master_params)
+            fp16_util.master_params_to_model_params(self.model_params, self.master_params)
 
     def optimize_normal(self) -> None:
         """A step of the optimizer and the averages, unless a gradient is not finite."""
@@ -208,7 +202,7 @@ class TrainLoop:
 
     def _finite(self) -> bool:
         """Whether the step may be taken; counts those that may not, and gives up after 50 in a row (B9)."""
-        good = bool(torch.isfinite(grad_norm(self.master_params)))
+        good = bool(torch.isfinite(fp16_util.grad_norm(self.master_params)))
         self.scale.update(good)
         if good:
             self.skipped_in_a_row = 0
@@ -221,7 +215,7 @@ class TrainLoop:
         return False
 
     def _log_grad_norm(self) -> None:
-        logger.logkv_mean("grad_norm", grad_norm(self.master_params).item())
+        logger.logkv_mean("grad_norm", fp16_util.grad_norm(self.master_params).item())
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps:
@@ -242,7 +236,7 @@ class TrainLoop:
     def save(self) -> None:
         """modelN, ema_RATE_N and optN, N the steps made (B7); the model last, so that its presence says that all is there."""
         number = f"{self.step + self.resume_step:06d}.pt"
-        for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:
+        for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:  # 0 stands for the model
             weights = self._master_params_to_state_dict(params)
             if rank() == 0:
                 logger.log(f"saving model {rate}...")
@@ -257,10 +251,10 @@ class TrainLoop:
         return done | ({"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {})
 
     def _master_params_to_state_dict(self, master_params: Any) -> dict[str, Tensor]:
-        return masters_to_state_dict(self.model, master_params, self.use_fp16)
+        return fp16_util.masters_to_state_dict(self.model, master_params, self.use_fp16)
 
     def _state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Any]:
-        return state_dict_to_masters(self.model, state_dict, self.use_fp16)
+        return fp16_util.state_dict_to_masters(self.model, state_dict, self.use_fp16)
 
 
 # ---- names of files
@@ -319,16 +313,6 @@ def _write(name: str, content: Mapping[str, Any]) -> None:
 
 
 # ---- numbers
-
-
-def _fitted(saved: Mapping[str, Any], model: nn.Module, use_fp16: bool, path: str) -> dict[int, Any]:
-    """The slots of an opt file as AdamW's on this model; those of fp16, which are flat, are cut up, and the reverse."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(sum(len(g["params"]) for g in saved["param_groups"]), "")
-    try:
-        return flatten(unflatten(saved["state"], shapes, layout), shapes, "flat" if use_fp16 else "each")
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise UserError(f"{path} does not fit the model ({str(e).splitlines()[0]}): it belongs to another network") from None
 
 
 def _average_row() -> None:

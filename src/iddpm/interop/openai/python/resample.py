@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.law import LossSecondMoment
+from iddpm.diffusion.schedule import Linear
 from iddpm.parallel.processes import gather
 
 
@@ -22,7 +24,7 @@ class ScheduleSampler(ABC):
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Steps (B,) int64 and the float32 weights (B,) that keep the loss unbiased."""
         w = self.weights()
-        p = w / np.sum(w)
+        p = w / np.sum(w)  # numpy's global generator, as there: a seeded script draws the same steps
         t = np.random.choice(len(p), size=(batch_size,), p=p)
         return torch.from_numpy(t).long().to(device), torch.from_numpy(1 / (len(p) * p[t])).float().to(device)
 
@@ -55,13 +57,15 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
-        self.law = LossSecondMoment(diffusion.num_timesteps, history_per_term, uniform_prob)
+        counted = Chain(Linear(diffusion.num_timesteps))  # any chain of as many steps: the law only counts them
+        self.law = LossSecondMoment(counted, history_per_term, uniform_prob)
 
     def weights(self) -> np.ndarray:
         return self.law.probabilities().numpy() if self._warmed_up() else np.ones([self.diffusion.num_timesteps])
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        self.law.update(torch.as_tensor(ts), torch.as_tensor(losses, dtype=torch.float64))
+        u = (torch.as_tensor(ts).double() + 0.5) / self.law.steps  # the middle of each step's share
+        self.law.update(u, torch.as_tensor(losses, dtype=torch.float64))
 
     def _warmed_up(self) -> bool:
         return self.law.warm()

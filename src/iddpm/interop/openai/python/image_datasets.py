@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iddpm.data import Images
-from iddpm.data.images import find
+from iddpm.data.sources import open_source
+from iddpm.data.sources.folder import Folder
 from iddpm.errors import UserError
-from iddpm.interop.openai import logger
+from iddpm.interop.openai.python import logger
 from iddpm.parallel.processes import rank, world
 
 CROP = 0.8  # the smallest share of an image's side that a random crop shows
@@ -34,10 +35,8 @@ def load_data(
     """
     if not data_dir:
         raise UserError("unspecified data directory: give --data_dir")
-    root, names = find(Path(data_dir))
-    labels = ("prefix" if all("_" in Path(name).name for name in names) else "folder") if class_cond else "none"
     side = math.ceil(image_size / CROP) if random_crop else image_size
-    images = Images.open(root, (side, side), labels=labels)
+    images = Images.open(data_dir, (side, side), labels="original" if class_cond else "none")
     logger.log(images.describe())
     classes = None if images.labels is None else images.labels.tolist()
     data = ImageDataset(side, [str(f) for f in images.files], classes, rank(), world(), _images=images)
@@ -85,8 +84,8 @@ def _draw_seed() -> int:
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    root, names = find(Path(data_dir))
-    return [str(root / name) for name in names]
+    source = open_source(Path(data_dir))
+    return [str(source.path / name) for name in source.names]
 
 
 class ImageDataset(Dataset):
@@ -98,7 +97,7 @@ class ImageDataset(Dataset):
     ):  # fmt: skip
         self.resolution, self.local_images = resolution, image_paths[shard:][::num_shards]
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
-        self._images = _images or Images([Path(p) for p in image_paths], (resolution, resolution))
+        self._images = _images or Images(Folder(Path(), list(image_paths)), (resolution, resolution))
         self._indices = np.arange(len(image_paths))[shard:][::num_shards]
 
     def __len__(self) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from iddpm.diffusion.schedule import Chain, respace
-from iddpm.interop.openai.gaussian_diffusion import GaussianDiffusion, Given, Kwargs, Model, Out
+from iddpm.diffusion.grid import Chain, respace
+from iddpm.interop.openai.python.gaussian_diffusion import GaussianDiffusion, Given, Kwargs, Model, Out
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:

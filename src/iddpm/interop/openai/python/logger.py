@@ -67,25 +67,29 @@ def _cut(text: str) -> str:
     return text if len(text) <= 30 else text[:27] + "..."
 
 
-class JSONOutputFormat(KVWriter):
-    """A JSON object per line."""
+class _File(KVWriter):
+    """Rows in a file, which stays open and is continued where it exists."""
 
     def __init__(self, filename: str):
-        self.file = open(filename, "a")  # noqa: SIM115
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        self.file.write(json.dumps({k: float(v) if hasattr(v, "dtype") else v for k, v in sorted(kvs.items())}) + "\n")
-        self.file.flush()
+        self.file = open(filename, "a+", newline="")  # noqa: SIM115
 
     def close(self) -> None:
         self.file.close()
 
 
-class CSVOutputFormat(KVWriter):
+class JSONOutputFormat(_File):
+    """A JSON object per line."""
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        self.file.write(json.dumps({k: float(v) if hasattr(v, "dtype") else v for k, v in sorted(kvs.items())}) + "\n")
+        self.file.flush()
+
+
+class CSVOutputFormat(_File):
     """A table, which is written anew when a column comes in."""
 
     def __init__(self, filename: str):
-        self.file = open(filename, "a+", newline="")  # noqa: SIM115
+        super().__init__(filename)
         self.file.seek(0)
         self.keys = list(csv.DictReader(self.file).fieldnames or [])
 
@@ -93,7 +97,7 @@ class CSVOutputFormat(KVWriter):
         new = sorted(kvs.keys() - set(self.keys))
         self.keys += new
         table = csv.DictWriter(self.file, self.keys, lineterminator="\n")
-        if new:
+        if new:  # rare: once a column has come, rows are appended
             self.file.seek(0)
             rows = list(csv.DictReader(self.file))
             self.file.truncate(0)
@@ -101,9 +105,6 @@ class CSVOutputFormat(KVWriter):
             table.writerows(rows)
         table.writerow(kvs)
         self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -143,90 +144,11 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
     return FORMATS[format](ev_dir, log_suffix)
 
 
-# ---- the calls
-
-
-def logkv(key: str, val: Any) -> None:
-    """Set a value of the row to come."""
-    get_current().logkv(key, val)
-
-
-def logkv_mean(key: str, val: Any) -> None:
-    """Add a value to a mean of the row to come."""
-    get_current().logkv_mean(key, val)
-
-
-def logkvs(d: Mapping[str, Any]) -> None:
-    """Set several values of the row to come."""
-    for k, v in d.items():
-        logkv(k, v)
-
-
-def dumpkvs() -> dict[str, Any]:
-    """Write the row, return it, and start the next."""
-    return get_current().dumpkvs()
-
-
-def getkvs() -> dict[str, Any]:
-    """The row so far."""
-    return get_current().name2val
-
-
-def log(*args: Any, level: int = INFO) -> None:
-    """Write a line."""
-    get_current().log(*args, level=level)
-
-
-debug, info, warn, error = (functools.partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
-
-
-def set_level(level: int) -> None:
-    """Leave out lines below a level."""
-    get_current().set_level(level)
-
-
-def set_comm(comm: Any) -> None:
-    """Average the rows over the processes of a communicator that has `rank` and `gather`."""
-    get_current().set_comm(comm)
-
-
-def get_dir() -> str:
-    """The folder that is written to."""
-    return get_current().get_dir()
-
-
-record_tabular, dump_tabular = logkv, dumpkvs
-
-
-@contextmanager
-def profile_kv(scopename: str) -> Iterator[None]:
-    """Add the seconds inside to wait_SCOPENAME of the row to come."""
-    start = time()
-    try:
-        yield
-    finally:
-        get_current().name2val["wait_" + scopename] += time() - start
-
-
-def profile(n: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: profile_kv(n) around every call."""
-
-    def decorate(func: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(func)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with profile_kv(n):
-                return func(*args, **kwargs)
-
-        return timed
-
-    return decorate
-
-
-# ---- behind them
+# ---- the row in the making
 
 
 class Logger:
-    """A row in the making, and where rows and lines go."""
+    """The row in the making, and where rows and lines go."""
 
     DEFAULT: ClassVar["Logger | None"] = None
     CURRENT: ClassVar["Logger | None"] = None
@@ -237,10 +159,12 @@ class Logger:
         self.level, self.dir, self.output_formats, self.comm = INFO, dir, output_formats, comm
 
     def logkv(self, key: str, val: Any) -> None:
+        """Set a value of the row to come."""
         self.name2val[key] = val
 
     def logkv_mean(self, key: str, val: Any) -> None:
-        self.name2cnt[key] += 1
+        """Add a value to a mean of the row to come."""
+        self.name2cnt[key] += 1  # a running mean: no list of values is kept
         self.name2val[key] += (val - self.name2val[key]) / self.name2cnt[key]
 
     def counted(self) -> dict[str, tuple[Any, int]]:
@@ -248,6 +172,7 @@ class Logger:
         return {name: (val, self.name2cnt.get(name, 1)) for name, val in self.name2val.items()}
 
     def dumpkvs(self) -> dict[str, Any]:
+        """Write the row, return it, and start the next."""
         row = dict(self.name2val) if self.comm is None else mpi_weighted_mean(self.comm, self.counted())
         for writer in self.output_formats:
             if isinstance(writer, KVWriter):
@@ -257,18 +182,22 @@ class Logger:
         return row
 
     def log(self, *args: Any, level: int = INFO) -> None:
+        """Write a line."""
         if self.level <= level:
             for writer in self.output_formats:
                 if isinstance(writer, SeqWriter):
                     writer.writeseq(map(str, args))
 
     def set_level(self, level: int) -> None:
+        """Leave out lines below a level."""
         self.level = level
 
     def set_comm(self, comm: Any) -> None:
+        """Average the rows over the processes of a communicator that has `rank` and `gather`."""
         self.comm = comm
 
     def get_dir(self) -> str:
+        """The folder that is written to."""
         return self.dir
 
     def close(self) -> None:
@@ -283,6 +212,51 @@ def get_current() -> Logger:
         Logger.DEFAULT = Logger.CURRENT
     assert Logger.CURRENT is not None
     return Logger.CURRENT
+
+
+def _of_current(name: str) -> Callable[..., Any]:
+    """The function that calls this method of the logger in use."""
+
+    def call(*args: Any, **settings: Any) -> Any:
+        return getattr(get_current(), name)(*args, **settings)
+
+    call.__name__, call.__doc__ = name, getattr(Logger, name).__doc__
+    return call
+
+
+logkv, logkv_mean, dumpkvs, log = map(_of_current, ("logkv", "logkv_mean", "dumpkvs", "log"))
+set_level, set_comm, get_dir = map(_of_current, ("set_level", "set_comm", "get_dir"))
+debug, info, warn, error = (functools.partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
+record_tabular, dump_tabular = logkv, dumpkvs
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """Set several values of the row to come."""
+    for k, v in d.items():
+        logkv(k, v)
+
+
+def getkvs() -> dict[str, Any]:
+    """The row so far."""
+    return get_current().name2val
+
+
+@contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds inside to wait_SCOPENAME of the row to come."""
+    start = time()
+    try:
+        yield
+    finally:
+        get_current().name2val["wait_" + scopename] += time() - start
+
+
+def profile(n: str) -> Any:
+    """A decorator: profile_kv(n) around every call."""
+    return profile_kv(n)
+
+
+# ---- many processes, and which logger is in use
 
 
 def get_rank_without_mpi_import() -> int:

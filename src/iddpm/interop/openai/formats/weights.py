@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, Model, check, image_size, numbers
+from iddpm.config import Config, Model, check, image_size, numbers, settings_of
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
-from iddpm.interop.openai.flags import NETWORKS, to_config
-from iddpm.interop.openai.published import PUBLISHED, Published
+from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, PREFIXED, TWINS, line, to_config
+from iddpm.interop.openai.formats.published import PUBLISHED, Published
 from iddpm.nn import attention_rates, channel_mult_for
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name, in the file's order
@@ -50,23 +51,24 @@ def tell(shapes: Shapes, source: str) -> Told:
 
     Not to be seen are the number of heads, the order of attention's channels, and anything of the process.
     """
-    missing = [k for k in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight") if k not in shapes]
-    if missing:
-        raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {missing[0]}")
-    width = shapes["time_embed.0.weight"][1]
-    first, judge = shapes["input_blocks.0.0.weight"][1], not any(k.startswith("output_blocks.") for k in shapes)
-    fields: dict[str, Any] = dict(num_channels=width)
-    blocks = [_block(shapes, f"input_blocks.{k}") for k in range(1, _count(shapes, "input_blocks"))]
+    for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight"):
+        if name not in shapes:
+            raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
+    # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
+    width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
+    count = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))
+    blocks = [_block(shapes, f"input_blocks.{k}.") for k in range(1, count)]
     updown = not any(b.convolution for b in blocks)
     depth, levels = _levels(shapes, blocks, updown, source)
+    # With scale and shift, the embedding gives two numbers for each channel, else one.
     emb, out = shapes["input_blocks.1.0.emb_layers.1.weight"], shapes["input_blocks.1.0.in_layers.2.weight"]
-    fields |= dict(num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
-    if len(levels) > 1:
+    fields = dict(num_channels=width, num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
+    if len(levels) > 1:  # a single level changes no size, either way
         fields["resblock_updown"] = updown
-    mult = tuple(group[0].width / width for group in levels)
-    fields |= _judge(shapes, first, len(mult)) if judge else _ends(shapes, first)
+    draws = any(k.startswith("output_blocks.") for k in shapes)
+    fields |= _ends(shapes, first) if draws else _judge(shapes, first, len(levels))
     attention = tuple(k for k, group in enumerate(levels) if group[0].attention)
-    return Told(fields, mult, attention)
+    return Told(fields, tuple(group[0].width / width for group in levels), attention)
 
 
 class Block(NamedTuple):
@@ -77,15 +79,10 @@ class Block(NamedTuple):
     convolution: bool  # a strided one: it halves the size
 
 
-def _count(shapes: Shapes, name: str) -> int:
-    return 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith(f"{name}.")), default=-1)
-
-
 def _block(shapes: Shapes, name: str) -> Block:
-    if f"{name}.0.op.weight" in shapes:
-        return Block(shapes[f"{name}.0.op.weight"][0], False, True)
-    conv = shapes.get(f"{name}.0.in_layers.2.weight", (0,))
-    return Block(conv[0], f"{name}.1.qkv.weight" in shapes, False)
+    if f"{name}0.op.weight" in shapes:
+        return Block(shapes[f"{name}0.op.weight"][0], False, True)
+    return Block(shapes.get(f"{name}0.in_layers.2.weight", (0,))[0], f"{name}1.qkv.weight" in shapes, False)
 
 
 def _levels(shapes: Shapes, blocks: Sequence[Block], updown: bool, source: str) -> tuple[int, list[Sequence[Block]]]:
@@ -98,6 +95,8 @@ def _levels(shapes: Shapes, blocks: Sequence[Block], updown: bool, source: str) 
     if not updown:
         depths = [next(k for k, b in enumerate(blocks) if b.convolution)]
     else:
+        # On the way up a level ends in a block that doubles the size, beside the depth + 1 others: the first stage with two
+        # residual blocks is number `depth`. A classifier has no way up.
         double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
         ups = [int(m[1]) for k in shapes if (m := double.match(k))]
         depths = [min(ups)] if ups else [d for d in range(1, total) if total % (d + 1) == 0]
@@ -120,24 +119,21 @@ def _grouped(blocks: Sequence[Block], depth: int) -> list[Sequence[Block]] | Non
 
 def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
     """What the first and the last convolution tell: channels, learned variance, a second image; and the classes."""
-    last = shapes.get("out.2.weight", (first,))[0]
-    channels, sees = next(
-        ((c, first // c) for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)), (min(first, last), 1)
-    )
-    rows = shapes.get("label_emb.weight", (0,))[0]
-    return dict(
-        network="super_res" if sees == 2 else "unet",
-        image_channels=channels,
-        learn_sigma=last == 2 * channels,
-        class_cond=rows > 0,
-        num_classes=rows,
-    )
+    last, rows = shapes.get("out.2.weight", (first,))[0], shapes.get("label_emb.weight", (0,))[0]
+    # First twice the channels: a small image beside the noisy one. Last twice: a learned variance.
+    # Where several numbers of channels fit, the more usual one is taken.
+    usual = [c for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)]
+    channels = usual[0] if usual else min(first, last)
+    task = "enlarge" if usual and first == 2 * channels else "images"
+    ends = dict(image_channels=channels, learn_sigma=last == 2 * channels, class_cond=rows > 0, num_classes=rows)
+    return dict(task=task, **ends)
 
 
 def _judge(shapes: Shapes, first: int, levels: int) -> dict[str, Any]:
     """What a classifier's last layers tell: its pool, its classes, and with attention the image's size."""
-    fields: dict[str, Any] = dict(network="classifier", image_channels=first, class_cond=True)
+    fields: dict[str, Any] = dict(task="classify", image_channels=first, class_cond=True)
     if (place := shapes.get("out.2.positional_embedding")) is not None:
+        # one position for each pixel of the smallest level, and one for their mean
         side = round((place[1] - 1) ** 0.5) * 2 ** (levels - 1)
         return fields | dict(classifier_pool="attention", image_size=str(side), num_classes=shapes["out.2.c_proj.bias"][0])
     if "out.2.bias" in shapes:
@@ -152,11 +148,6 @@ SHOWN = (  # told by shapes and set by flags, in the order in which a contradict
     "image_channels", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "learn_sigma", "class_cond",
     "use_scale_shift_norm", "resblock_updown", "classifier_pool", "image_size",
 )  # fmt: skip
-PREFIXED = dict(  # what classifier_train and classifier_sample call them
-    num_channels="classifier_width", num_res_blocks="classifier_depth", resblock_updown="classifier_resblock_updown",
-    attention_resolutions="classifier_attention_resolutions", use_scale_shift_norm="classifier_use_scale_shift_norm",
-)  # fmt: skip
-KINDS = {"unet": "a model of images", "super_res": "a super-resolution model", "classifier": "a classifier"}
 
 
 def check_fit(shapes: Shapes, config: Config, source: str) -> None:
@@ -185,9 +176,9 @@ def _text(shape: tuple[int, ...]) -> str:
 
 def cures(told: Told, config: Config) -> list[str]:
     """The flags that a config would need to have the network that was told; none where it has it."""
-    m, judge = config.model, told.fields["network"] == "classifier"
-    if told.fields["network"] != m.network:
-        return [f"--network {told.fields['network']}, for it is {KINDS[told.fields['network']]}, not {KINDS[m.network]}"]
+    m, task = config.model, told.fields["task"]
+    if task != m.task:
+        return [f"--task {task}, for it is {KINDS[task].words}, not {KINDS[m.task].words}"]
     side = min(image_size(m))
     has, is_ = config.flat(), told.at(side)
     has["channel_mult"] = numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(side)
@@ -196,10 +187,10 @@ def cures(told: Told, config: Config) -> list[str]:
     different = [name for name in SHOWN if name in is_ and is_[name] != has[name]]
     found = []
     for name in different:
-        shown = PREFIXED.get(name, name) if judge else name
+        shown = PREFIXED.get(name, name) if config.task.classifies else name
         if name == "channel_mult":
             mult = f"--channel_mult {','.join(f'{x:g}' for x in told.mult)}"
-            usual = [f"--{_size_flag(m.network)} {s}" for s in told.usual_sizes()]
+            usual = [f"--{KINDS[task].size} {s}" for s in told.usual_sizes()]
             found.append(f"{' or '.join(usual)} (or {mult})" if usual else mult)
         elif name != "attention_resolutions":
             found.append(f"--{shown} {is_[name]}")
@@ -208,10 +199,6 @@ def cures(told: Told, config: Config) -> list[str]:
     if told.fields["num_classes"] != m.num_classes and "class_cond" not in different:
         found.append(f"a network of {told.fields['num_classes']} classes, not {m.num_classes}")
     return found
-
-
-def _size_flag(network: str) -> str:
-    return "large_size" if network == "super_res" else "image_size"
 
 
 def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
@@ -224,13 +211,6 @@ def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
 
 # ---- the config of a file: what its shapes tell, and what a user says of the rest
 
-ESSENTIAL = ("diffusion_steps", "noise_schedule")  # and the sizes: no default would be a good guess
-TWINS = dict(  # the original's flag, and ours that says the same
-    large_size="image_size", use_kl="objective", rescale_learned_sigmas="objective", predict_xstart="parametrization",
-    timestep_respacing="sampling_steps", use_ddim="solver", use_fp16="precision", classifier_use_fp16="precision",
-    use_new_attention_order="new_attention_order", iterations="steps", anneal_lr="lr_anneal_steps",
-    **{theirs: ours for ours, theirs in PREFIXED.items()},
-)  # fmt: skip
 SIGNS = ("num_head_channels", "channel_mult", "use_new_attention_order", "new_attention_order")  # of guided-diffusion
 ALONE = ("image_channels", "num_classes", "channel_mult")  # what no flag of the original's always says
 
@@ -251,27 +231,29 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
     nothing to go by for the image size, the chain's length or its schedule.
     """
     told = tell(shapes, source)
-    network = told.fields["network"]
-    twice = next((k for k, v in TWINS.items() if k in given and v in given), None)
-    if twice:
-        raise UserError(f"--{twice} and --{TWINS[twice]} say the same in two ways: give one")
-    if published:
+    task = told.fields["task"]
+    if twice := [(k, v) for k, v in TWINS.items() if k in given and v in given]:
+        raise UserError(f"--{twice[0][0]} and --{twice[0][1]} say the same in two ways: give one")
+    if published:  # its row says all; flags given beside it win, and are checked against the shapes below
         row = row_of(published)
         program, assumed = row.program, {}
-        config = to_config(row.network, row.flags | dict(given), program)
+        config = to_config(row.task, row.flags | dict(given), program)
     else:
         program, side = _program(told, given), _side(told, given)
         missing = _missing(shapes, told, given, side)
         if side is None or missing:
             raise UserError(_question(told, program, missing, source))
         fields = told.at(side)
-        config = to_config(network, _original_names(fields) | dict(given), program)
+        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if TASKS[task].classifies else fields
+        config = to_config(task, named | dict(given), program)
         config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
         assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
-    void = ("learn_sigma",) if network == "classifier" else ()  # a classifier's recipes pass it, to no effect
-    config = config.updated({k: v for k, v in given.items() if k in config.flat() and k not in void})
+    void = ("learn_sigma",) if TASKS[task].classifies else ()  # a classifier's recipes pass it, to no effect
+    # Our own flags last: they say what the original's cannot.
+    ours = settings_of(*(group for _, group in config.groups()))
+    config = config.updated({k: v for k, v in given.items() if k in ours and k not in void})
     check_fit(shapes, config, source)
-    return Settled(check(config), program, assumed, [] if published else alike(told))
+    return Settled(build.require_fit(check(config)), program, assumed, [] if published else alike(told))
 
 
 def row_of(published: str) -> Published:
@@ -289,7 +271,7 @@ def alike(told: Told) -> list[str]:
 
 
 def _program(told: Told, given: Mapping[str, Any]) -> str:
-    guided = told.fields["network"] == "classifier" or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
+    guided = TASKS[told.fields["task"]].classifies or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
     return "guided" if guided or any(given.get(k) not in (None, False, -1, "") for k in SIGNS) else "improved"
 
 
@@ -299,44 +281,36 @@ def _side(told: Told, given: Mapping[str, Any]) -> int | None:
 
 
 def _missing(shapes: Shapes, told: Told, given: Mapping[str, Any], side: int | None) -> list[str]:
-    network = told.fields["network"]
-    names = [] if side else [_size_flag(network)]
-    wanted = (("small_size",) if network == "super_res" else ()) + ESSENTIAL
-    wanted += ("low_res_noise",) if "level_embed.0.weight" in shapes else ()
-    return names + [name for name in wanted if name not in given]
+    task = told.fields["task"]
+    wanted = ["small_size"] * TASKS[task].enlarges + ["diffusion_steps", "noise_schedule"]
+    wanted += ["low_res_noise"] * ("level_embed.0.weight" in shapes)
+    return [KINDS[task].size] * (side is None) + [name for name in wanted if name not in given]
 
 
 def _question(told: Told, program: str, missing: list[str], source: str) -> str:
     """What to ask for, with all that helps to answer."""
-    network = ", ".join(f"{k} {told.fields[k]}" for k in SHOWN if told.fields.get(k))
+    kind, sizes, names_alike = KINDS[told.fields["task"]], told.usual_sizes(), alike(told)
+    seen = ", ".join(f"{k} {told.fields[k]}" for k in SHOWN if told.fields.get(k))
     names = [f"--{name}" for name in missing]
-    if missing[0].endswith("e_size") and told.usual_sizes():  # image_size or large_size
-        names[0] += f" ({' or '.join(map(str, told.usual_sizes()))}, by its widths)"
-    rest = " ".join(f"--{k} {v}" for k, v in _assumed(told, None, program).items())
+    if missing[0] == kind.size and sizes:
+        names[0] += f" ({' or '.join(map(str, sizes))}, by its widths)"
+    rest = line(_assumed(told, None, program), {})
     taken = f" (what else they do not tell is taken to be as by default in {program}-diffusion: {rest})" if rest else ""
-    names_alike = alike(told)
     rows = f", or, if it is the published file, --published {' or '.join(names_alike)}" if names_alike else ""
-    kind = KINDS[told.fields["network"]]
-    return f"{source} is {kind} ({network}); its shapes do not tell {', '.join(names)}: give these{taken}{rows}"
+    return f"{source} is {kind.words} ({seen}); its shapes do not tell {', '.join(names)}: give these{taken}{rows}"
 
 
 def _assumed(told: Told, config: Config | None, program: str) -> dict[str, Any]:
     """What shapes cannot tell, of the network and the process, and its default; with a config, only what matters there."""
-    if told.fields["network"] == "classifier":
+    if TASKS[told.fields["task"]].classifies:
         return {}
-    names = ["num_heads", "num_head_channels", "use_new_attention_order", "predict_xstart", "rescale_timesteps", "sigma_small"]
-    if config and config.diffusion.diffusion_steps == 1000:
-        names.remove("rescale_timesteps")  # the network sees the same times either way
-    if config and config.model.num_head_channels > 0:
-        names.remove("num_heads")
-    if told.fields["learn_sigma"]:
-        names.remove("sigma_small")
-    defaults = NETWORKS[program][told.fields["network"]]
-    return {name: defaults[name] for name in names if name in defaults}
-
-
-def _original_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours by the original's names."""
-    if fields["network"] == "classifier":
-        return {PREFIXED.get(k, k): v for k, v in fields.items()}
-    return dict(fields)
+    matters = dict(
+        num_heads=config is None or config.model.num_head_channels <= 0,
+        num_head_channels=True,
+        use_new_attention_order=True,
+        predict_xstart=True,
+        rescale_timesteps=config is None or config.diffusion.diffusion_steps != 1000,  # there the network sees the same times
+        sigma_small=not told.fields["learn_sigma"],
+    )
+    defaults = NETWORKS[program][told.fields["task"]]
+    return {name: defaults[name] for name, does in matters.items() if does and name in defaults}

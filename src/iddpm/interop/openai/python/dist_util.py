@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iddpm.errors import UserError
-from iddpm.interop.openai.blobfile import BlobFile
+from iddpm.interop.openai.python.blobfile import BlobFile
 from iddpm.parallel.processes import rank, session, world
 
 GPUS_PER_NODE = 8  # for launchers that give no LOCAL_RANK: the GPU of a rank is rank % GPUS_PER_NODE

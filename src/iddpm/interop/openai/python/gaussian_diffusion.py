@@ -12,17 +12,19 @@ from torch import Tensor
 
 from iddpm.diffusion import parametrization
 from iddpm.diffusion.bound import mean_flat, prior_term
-from iddpm.diffusion.denoiser import VARIANCES, Prediction
-from iddpm.diffusion.guidance import shift_score
-from iddpm.diffusion.schedule import MAX_BETA, SCHEDULES, Chain, Table
-from iddpm.diffusion.solvers import ancestral_step, ddim_inverse_step, ddim_step
-from iddpm.interop.openai.losses import discretized_gaussian_log_likelihood, normal_kl
+from iddpm.diffusion.denoiser import VARIANCES
+from iddpm.diffusion.grid import Chain, Step
+from iddpm.diffusion.schedule import MAX_BETA, Cosine, Level, Linear
+from iddpm.interop.openai.python.losses import discretized_gaussian_log_likelihood, normal_kl
 
 Model = Callable[..., Tensor]  # (x, t, **model_kwargs)
 Kwargs = Mapping[str, Any] | None
 Out = dict[str, Tensor]
 Denoised = Callable[[Tensor], Tensor] | None
 Device = torch.device | str | None
+
+
+SCHEDULES: dict[str, Callable[[int], Linear | Cosine]] = {"linear": Linear, "cosine": Cosine}
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
@@ -106,8 +108,11 @@ class GaussianDiffusion:
         self.num_timesteps = len(self.betas)
         self.chain = Chain(Given(self.betas))
         s = self.chain.table
-        self._from_eps, self._from_xprev = (Table(f(s)) for f in (parametrization.eps, parametrization.previous))
+        self._steps = torch.stack(s).float()  # (columns, T)
+        level, previous = parametrization.eps(Level(*s[:3])), parametrization.previous(s)
+        self._from_eps, self._from_xprev = (torch.stack([c.skip, c.out]).float() for c in (level, previous))
 
+        # what forks read
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
@@ -116,30 +121,35 @@ class GaussianDiffusion:
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = (1 / s.alpha).numpy()
         self.sqrt_recipm1_alphas_cumprod = (s.sigma / s.alpha).numpy()
-        self.posterior_variance = ((1 - s.first) * s.log_min.exp()).numpy()
+        self.posterior_variance = ((1 - s.last) * s.log_min.exp()).numpy()
         self.posterior_log_variance_clipped = s.log_min.numpy()
         self.posterior_mean_coef1, self.posterior_mean_coef2 = s.coef_x0.numpy(), s.coef_xt.numpy()
+
+    def _at(self, t: Tensor, x: Tensor) -> Step:
+        """The chain's steps t (B,), float32, which broadcast over x (B, ...)."""
+        self._steps = self._steps.to(t.device)  # once: it stays there
+        return Step(*_columns(self._steps, t, x))
 
     # ---- q: from clean to noisy
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x_0)."""
         log_variance = _extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape)
-        return self.chain.at(t, x_start).alpha * x_start, log_variance.exp(), log_variance
+        return self._at(t, x_start).alpha * x_start, log_variance.exp(), log_variance
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t for x_0, with the noise given or drawn."""
         noise = torch.randn_like(x_start) if noise is None else noise
         assert noise.shape == x_start.shape
-        step = self.chain.at(t, x_start)
+        step = self._at(t, x_start)
         return step.alpha * x_start + step.sigma * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is 0, the log variance of t = 1."""
         assert x_start.shape == x_t.shape
-        step = self.chain.at(t, x_t)
+        step = self._at(t, x_t)
         mean, log_variance = step.coef_x0 * x_start + step.coef_xt * x_t, step.log_min.expand_as(x_t)
-        return mean, (1 - step.first) * log_variance.exp(), log_variance
+        return mean, (1 - step.last) * log_variance.exp(), log_variance
 
     # ---- p: what the model says
 
@@ -149,11 +159,11 @@ class GaussianDiffusion:
     ) -> Out:  # fmt: skip
         """mean, variance and log_variance of p(x_{t-1} | x_t), and pred_xstart, through denoised_fn and clipped to [-1, 1]."""
         output, values = self._split(model(x, self._scale_timesteps(t), **(model_kwargs or {})), x)
-        step = self.chain.at(t, x)
+        step = self._at(t, x)
         log_variance = VARIANCES[self.model_var_type.name.lower()](step, values).expand_as(x)
         variance = log_variance.exp()
         if self.model_var_type == ModelVarType.FIXED_SMALL:
-            variance = (1 - step.first) * variance  # the original reports 0 there, and samples with the log variance
+            variance = (1 - step.last) * variance  # the original reports 0 there, and samples with the log variance
 
         def process(x0: Tensor) -> Tensor:
             x0 = x0 if denoised_fn is None else denoised_fn(x0)
@@ -177,16 +187,16 @@ class GaussianDiffusion:
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         assert x_t.shape == eps.shape
-        skip, out, *_ = self._from_eps(t, x_t.ndim)
+        skip, out = _columns(self._from_eps, t, x_t)
         return skip * x_t + out * eps
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         assert x_t.shape == xprev.shape
-        skip, out, *_ = self._from_xprev(t, x_t.ndim)
+        skip, out = _columns(self._from_xprev, t, x_t)
         return skip * x_t + out * xprev
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        step = self.chain.at(t, x_t)
+        step = self._at(t, x_t)
         return (x_t - step.alpha * pred_xstart) / step.sigma
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
@@ -202,7 +212,8 @@ class GaussianDiffusion:
     def condition_score(self, cond_fn: Model, p_mean_var: Out, x: Tensor, t: Tensor, model_kwargs: Kwargs = None) -> Out:
         """The prediction for the score moved by the gradient (algorithm 2)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        x0 = shift_score(_prediction(p_mean_var), x, self.chain.at(t, x), gradient).x0
+        step = self._at(t, x)
+        x0 = p_mean_var["pred_xstart"] + step.sigma**2 / step.alpha * gradient
         mean, _, _ = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": x0, "mean": mean}
 
@@ -217,7 +228,7 @@ class GaussianDiffusion:
         noise = torch.randn_like(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = ancestral_step(_prediction(out), x, self.chain.at(t, x), noise)
+        sample = out["mean"] + (1 - self._at(t, x).last) * torch.exp(0.5 * out["log_variance"]) * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
@@ -228,8 +239,10 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        sample = ddim_step(_prediction(out), x, self.chain.at(t, x), torch.randn_like(x), eta)
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        x0, step = out["pred_xstart"], self._at(t, x)
+        eps, fresh = self._predict_eps_from_xstart(x, t, x0), (1 - step.last) * eta * torch.exp(0.5 * step.log_min)
+        kept = ((1 - eta**2) * step.sigma_to**2 + (eta * step.coef_xt * step.sigma) ** 2).sqrt()  # of the noise that is there
+        return {"sample": step.alpha_to * x0 + kept * eps + fresh * torch.randn_like(x), "pred_xstart": x0}
 
     def ddim_reverse_sample(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, denoised_fn: Denoised = None,
@@ -238,7 +251,9 @@ class GaussianDiffusion:
         """sample, the x_{t+1} from which DDIM with eta = 0 comes to x, and pred_xstart."""
         assert eta == 0.0, "only DDIM's deterministic path can be reversed"
         out = self.p_mean_variance(model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
-        sample = ddim_inverse_step(_prediction(out), x, self.chain.at(t, x))
+        eps, bar = self._predict_eps_from_xstart(x, t, out["pred_xstart"]), self.alphas_cumprod_next
+        alpha, sigma = (_extract_into_tensor(np.sqrt(z), t, x.shape) for z in (bar, 1 - bar))
+        sample = alpha * out["pred_xstart"] + sigma * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def p_sample_loop(
@@ -247,8 +262,7 @@ class GaussianDiffusion:
         cond_fn: Model | None = None,
     ) -> Tensor:  # fmt: skip
         """Images of `shape` (B, C, H, W), from `noise` or from drawn numbers, on `device` or the model's."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn)
-        return _last(self.p_sample_loop_progressive(model, shape, noise=noise, device=device, progress=progress, **settings))
+        return _last(self.p_sample_loop_progressive(**_given(locals())))
 
     def p_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -256,8 +270,7 @@ class GaussianDiffusion:
         cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
         """What p_sample gives at each step; the next starts from its "sample"."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn)
-        return self._walk(self.p_sample, model, shape, noise, device, progress, settings)
+        return self._walk(self.p_sample, **_given(locals()))
 
     def ddim_sample_loop(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -265,8 +278,7 @@ class GaussianDiffusion:
         eta: float = 0.0, cond_fn: Model | None = None,
     ) -> Tensor:  # fmt: skip
         """As p_sample_loop, by DDIM."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn) | {"eta": eta}
-        return _last(self.ddim_sample_loop_progressive(model, shape, noise=noise, device=device, progress=progress, **settings))
+        return _last(self.ddim_sample_loop_progressive(**_given(locals())))
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -274,13 +286,13 @@ class GaussianDiffusion:
         eta: float = 0.0, cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
         """What ddim_sample gives at each step; the next starts from its "sample"."""
-        settings = _settings(clip_denoised, denoised_fn, model_kwargs, cond_fn) | {"eta": eta}
-        return self._walk(self.ddim_sample, model, shape, noise, device, progress, settings)
+        return self._walk(self.ddim_sample, **_given(locals()))
 
     def _walk(
         self, step: Callable[..., Out], model: Any, shape: Sequence[int], noise: Tensor | None, device: Device, progress: bool,
-        settings: dict[str, Any],
+        **settings: Any,
     ) -> Iterator[Out]:  # fmt: skip
+        # Every draw comes from torch's global generator, in the original's order: a seeded script gets its images.
         device = next(model.parameters()).device if device is None else device
         x = torch.randn(*shape, device=device) if noise is None else noise
         steps: Any = range(self.num_timesteps - 1, -1, -1)
@@ -304,10 +316,8 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(mean, log_variance, out["mean"], out["log_variance"])
         decoder = -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=0.5 * out["log_variance"])
-        return {
-            "output": torch.where(t == 0, mean_flat(decoder), mean_flat(kl)) / np.log(2.0),
-            "pred_xstart": out["pred_xstart"],
-        }
+        bits = torch.where(t == 0, mean_flat(decoder), mean_flat(kl)) / np.log(2.0)
+        return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: Kwargs = None, noise: Tensor | None = None
@@ -316,7 +326,7 @@ class GaussianDiffusion:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
         at: Any = dict(x_start=x_start, x_t=x_t, t=t)
-        if self.loss_type.is_vb():
+        if self.loss_type.is_vb():  # unclipped: where x0 is held at the edge, no gradient would come back
             vb = self._vb_terms_bpd(model=model, clip_denoised=False, model_kwargs=model_kwargs, **at)["output"]
             return {"loss": vb * (self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1)}
 
@@ -346,9 +356,7 @@ class GaussianDiffusion:
             t, noise = torch.full((len(x_start),), i, device=x_start.device), torch.randn_like(x_start)
             x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
             with torch.no_grad():
-                out = self._vb_terms_bpd(
-                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
-                )
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             columns["vb"].append(out["output"])
             columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
@@ -358,19 +366,19 @@ class GaussianDiffusion:
         return {"total_bpd": tables["vb"].sum(dim=1) + prior, "prior_bpd": prior, **tables}
 
 
-def _prediction(out: Out) -> Prediction:
-    return Prediction(out["mean"], None, out["pred_xstart"], out["mean"], out["log_variance"])
-
-
-def _settings(clip_denoised: bool, denoised_fn: Any, model_kwargs: Kwargs, cond_fn: Model | None) -> dict[str, Any]:
-    """A step's settings; cond_fn only where given, since an overridden p_sample may not know it."""
-    settings = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
-    return settings if cond_fn is None else settings | {"cond_fn": cond_fn}
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A method's arguments, to pass on by name; cond_fn only where given, since an overridden p_sample may not know it."""
+    return {k: v for k, v in arguments.items() if k != "self" and (k != "cond_fn" or v is not None)}
 
 
 def _last(path: Iterator[Out]) -> Tensor:
     (last,) = deque(path, maxlen=1)
     return last["sample"]
+
+
+def _columns(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """table[:, t], of (C, T), as (C, B, 1, ...): each of the C broadcasts over x (B, ...)."""
+    return table.to(t.device)[:, t].view(len(table), -1, *(1,) * (x.ndim - 1))
 
 
 def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:

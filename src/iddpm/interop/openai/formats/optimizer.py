@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from iddpm.config import Config
-from iddpm.interop.openai.weights import Shapes
+from iddpm.errors import UserError
+from iddpm.interop.openai.formats.weights import Shapes
 from iddpm.store.checkpoint import Saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,14 +32,34 @@ def layout_of(config: Config) -> str:
     if config.train.precision != "fp16":
         return "each"
     m = config.model
-    guided = m.network == "classifier" or m.resblock_updown or m.new_attention_order or m.num_head_channels > 0
+    guided = config.task.classifies or m.resblock_updown or m.new_attention_order or m.num_head_channels > 0
     return "guided" if guided else "flat"
+
+
+def slots_of(found: Any, shapes: Shapes, source: str) -> tuple[dict[str, Tensor], int]:
+    """What an opt file holds, as NAME.SLOT of parameters of these shapes, and how many updates were made.
+
+    However it lies there: by parameter, or flat as under fp16. UserError where it is of other parameters.
+    """
+    if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
+        raise UserError(f"{source} holds no optimizer's state")
+    # Numbers run through all groups in order; a parameter that never had a gradient has no state.
+    order = [p for group in found["param_groups"] for p in group["params"]]
+    state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
+    layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
+    if layout is None:
+        raise UserError(f"{source} is of {len(order)} parameters, the network has {len(shapes)}: they do not belong together")
+    for k, names in enumerate(groups(shapes, layout)):
+        want = sum(torch.Size(shapes[name]).numel() for name in names)
+        if k in state and not all(isinstance(state[k].get(s), Tensor) and state[k][s].numel() == want for s in MOMENTS):
+            raise UserError(f"{source} is of another network: it does not fit {names[0]}")
+    return unflatten(state, shapes, layout), max((int(s["step"]) for s in state.values()), default=0)
 
 
 def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[int, dict[str, Tensor]]:
     """An optimizer's state by number, as AdamW keeps it, from our NAME.exp_avg, NAME.exp_avg_sq and NAME.step.
 
-    ValueError where parameters that are to be one were not stepped together.
+    UserError where parameters that are to be one were not stepped together.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for k, names in enumerate(groups(shapes, layout)):
@@ -47,7 +68,7 @@ def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[in
             continue
         steps = {float(slots[f"{name}.step"]) for name in held}
         if len(held) < len(names) or len(steps) > 1:
-            raise ValueError("these parameters were not all stepped together: they cannot be one flat parameter")
+            raise UserError("these parameters were not all stepped together: they cannot be one flat parameter")
         state[k] = {"step": slots[f"{names[0]}.step"].detach().cpu().float().clone()}
         for slot in MOMENTS:
             parts = [slots[f"{name}.{slot}"].detach().cpu() for name in names]
@@ -77,6 +98,7 @@ def unflatten(state: Mapping[int, Mapping[str, Any]], shapes: Shapes, layout: st
 def optimizer_file(saved: Saved, config: Config, shapes: Shapes) -> dict[str, Any]:
     """The state_dict that torch's AdamW would have on the parameters, or on the flat ones, that the original gives it."""
     t, layout = config.train, layout_of(config)
+    # AdamW itself writes the settings, so that whichever torch reads the file finds the keys that it expects.
     dummies = [torch.zeros(0) for _ in groups(shapes, layout)]
     adam = torch.optim.AdamW(dummies, lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
     return {"state": flatten(saved.optimizer, shapes, layout), "param_groups": adam.state_dict()["param_groups"]}

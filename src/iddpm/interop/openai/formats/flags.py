@@ -5,9 +5,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from iddpm.config import ENDLESS, Config, Diffusion, Model, fields_of, image_size, numbers, small_size
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 
 NUM_CLASSES = 1000  # rows of label_emb, however many classes are trained
@@ -43,10 +44,10 @@ def _super_res(image: Mapping[str, Any], *without: str) -> dict[str, Any]:
 SUPER_RES = _super_res(IMAGE, "sigma_small")
 GUIDED_SUPER_RES = _super_res(GUIDED_IMAGE, "channel_mult", "use_new_attention_order")
 
-# What makes a network of a kind, and its process, in each program.
+# What makes the network of a task, and its process, in each program.
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
-    "improved": {"unet": IMAGE, "super_res": SUPER_RES},
-    "guided": {"unet": GUIDED_IMAGE, "super_res": GUIDED_SUPER_RES, "classifier": CLASSIFIER | DIFFUSION},
+    "improved": {"images": IMAGE, "enlarge": SUPER_RES},
+    "guided": {"images": GUIDED_IMAGE, "enlarge": GUIDED_SUPER_RES, "classify": CLASSIFIER | DIFFUSION},
 }
 
 TRAIN: dict[str, Any] = dict(
@@ -55,105 +56,105 @@ TRAIN: dict[str, Any] = dict(
 )  # fmt: skip
 SAMPLE: dict[str, Any] = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
 NLL: dict[str, Any] = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="")
-SUPER_RES_SAMPLE: dict[str, Any] = dict(
-    clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, base_samples="", model_path=""
-)
 CLASSIFIER_TRAIN: dict[str, Any] = dict(
     data_dir="", val_data_dir="", noised=True, iterations=150000, lr=3e-4, weight_decay=0.0, anneal_lr=False, batch_size=4,
     microbatch=-1, schedule_sampler="uniform", resume_checkpoint="", log_interval=10, eval_interval=5, save_interval=10000,
 )  # fmt: skip
-CLASSIFIER_SAMPLE: dict[str, Any] = dict(SAMPLE, classifier_path="", classifier_scale=1.0)
 
 COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     program: {
-        "image_train": TRAIN | nets["unet"],
-        "image_sample": SAMPLE | nets["unet"],
-        "image_nll": NLL | nets["unet"],
-        "super_res_train": TRAIN | nets["super_res"],
-        "super_res_sample": SUPER_RES_SAMPLE | nets["super_res"],
+        "image_train": TRAIN | nets["images"],
+        "image_sample": SAMPLE | nets["images"],
+        "image_nll": NLL | nets["images"],
+        "super_res_train": TRAIN | nets["enlarge"],
+        "super_res_sample": SAMPLE | {"base_samples": ""} | nets["enlarge"],
     }
     for program, nets in NETWORKS.items()
 }
 COMMANDS["guided"] |= {
     "classifier_train": CLASSIFIER_TRAIN | CLASSIFIER | DIFFUSION,
-    "classifier_sample": CLASSIFIER_SAMPLE | GUIDED_IMAGE | CLASSIFIER,
+    "classifier_sample": SAMPLE | dict(classifier_path="", classifier_scale=1.0) | GUIDED_IMAGE | CLASSIFIER,
+}
+
+
+class Kind(NamedTuple):
+    """What the original has for one of our tasks."""
+
+    words: str
+    size: str  # the flag of the image's size
+    sampler: str  # the command that uses its weights
+    weights: str  # that command's flag for them
+
+
+KINDS = {
+    "images": Kind("a model of images", "image_size", "image_sample", "model_path"),
+    "enlarge": Kind("a super-resolution model", "large_size", "super_res_sample", "model_path"),
+    "classify": Kind("a classifier", "image_size", "classifier_sample", "classifier_path"),
 }
 
 # ---- what they mean
 
+# Our names of a classifier's settings, and the original's, which keep them apart from those of the model that it guides.
+PREFIXED = dict(
+    num_channels="classifier_width", num_res_blocks="classifier_depth", resblock_updown="classifier_resblock_updown",
+    attention_resolutions="classifier_attention_resolutions", use_scale_shift_norm="classifier_use_scale_shift_norm",
+)  # fmt: skip
+OTHERWISE = dict(  # the original's names that are others here, with the same values
+    large_size="image_size", use_new_attention_order="new_attention_order", data_dir="path", val_data_dir="validation",
+    eval_interval="validation_interval", iterations="steps", **{theirs: ours for ours, theirs in PREFIXED.items()},
+)  # fmt: skip
+FLAGS = {name: default for table in COMMANDS.values() for command in table.values() for name, default in command.items()}
+OURS = {name: name for name in FLAGS if name in Config().flat()} | OTHERWISE  # the original's name: ours
+SIZES = ("image_size", "large_size", "small_size")  # numbers there, words here, where 64x96 is a size too
+
 Fields = dict[str, Any]
-SIZES: dict[str, Callable[[Any], Fields]] = {
-    "image_size": lambda v: {"image_size": str(v)},
-    "large_size": lambda v: {"image_size": str(v)},
-    "small_size": lambda v: {"small_size": str(v)},
-}
-UNET: dict[str, Callable[[Any], Fields]] = SIZES | {
+MEANINGS: dict[str, Callable[[Any], Fields]] = {  # of flags whose values are others here
     "class_cond": lambda v: {"class_cond": v, "num_classes": NUM_CLASSES if v else 0, "labels": "original" if v else "none"},
-    "use_new_attention_order": lambda v: {"new_attention_order": v},
     "predict_xstart": lambda v: {"parametrization": "x0" if v else "eps"},
     "use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
-    "sigma_small": lambda v: {"sigma_small": v},
-}
-CLASSIFIERS: dict[str, Callable[[Any], Fields]] = SIZES | {
     "classifier_use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
-    "classifier_width": lambda v: {"num_channels": v},
-    "classifier_depth": lambda v: {"num_res_blocks": v},
-    "classifier_attention_resolutions": lambda v: {"attention_resolutions": v},
-    "classifier_use_scale_shift_norm": lambda v: {"use_scale_shift_norm": v},
-    "classifier_resblock_updown": lambda v: {"resblock_updown": v},
-}
-PROGRAMS: dict[str, Callable[[Any], Fields]] = {  # of the commands around the network
-    "data_dir": lambda v: {"path": v},
-    "val_data_dir": lambda v: {"validation": v},
-    "eval_interval": lambda v: {"validation_interval": v},
     "timestep_respacing": lambda v: {"sampling_steps": v or "all"},
-    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral", "eta": 0.0},
+    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral"},
     "lr_anneal_steps": lambda v: {"lr_anneal_steps": v, "steps": v or ENDLESS},
-    "iterations": lambda v: {"steps": v},
     "anneal_lr": lambda v: {"lr_anneal_steps": -1 if v else 0},
 }
-SAME = (  # names that are ours too
-    "dropout", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels", "channel_mult",
-    "attention_resolutions", "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "learn_sigma", "diffusion_steps",
-    "noise_schedule", "rescale_timesteps", "classifier_pool", "noised", "schedule_sampler", "lr", "weight_decay", "batch_size",
-    "microbatch", "ema_rate", "log_interval", "save_interval", "fp16_scale_growth", "clip_denoised",
+TWINS = OTHERWISE | dict(  # the original's flag, and ours that says the same
+    use_kl="objective", rescale_learned_sigmas="objective", predict_xstart="parametrization", use_fp16="precision",
+    classifier_use_fp16="precision", timestep_respacing="sampling_steps", use_ddim="solver", anneal_lr="lr_anneal_steps",
 )  # fmt: skip
 ALWAYS: Fields = dict(ema_warmup=False, keep=0, sample_interval=0)  # what the original does without a flag
 OF_CLASSIFIERS: Fields = dict(  # they see the step's own number, learn from mirrored crops, and are not averaged
     num_head_channels=64, class_cond=True, num_classes=NUM_CLASSES, labels="original", rescale_timesteps=False,
-    random_flip=True, random_crop=True, ema_rate="",
+    random_flip=True, random_crop=True, ema_rate="", learn_sigma=False, sigma_small=False, parametrization="eps",
 )  # fmt: skip
 WIDTHS_512 = "1,1,2,2,4,4"  # guided-diffusion builds its upsampler to 512 pixels as wide as that to 256
 
 
-def to_config(network: str, given: Mapping[str, Any], program: str = "improved", processes: int = 1) -> Config:
+def to_config(task: str, given: Mapping[str, Any], program: str = "improved", processes: int = 1) -> Config:
     """The config that the original's flags name; those that make the network and are not given have the program's defaults.
 
-    `network` is unet, super_res or classifier. Flags that mean nothing for it are passed over, as the original's own recipes
+    `task` is one of ours. Flags that mean nothing for it are passed over, as the original's own recipes
     need. `batch_size` is that of each of the `processes`.
     """
-    flags = NETWORKS[program][network] | dict(given)
-    judge = network == "classifier"
-    if judge:  # in classifier_sample they stand among those of the model that it guides
-        flags = {k: v for k, v in flags.items() if k in CLASSIFIER or k in DIFFUSION or k not in GUIDED_IMAGE}
-    flat: Fields = {"network": network, **ALWAYS}
-    meanings = (CLASSIFIERS if judge else UNET) | PROGRAMS
+    judge = TASKS[task].classifies
+
+    def meant(name: str) -> bool:  # classifier_sample has flags of two networks: the classifier, and the model that it guides
+        return name in CLASSIFIER | DIFFUSION or name not in GUIDED_IMAGE if judge else not name.startswith("classifier_")
+
+    flags = {k: v for k, v in (NETWORKS[program][task] | dict(given)).items() if meant(k)}
+    flat: Fields = {"task": task, **ALWAYS}
     for name, value in flags.items():
-        if name in meanings:
-            flat |= meanings[name](value)
-        elif name in SAME:
-            flat[name] = value
+        if name in MEANINGS:
+            flat |= MEANINGS[name](value)
+        elif name in OURS:
+            flat[OURS[name]] = str(value) if name in SIZES else value
     if "batch_size" in flags:
         flat["batch_size"] = flags["batch_size"] * processes
-    if judge:
-        flat |= OF_CLASSIFIERS | {"learn_sigma": False}
-    else:
-        flat |= {"objective": objective(flags), "classifier_pool": Model().classifier_pool, "noised": True}
-    if network == "super_res":
-        if not flat.get("channel_mult") and str(flags["large_size"]) == "512":
-            flat["channel_mult"] = WIDTHS_512
-    else:
+    flat |= OF_CLASSIFIERS if judge else {"objective": objective(flags)}
+    if not TASKS[task].enlarges:
         flat.pop("small_size", None)
+    elif not flat.get("channel_mult") and flat["image_size"] == "512":
+        flat["channel_mult"] = WIDTHS_512
     return Config().updated(flat)
 
 
@@ -168,9 +169,10 @@ def objective(flags: Mapping[str, Any]) -> str:
 
 # ---- and back
 
+SCHEDULES = ("linear", "cosine")
 SUPPORTED: dict[str, dict[str, tuple[int, ...]]] = {  # sizes without --channel_mult
-    "improved": {"unet": (32, 64, 256), "super_res": (64, 256)},
-    "guided": {"unet": (64, 128, 256, 512), "super_res": (64, 256, 512), "classifier": (64, 128, 256, 512)},
+    "improved": {"images": (32, 64, 256), "enlarge": (64, 256)},
+    "guided": {"images": (64, 128, 256, 512), "enlarge": (64, 256, 512), "classify": (64, 128, 256, 512)},
 }
 
 
@@ -179,12 +181,12 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
 
     UserError, with the first setting that has no counterpart, where neither program can make this network.
     """
-    kind, faults = config.model.network, []
+    task, faults = config.model.task, []
     for program, networks in NETWORKS.items():
-        if kind not in networks:
+        if task not in networks:
             continue
-        flags = _candidate(config, networks[kind])
-        fault = _unsupported(program, kind, flags) or _difference(to_config(kind, flags, program), config)
+        flags = _candidate(config, networks[task])
+        fault = _unsupported(program, task, flags) or _difference(to_config(task, flags, program), config)
         if fault is None:
             return program, flags
         faults.append(fault)
@@ -192,35 +194,31 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _candidate(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    flat, d = config.flat(), config.diffusion
-    same = ("attention_resolutions", "use_scale_shift_norm", "resblock_updown")
-    prefixed = {f"classifier_{name}": flat[name] for name in same}
-    prefixed |= {"classifier_width": flat["num_channels"], "classifier_depth": flat["num_res_blocks"]}
-    respacing = "" if config.sample.sampling_steps == "all" else config.sample.sampling_steps
-    sides = {"image_size": max(image_size(config.model)), "large_size": max(image_size(config.model))}
-    if config.model.network == "super_res":
-        sides["small_size"] = max(small_size(config.model))
-    own = flat | prefixed | sides | dict(
-        timestep_respacing=respacing, use_kl=d.objective == "vlb", predict_xstart=d.parametrization == "x0",
-        use_fp16=config.train.precision == "fp16", classifier_use_fp16=config.train.precision == "fp16",
-        use_new_attention_order=config.model.new_attention_order,
+    flat, d, side = config.flat(), config.diffusion, max(image_size(config.model))
+    half = config.train.precision == "fp16"
+    own = flat | {theirs: flat[ours] for theirs, ours in OTHERWISE.items()} | dict(
+        image_size=side, large_size=side, use_fp16=half, classifier_use_fp16=half, use_kl=d.objective == "vlb",
+        predict_xstart=d.parametrization == "x0", timestep_respacing=flat["sampling_steps"].replace("all", ""),
     )  # fmt: skip
+    if config.task.enlarges:
+        own["small_size"] = max(small_size(config.model))
     if _plain(config.model, "channel_mult") == _plain(dataclasses.replace(config.model, channel_mult=""), "channel_mult"):
         own["channel_mult"] = ""
     scaled = {"hybrid": True, "hybrid_unscaled": False}  # elsewhere it has no effect
-    own["rescale_learned_sigmas"] = scaled.get(_loss(d), defaults["rescale_learned_sigmas"])
+    own["rescale_learned_sigmas"] = scaled.get(d.objective_name, defaults["rescale_learned_sigmas"])
     return {name: own[name] for name in defaults}
 
 
-def _unsupported(program: str, kind: str, flags: Mapping[str, Any]) -> str | None:
+def _unsupported(program: str, task: str, flags: Mapping[str, Any]) -> str | None:
     """The first of the flags that would stop the program."""
-    name = "large_size" if kind == "super_res" else "image_size"
-    mult, sizes = numbers(flags.get("channel_mult", ""), "channel_mult", float), SUPPORTED[program][kind]
-    if not mult and flags[name] not in sizes:
-        return f"--image_size {flags[name]} ({program}-diffusion knows {', '.join(map(str, sizes))})"
+    mult, sizes = numbers(flags.get("channel_mult", ""), "channel_mult", float), SUPPORTED[program][task]
+    if not mult and (size := flags[KINDS[task].size]) not in sizes:
+        return f"--image_size {size} ({program}-diffusion knows {', '.join(map(str, sizes))})"
     if any(m % 1 for m in mult):
         return f"--channel_mult {flags['channel_mult']} (it takes whole numbers)"
-    attention = flags["classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"]
+    if flags["noise_schedule"] not in SCHEDULES:
+        return f"--noise_schedule {flags['noise_schedule']}"
+    attention = flags.get("classifier_attention_resolutions", flags.get("attention_resolutions"))
     return None if attention else "--attention_resolutions none"
 
 
@@ -237,7 +235,7 @@ def _plain(group: Model | Diffusion, name: str) -> Any:
     """The value of a field, spelled in one way."""
     if isinstance(group, Diffusion):
         same = name == "rescale_timesteps" and group.diffusion_steps == 1000  # the network sees the same times
-        return _loss(group) if name == "objective" else True if same else getattr(group, name)
+        return group.objective_name if name == "objective" else True if same else getattr(group, name)
     if name == "channel_mult":
         from iddpm.nn import channel_mult_for
 
@@ -248,10 +246,6 @@ def _plain(group: Model | Diffusion, name: str) -> Any:
     if name == "attention_resolutions":
         return sorted(numbers(group.attention_resolutions, name))
     return getattr(group, name)
-
-
-def _loss(d: Diffusion) -> str:
-    return ("hybrid" if d.learn_sigma else "simple") if d.objective == "auto" else d.objective
 
 
 def line(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -1,0 +1,106 @@
+"""The bound of runs: on which chains, on which images, with which classes."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from iddpm import build
+from iddpm.config import Config, Measure, check, image_size
+from iddpm.data import Images
+from iddpm.diffusion.grid import Grid
+from iddpm.errors import UserError
+from iddpm.measure.bound import Bound, bits_per_dim
+from iddpm.parallel import processes
+from iddpm.sampling.open import Opened
+
+CACHE = 2 << 30  # bytes of decoded images that are kept in memory
+
+
+def open_held_out(config: Config, path: Path, *, name_classes: bool = False, keep: bool = True) -> Images:
+    """The images, with the classes of the run; for a run without classes, with the data's own where `name_classes`.
+
+    Nothing stands in for a broken file, whose likelihood nobody knows. `keep`: decode them all at once, as far as memory goes.
+    """
+    m, known = config.model, config.data.classes
+
+    def open_with(labels: str, classes: tuple[str, ...] | None = None, cache: int = CACHE * keep) -> Images:
+        size, channels = image_size(m), m.image_channels
+        return Images.open(path, size, channels, on_broken="fail", cache_bytes=cache, labels=labels, classes=classes)
+
+    if m.class_cond:
+        if not known:  # a model whose classes have numbers alone, as the original's
+            known = _by_number(open_with(config.data.labels, cache=0).classes, m.num_classes, path)
+        images = open_with(config.data.labels, known or None)
+        if images.labels is None:
+            raise UserError(f"{path} has no classes, and this model was trained with them")
+        return images
+    if name_classes:
+        try:
+            return open_with("auto")
+        except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
+            pass
+    return open_with("none")
+
+
+def _by_number(names: tuple[str, ...], known: int, path: Path) -> tuple[str, ...]:
+    """The data's names by the model's numbers: names that are numbers are meant; others are all the classes, in their order."""
+    if names and all(name.isdecimal() for name in names):
+        if beyond := [name for name in names if int(name) >= known]:
+            raise UserError(f"{path} has the label {beyond[0]}, and this model knows 0 to {known - 1}")
+        named = {int(name): name for name in names}
+        return tuple(named.get(k, str(k)) for k in range(known))
+    if names and len(names) != known:
+        raise UserError(
+            f"{path} has {len(names)} classes ({names[0]} ...), and this model knows {known} by number: "
+            f"label the images 0 to {known - 1}"
+        )
+    return names
+
+
+def describe(images: Images) -> str:
+    """What they are; and a remark where the first has not the model's size, so that the bits/dim are of what was made of it."""
+    (width, height), (h, w) = images.picture(0).size, images.image_size
+    if (height, width) == (h, w):
+        return images.describe()
+    scaled = f"the first has {height}x{width} pixels, scaled to {h}x{w}: the bits/dim are those of the scaled images"
+    return f"{images.describe()}\n{scaled}"
+
+
+def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened, Grid]]]:
+    """The runs and their grids on each chain of --curve, by what is added to the name of its state; without --curve, their own.
+
+    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
+    """
+    if not curve:
+        return {"": [(o, build.grid(o.config)) for o in runs]}
+    chains = {}
+    seen: dict[tuple[int, int], str] = {}  # the run and how many steps, and the entry that asked for them
+    for spec in map(str.strip, curve.split(",")):
+        if not spec:
+            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
+        respaced = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
+        try:
+            grids = [build.grid(check(o.config)) for o in respaced]
+        except UserError as e:
+            raise UserError(f"--curve {curve}: {e}") from None
+        for k, grid in enumerate(grids):
+            if first := seen.get((k, grid.steps)):
+                raise UserError(f"--curve {curve}: {first} and {spec} are both {grid.steps} steps: leave one out")
+            seen[k, grid.steps] = spec
+        chains[f".{spec}"] = list(zip(respaced, grids))
+    return chains
+
+
+def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
+    """The bound of a run on the images, with a bar of its progress; goes on from `state`, where that is of the same job."""
+    weights, which, n = opened.weights, opened.which, min(measure.num_samples or len(images), len(images))
+    names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
+    identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=which.precision)
+    with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
+        return bits_per_dim(
+            opened.config, opened.net, images, opened.device,
+            grid=grid, num_samples=n, batch_size=which.batch_size, seed=measure.seed,
+            state=state, identity=identity, say=bar.write, tick=bar.update,
+        )  # fmt: skip
