@@ -142,12 +142,12 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
 
 
 def _what(planned: "Plan", config: Config) -> Iterator[str]:
-    (n, d), m, t = planned.layout, config.model, config.train
+    (n, d), m, settings = planned.layout, config.model, config.train
     ddp, fsdp = "DDP, each holds all", f"FSDP2, {n // d} copies of {d} shards" if d < n else "FSDP2, all share one copy"
     height, width = image_size(m)
-    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {t.precision}"
+    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {settings.precision}"
     yield f"processes    {n}" + (f" ({fsdp if d > 1 else ddp})" if n > 1 else "")
-    yield f"step         {t.batch_size} images, {planned.images} a process, {planned.micro} at a time"
+    yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
