@@ -80,13 +80,12 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         real = trial.speed(config, device, planned.micro)
         seconds = real.step(planned.images)
         how = f"{_si(work / seconds)}FLOP/s, from real steps of {real.images} on {device}"
-        facts["speed"] = _speed(planned, config, devices, seconds)
-        _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     elif devices.device_tflops:
         seconds = work / (devices.device_tflops * 1e12 * devices.efficiency)
-        how = f"{devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}"
+        how = f"of {devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}"
+    if device or devices.device_tflops:
         facts["speed"] = _speed(planned, config, devices, seconds)
-        _say(*_pace(facts["speed"], f"{how}: {seconds:.3g} s for {planned.images} images"))
+        _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     else:
         _say("speed: give --device_tflops X (and --bandwidth_gbs B), or --measure")
     if devices.json:
