@@ -68,6 +68,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
     from iddpm.training.plan import plan
 
     config = _config(preset, run, num_classes, flags)
+    # CUDA's kernels keep more under autocast than a CPU's, so it matters where the run is to be; "auto" here stands for CUDA.
     device = build.device(config.train.device) if devices.measure else None
     cuda = (device.type if device else config.train.device) != "cpu"
     planned = plan(config, devices.processes, cuda)
@@ -180,6 +181,7 @@ def _largest(planned: "Plan", config: Config, devices: Devices) -> int:
     need, room = planned.need[config.model.use_checkpoint], devices.memory_gb * GIB
     if largest := need.largest(room):
         return largest
+    # What does not shrink with the microbatch: only sharding it out helps against that.
     held = sum(need.parts(1)[part] for part in ("weights", "gradients", "optimizer", "averages"))
     ways = [f"more than {need.peak(1) / GIB:.2f} GiB"]
     if planned.need[True].peak(1) <= room:
@@ -203,6 +205,7 @@ def _communication(planned: "Plan") -> Iterator[str]:
 def _speed(planned: "Plan", config: Config, devices: Devices, seconds: float) -> dict[str, Any]:
     """Seconds of a step, images per second and days, with communication wholly hidden behind arithmetic, and not at all."""
     n, known = config.train.batch_size, devices.bandwidth_gbs or not planned.traffic
+    # DDP and FSDP send while the backward pass computes. How much of it that hides depends on the network between devices.
     talk = sum(t.sent for t in planned.traffic) / (devices.bandwidth_gbs * 1e9) if devices.bandwidth_gbs else 0.0
     total = config.train.images or config.train.steps * n
     steps = {"hidden": max(seconds, talk), "not_hidden": seconds + talk}
@@ -261,9 +264,10 @@ def _next(preset: str, run: str, flags: dict[str, Any], processes: int) -> str:
     command = " ".join(["iddpm train", what, *(f"--{k} {v}" for k, v in flags.items())])
     if processes == 1:
         return command
-    here = max(d for d in range(1, 9) if processes % d == 0)  # torchrun's own count of devices a machine may differ
+    # Nodes of up to 8 devices, alike; torchrun reads its own flags up to the first --.
+    here = max(d for d in range(1, 9) if processes % d == 0)
     nodes = f"--nnodes {processes // here} --rdzv-backend c10d --rdzv-endpoint HOST:29400 " if processes > 8 else ""
-    return f"torchrun {nodes}--nproc-per-node {here if nodes else processes} -m -- {command}"  # without --, it reads --run itself
+    return f"torchrun {nodes}--nproc-per-node {here if nodes else processes} -m -- {command}"
 
 
 def _si(value: float) -> str:
