@@ -152,7 +152,6 @@ def test_a_field_of_a_newer_version_is_named(argv, place, capsys):
     assert "warp_factor" in line and "newer iddpm" in line
 
 
-@pytest.mark.xfail(reason="configs carry no version yet", strict=True)
 @each_use
 def test_a_config_of_a_newer_version_is_refused(argv, place, capsys):
     rewrite_configs(place / "classes", lambda raw: raw | {"version": 999})
@@ -187,7 +186,6 @@ def test_one_damaged_byte_is_one_line(argv, file, place, capsys):
     assert f"{file} is damaged" in is_refused(capsys, *argv)
 
 
-@pytest.mark.xfail(reason="a run whose only checkpoint is damaged begins anew from step 0, and ends with 0", strict=True)
 @each_file
 def test_a_run_with_one_damaged_byte_is_not_begun_anew(file, place, capsys):
     damage(place / "classes" / CHECKPOINT / file)

@@ -18,7 +18,8 @@ from iddpm.cli import main as cli
 from iddpm.config import Config
 from iddpm.data import Images
 from iddpm.errors import UserError
-from iddpm.sampling import draw as sample
+from iddpm.sampling import writers
+from iddpm.sampling.job import Job
 from iddpm.store import checkpoint, lock, log, shards
 from iddpm.store import files as storage
 from iddpm.store import remote as places
@@ -370,12 +371,12 @@ def test_samples_are_those_of_a_local_run_in_every_form(both, proxy, capsys):
 
 @pytest.mark.parametrize("out", ["x.npz", "folder"])
 def test_a_job_that_was_cut_short_goes_on_where_it_was(bucket, config, out):
-    job = sample.Job(range(5), [k % 3 for k in range(5)])
+    job = Job(range(5), [k % 3 for k in range(5)])
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
-    writer = sample.writer(bucket / out, config, job, {"job": 1})
+    writer = writers.writer(bucket / out, config, job, {"job": 1})
     writer.write(images[:2])
     writer.write(images[2:4])
-    again = sample.writer(bucket / out, config, job, {"job": 1})
+    again = writers.writer(bucket / out, config, job, {"job": 1})
     assert again.done == 4
     again.write(images[4:])
     assert np.array_equal(again.held(), images)
@@ -383,7 +384,7 @@ def test_a_job_that_was_cut_short_goes_on_where_it_was(bucket, config, out):
     if out == "x.npz":
         with np.load(places.opened(bucket / out)) as file:
             assert np.array_equal(file["arr_0"], images) and file["arr_1"].tolist() == list(job.labels)
-        assert sample.writer(bucket / out, config, job, {"job": 1}).done == 0
+        assert writers.writer(bucket / out, config, job, {"job": 1}).done == 0
     else:
         with Image.open(places.opened(bucket / out / "down_000002.png")) as file:
             assert np.array_equal(np.asarray(file), images[2, :, :, 0])

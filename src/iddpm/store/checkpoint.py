@@ -175,16 +175,23 @@ class Folder:
         """The newest state that verifies, and one line for each newer one that was passed over; the first process looks.
 
         It also clears away what saves cut short have left, and sets best.json right: the folder is this trainer's alone.
+        UserError where there were whole checkpoints and none can be read: beginning anew would overwrite what may be mended.
         """
-        found: tuple[str | None, list[str], Any] = (None, [], None)
+        found: tuple[str | None, list[str], Any, bool] = (None, [], None, False)
         if processes.rank() == 0:
             storage.sweep(self.run)
             folder, passed_over = newest(self.run)
             best = _state(folder).get("best") if folder else None
             if folder and (fault := storage.mend_best(self.run, best, storage.step_of(folder))):
                 passed_over, best = [*passed_over, fault], None
-            found = (folder.name if folder else None, passed_over, best)
-        name, passed_over, best = processes.same(found)
+            lost = folder is None and any((old / storage.MANIFEST).exists() for old in storage.step_dirs(self.run))
+            found = (folder.name if folder else None, passed_over, best, lost)
+        name, passed_over, best, lost = processes.same(found)
+        if lost:
+            raise UserError(
+                f"{passed_over[0]}, and {self.run} has no other checkpoint that is whole: bring one back from a copy, or delete "
+                f"{self.run / 'checkpoints'} to begin anew"
+            )
         if name is None:
             return None, passed_over
         folder = self.run / "checkpoints" / name
