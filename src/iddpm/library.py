@@ -147,7 +147,8 @@ def train(data: Any, *, run: str | Path = "", preset: str = "", **settings: Any)
 def evaluate(samples: Any, *, reference: Any, device: str = "auto", batch_size: int = 64, **settings: Any) -> dict[str, float]:
     """How good samples are against real images: every metric that applies, by name.
 
-    Both are arrays (N, H, W, C) uint8, an .npz, a folder or an archive. `settings` are flags of `iddpm evaluate`: extractor, metrics, num_samples ...
+    Both are arrays (N, H, W, C) uint8, an .npz, a folder or an archive. `settings` are flags of `iddpm evaluate`: extractor,
+    metrics, num_samples ...
     """
     from iddpm.measure import compare
     from iddpm.measure.image_sets import open_images

@@ -6,10 +6,21 @@ from torch import Tensor
 
 from diffusion.rows import CONTINUOUS, DISCRETE, as_column, chain, columns, meaning
 from golden_rules import Stub, image_tensor, noise
-from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, clip, fixed_large, fixed_small, learned, learned_range
+from iddpm.diffusion.denoiser import (
+    LEARNED,
+    VARIANCES,
+    Denoiser,
+    clip,
+    fixed_large,
+    fixed_small,
+    learned,
+    learned_range,
+    times,
+    wide,
+)
 from iddpm.diffusion.grid import Chain, Step, respace
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS, Scalings, previous
-from iddpm.diffusion.schedule import SCHEDULES, Cosine, Linear
+from iddpm.diffusion.schedule import SCHEDULES, Cosine, Level, Linear
 
 SHAPE = (6, 3, 4, 4)
 X0, EPS, GUESS = image_tensor(0, SHAPE), noise(0, SHAPE), image_tensor(1, SHAPE)
@@ -143,3 +154,59 @@ def test_the_network_gets_its_time_in_float32_and_half_precision_ends_at_its_out
     chain = Chain(Cosine(40), respace(40, "ddim5"))
     p = Denoiser(net, PARAMETRIZATIONS["v"], fixed_small)(X0[:2], chain.at(torch.tensor([0, 1])))
     assert all(part.dtype == torch.float32 for part in (p.raw, p.x0, p.mean, p.log_var))
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_the_network_sees_the_scaled_image_its_time_and_the_condition(name: str) -> None:
+    step, seen = spread(Chain(Cosine(40))), []
+
+    def net(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        seen.extend([x, t, cond["y"]])
+        return x
+
+    c, y = meaning(name)(step), torch.arange(6)
+    Denoiser(net, meaning(name))(X0, step, {"y": y})
+    x, t, cond = seen
+    assert torch.equal(x, X0 if c.inp is None else as_column(c.inp, X0) * X0)
+    assert torch.equal(t, c.time.float()) and cond is y
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_one_level_for_all_images_is_as_a_level_for_each(name: str) -> None:
+    step = spread(Chain(Linear(100)))
+    denoiser = Denoiser(Stub(), meaning(name), fixed_small)
+    together = denoiser(X0, step)
+    for b, row in enumerate(zip(*step)):
+        alone = denoiser(X0[b : b + 1], Step(*row))
+        torch.testing.assert_close(alone.x0, together.x0[b : b + 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone.mean, together.mean[b : b + 1], rtol=1e-5, atol=1e-5)
+        assert alone.log_var == together.log_var[b]
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_a_bare_level_gives_the_x0_of_a_step_or_says_that_it_cannot(name: str) -> None:
+    step = spread(Chain(Linear(100)))
+    level, denoiser = Level(step.time, step.alpha, step.sigma), Denoiser(Stub(), meaning(name), fixed_small)
+    if PARAMETRIZATIONS[name] is previous:
+        with pytest.raises(ValueError, match="previous needs the steps of a chain"):
+            denoiser(X0, level)
+    else:
+        assert torch.equal(denoiser(X0, level).x0, denoiser(X0, step).x0)
+
+
+def test_what_is_done_to_x0_is_done_in_turn() -> None:
+    denoiser = Denoiser(lambda x, t: 5 * X0, meaning("x0"), after=(clip, lambda x0: x0 / 2))
+    assert torch.equal(denoiser(X0, spread(Chain(Cosine(40)))).x0, (5 * X0).clamp(-1, 1) / 2)
+
+
+def test_columns_of_a_batch_stand_beside_its_images_and_numbers_stay_numbers() -> None:
+    table, one = Chain(Cosine(40)).table, torch.tensor(0.1, dtype=torch.float64)
+    column, nothing, number, flag = wide((table.sigma[:6], None, one, True), X0)
+    assert torch.equal(column, as_column(table.sigma[:6], X0)) and column.dtype == number.dtype == torch.float32
+    assert nothing is None and flag is True and number == one.float() and number.ndim == 0
+
+
+def test_every_image_has_a_time() -> None:
+    chain = Chain(Cosine(40))
+    assert times(next(iter(chain)), X0).tolist() == [975.0] * 6
+    assert times(chain.at(torch.arange(6)), X0).tolist() == [0.0, 25.0, 50.0, 75.0, 100.0, 125.0]

@@ -7,7 +7,7 @@ import torch
 
 from diffusion.rows import grid as grid_of
 from golden_rules import Stub, load, noise
-from iddpm.diffusion.denoiser import Denoiser, clip, learned_range
+from iddpm.diffusion.denoiser import Denoiser, Prediction, clip, learned_range
 from iddpm.diffusion.grid import Chain, respace
 from iddpm.diffusion.guidance import classifier_gradient, guided
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
@@ -57,3 +57,34 @@ def test_every_solver_is_pulled_where_the_gradient_points_on_every_schedule(sche
 
     assert end(0.1).isfinite().all()
     assert (end(0.1) > end(0.0)).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_guidance_by_the_true_likelihood_gives_the_posteriors_denoiser(schedule: str) -> None:
+    """Data N(m, s^2) seen through y = x0 + N(0, r^2): the guided x0 is that of the Gaussian that is left of the data."""
+    m, s, r, y = 0.3, 0.4, 0.25, -0.2
+
+    def expected(x: Any, at: Any, m: float, s: float) -> Any:
+        gain = at.alpha * s**2 / (at.alpha**2 * s**2 + at.sigma**2)
+        return m + gain * (x - at.alpha * m)
+
+    def gradient(x: Any, at: Any) -> Any:  # of log N(y; E[x0 | x_t], Var[x0 | x_t] + r^2)
+        both = at.alpha**2 * s**2 + at.sigma**2
+        return (y - expected(x, at, m, s)) / (s**2 * at.sigma**2 / both + r**2) * at.alpha * s**2 / both
+
+    def denoise(x: Any, at: Any) -> Prediction:
+        x0 = expected(x, at, m, s)
+        return Prediction(x0, None, x0, None, None)
+
+    left = 1 / (1 / s**2 + 1 / r**2)
+    x = torch.linspace(-2, 2, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
+    for at in grid_of(schedule, 7):
+        wanted = expected(at.sigma * x, at, left * (m / s**2 + y / r**2), left**0.5) if at.alpha else torch.full_like(x, m)
+        torch.testing.assert_close(guided(denoise, gradient)(at.sigma * x, at).x0, wanted)
+
+
+def test_the_mean_moves_by_the_variance_times_the_gradient() -> None:
+    denoiser, x = Denoiser(Stub(), PARAMETRIZATIONS["x0"]), noise(0, SHAPE)
+    for step in grid_of("cosine", 5):
+        p, bent = denoiser(x, step), guided(denoiser, lambda x, step: x.cos())(x, step)
+        torch.testing.assert_close(bent.mean, p.mean + p.log_var.exp() * x.cos())

@@ -193,3 +193,33 @@ def test_lognormal_is_held_within_the_schedule() -> None:
 def test_logit_normal_makes_the_logit_of_u_normal() -> None:
     u = LogitNormal(CHAIN, 0.5, 2.0)(uniforms(20_000)).u
     assert u.logit().mean().item() == pytest.approx(0.5, abs=0.05) and u.logit().std().item() == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_stays_within_every_schedule(name: str, schedule: str) -> None:
+    made = SCHEDULES[schedule]() if schedule in CONTINUOUS else Chain(SCHEDULES[schedule](1000))
+    draw = LAWS[name](made)(torch.tensor([0.0, 1e-9, 0.5, 1 - 1e-9, math.nextafter(1.0, 0.0)], dtype=torch.float64))
+    assert draw.u.dtype == torch.float64 and (draw.u >= 0).all() and (draw.u < 1).all()
+    assert all(column.isfinite().all() for column in made(draw.u))
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS)
+def test_the_loss_aware_law_reaches_all_of_a_continuous_schedule_and_stays_unbiased(schedule: str) -> None:
+    law = LossSecondMoment(SCHEDULES[schedule](), history=1)
+    law.update(middle(torch.arange(1000), 1000), torch.linspace(0.1, 3, 1000))
+    assert law.warm()
+    draw = law(uniforms(200_000))
+    within = (draw.u * 1000) % 1
+    assert within.mean().item() == pytest.approx(0.5, abs=0.01) and within.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    assert (draw.u**2 * draw.weight).mean().item() == pytest.approx(1 / 3, abs=0.01)  # the integral of u^2
+
+
+@pytest.mark.parametrize("steps", [3, 49, 1000, 4000])
+def test_the_loss_aware_law_takes_note_of_a_loss_at_the_step_it_drew(steps: int) -> None:
+    """Also where v lies on the edge between two steps, and rounding could lead over it."""
+    law = LossSecondMoment(Chain(Linear(steps)), history=1)
+    edges = torch.arange(steps, dtype=torch.float64) / steps
+    v = torch.cat([edges, edges + 1e-16, (edges - 1e-16).clamp(min=0)])
+    i = torch.searchsorted(law.probabilities().cumsum(0), v, right=True).clamp(max=steps - 1)
+    assert torch.equal(step_of(law(v), steps), i)

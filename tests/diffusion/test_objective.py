@@ -199,3 +199,35 @@ def test_flows_loss_is_the_squared_error_of_the_velocity() -> None:
 
 def test_what_needs_a_chain_or_a_learned_variance_is_named_beside_the_table() -> None:
     assert set(LEARN_VARIANCE) <= set(CHAIN_ONLY) <= set(OBJECTIVES.values())
+
+
+def test_edms_loss_is_the_papers_from_the_network_on() -> None:
+    """The whole of eq. 7 and 8, written out: D = c_skip x + c_out F(c_in x, ln(sigma) / 4)."""
+    sigma, d = VE()(V).sigma.reshape(-1, 1, 1, 1), 0.5
+    x = X0 + sigma * EPS
+    both = sigma**2 + d**2
+    guess = d**2 / both * x + sigma * d / both.sqrt() * Stub()(x / both.sqrt(), sigma.flatten().log() / 4)
+    paper = (both / (sigma * d) ** 2 * (guess - X0) ** 2).flatten(1).mean(1)
+    ours = simple(Denoiser(Stub(), meaning("edm")), VE(), X0, EPS, V, weighting=Edm(d))["loss"]
+    torch.testing.assert_close(ours, paper.float(), rtol=1e-4, atol=0)
+
+
+def test_flow_matching_compares_the_output_with_the_velocity_to_the_bit() -> None:
+    loss = simple(Denoiser(lambda x, t: GUESS, meaning("flow")), Flow(), X0, EPS, V)["loss"]
+    assert torch.equal(loss, ((GUESS - (EPS - X0)) ** 2).flatten(1).mean(1))
+
+
+def test_a_training_step_computes_in_float32_what_the_float64_tables_say_to_the_bit() -> None:
+    """Runs resume to the bit, so how a step is computed does not change: look up, then round, then compute."""
+    table = CHAIN.table
+    alpha, sigma, time = (c[STEPS].float() for c in (table.alpha, table.sigma, table.time))
+    xt = alpha.reshape(-1, 1, 1, 1) * X0 + sigma.reshape(-1, 1, 1, 1) * EPS
+    ours = simple(Denoiser(Stub(), meaning("eps")), CHAIN, X0, EPS, U)["loss"]
+    assert torch.equal(ours, ((Stub()(xt, time) - EPS) ** 2).flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row in CHAIN_ONLY])
+def test_what_needs_a_chain_says_so_of_a_continuous_schedule(name: str) -> None:
+    denoiser = Denoiser(Stub(6), meaning("flow"), learned_range)
+    with pytest.raises(ValueError, match="needs the steps of a chain"):
+        OBJECTIVES[name](denoiser, Flow(), X0, EPS, V)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.rows import CONTINUOUS, DISCRETE
 from golden_rules import load
-from iddpm.diffusion.grid import Chain, respace, walk
+from iddpm.diffusion.grid import Chain, Grid, respace, walk
 from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow, Linear
 
 SIZES = (50, 1000, 4000)
@@ -195,10 +195,13 @@ def test_a_continuous_schedule_gets_noisier_and_is_found_again_by_its_ratio(name
     assert (schedule.u_of(torch.tensor([0.0, 1e9], dtype=torch.float64)) < 1).all()
 
 
-def test_a_chain_is_found_again_by_its_ratio() -> None:
-    chain = Chain(Cosine(40))
-    table = chain.table
-    assert torch.equal(chain(chain.u_of(table.sigma / table.alpha)).sigma, table.sigma)
+@pytest.mark.parametrize("of", [Chain(Cosine(40)), walk(Flow(), 9), walk(VE(), 9), Chain(Cosine(40), [3])])
+def test_a_step_is_found_again_by_a_ratio_near_its_own(of: Grid) -> None:
+    ratio = of.table.sigma / of.table.alpha  # infinity, in pure noise
+    for nudge in (0.999, 1.0, 1.001):
+        assert torch.equal(of(of.u_of(ratio * nudge)).sigma, of.table.sigma)
+    ends = of.u_of(torch.tensor([0.0, math.inf], dtype=torch.float64))
+    assert ends.dtype == torch.float64 and torch.equal(of(ends).sigma, of.table.sigma[[0, -1]])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
@@ -217,7 +220,8 @@ def test_flow_starts_at_pure_noise_and_ve_at_the_papers_levels() -> None:
     ends = [80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) for i in range(5)]
     grid = walk(VE(), 5)
     np.testing.assert_allclose(grid.table.sigma.flip(0), [e**7 for e in ends], rtol=1e-12)
-    assert grid.start == pytest.approx(80)
+    assert grid.start == pytest.approx(80) and walk(Flow(), 4).start == Chain(Cosine(40)).start == 1.0
+    assert walk(VE(0.1, 50.0), 1).table.sigma.tolist() == pytest.approx([50.0])  # a single step starts at the most noise
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)

@@ -15,11 +15,14 @@ from torch import Tensor
 from conftest import TINY as NATIVE
 from iddpm import build
 from iddpm.config import Config
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.law import LossSecondMoment
+from iddpm.diffusion.schedule import Linear
 from iddpm.interop.openai.formats import files, flags
 from iddpm.interop.openai.python import logger
 from iddpm.store.checkpoint import Saved
 from iddpm.training import loop as train
+from iddpm.training import step as training_step
 from iddpm.training.state import LossScale, TrainState
 from interop.test_defects import TINY, TRAIN, command, held, one_step, red_with, rows
 from interop.written import same, write
@@ -33,8 +36,8 @@ RUN = TRAIN | LAW | dict(dropout=0.2)
 def runs(pictures, tmp_path_factory) -> Path:
     """A run of four steps in whole/, and one of two in half/. Read them; do not change them."""
     root = tmp_path_factory.mktemp("runs")
-    for name, steps in (("whole", 4), ("half", 2)):
-        assert command(root / name, "image_train", data_dir=pictures, **TINY, **RUN | {"steps": steps}) == 0
+    for name, end in (("whole", 4), ("half", 2)):
+        assert command(root / name, "image_train", data_dir=pictures, **TINY, **RUN | {"steps": end}) == 0
     return root
 
 
@@ -49,7 +52,7 @@ def gone_on_with(runs: Path, data: Path, folder: Path, **settings: object) -> in
 
 
 def np_int(patch):
-    patch.setattr(LossSecondMoment, "__init__", lambda self, steps: np.zeros([steps], dtype=np.int))
+    patch.setattr(LossSecondMoment, "__init__", lambda self, schedule: np.zeros([schedule.steps], dtype=np.int))
 
 
 def history_is_not_loaded(patch):
@@ -130,7 +133,7 @@ def data_from_the_start(patch):
 
 def random_numbers_of_the_process(patch):
     numbers = count()
-    patch.setattr(train, "_dropout_seed", lambda *args: next(numbers))
+    patch.setattr(training_step, "_dropout_seed", lambda *args: next(numbers))
 
 
 def logs_are_truncated(patch):
@@ -308,8 +311,8 @@ def test_b09_fifty_steps_in_a_row_without_a_finite_gradient_end_the_run(pictures
 
 
 def every_loss_counts(patch):
-    def old(self: LossSecondMoment, i: Tensor, losses: Tensor) -> None:
-        for step, loss in zip(i.tolist(), losses.tolist()):
+    def old(self: LossSecondMoment, u: Tensor, losses: Tensor) -> None:
+        for step, loss in zip((u * self.steps).long().tolist(), losses.tolist()):
             self._losses[step, self._counts[step] % self._losses.shape[1]] = loss
             self._counts[step] = min(self._counts[step] + 1, self._losses.shape[1])
 
@@ -318,8 +321,8 @@ def every_loss_counts(patch):
 
 @red_with(every_loss_counts)
 def test_b09_a_loss_that_is_not_a_number_does_not_poison_the_law_of_t():
-    law = LossSecondMoment(3, history=2)
+    law = LossSecondMoment(Chain(Linear(3)), history=2)
     for losses in ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, math.nan, math.inf]):
-        law.update(torch.arange(3), torch.tensor(losses))
+        law.update((torch.arange(3) + 0.5) / 3, torch.tensor(losses))
     p = law.probabilities()
     assert p.tolist() == pytest.approx([0.999 * w / 7 + 0.001 / 3 for w in (1, 2, 4)])

@@ -13,10 +13,10 @@ from PIL import Image
 
 from iddpm.cli.flags import Parser
 from iddpm.config import Config
-from iddpm.data import Images, Order, batches, labels
-from iddpm.data import images as folder
+from iddpm.data import Images, Order, batches, images, labels
 from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
+from iddpm.data.sources import folder
 from iddpm.interop.openai import commands
 from iddpm.interop.openai.formats import flags
 from iddpm.interop.openai.python import script_util
@@ -74,7 +74,7 @@ def test_b12_a_batch_may_be_larger_than_the_data(pictures, tmp_path):
 
 
 def nobody_counts_the_files(patch):
-    patch.setattr(folder, "find", lambda path: (path, []))
+    patch.setattr(folder.Folder, "open", lambda path: folder.Folder(path, []))
 
 
 @pytest.mark.parametrize("name", ["image_train", "image_nll"])
@@ -92,8 +92,8 @@ def test_b12_a_folder_without_images_is_one_line(name, trained, tmp_path, capsys
 
 def numbered_anew(patch):
     """Classes are the ranks of the names in this folder."""
-    number = folder.number
-    patch.setattr(folder, "number", lambda found, classes: number(found, None))
+    number = images.number
+    patch.setattr(images, "number", lambda found, classes: number(found, None))
 
 
 def prefix_of_any_name(patch):
@@ -173,8 +173,8 @@ def originals_decoding(patch):
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    patch.setattr(folder, "decode", read)
-    patch.setattr(folder, "prepare", resized)
+    patch.setattr(images, "decode", read)
+    patch.setattr(images, "prepare", resized)
     patch.setattr(folder, "EXTENSIONS", ("jpg", "jpeg", "png", "gif"))
 
 

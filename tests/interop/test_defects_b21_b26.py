@@ -25,7 +25,6 @@ from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, main
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
-from iddpm.data import batches
 from iddpm.errors import UserError
 from iddpm.interop.openai import commands
 from iddpm.interop.openai.formats import files, flags
@@ -36,7 +35,7 @@ from iddpm.parallel import processes
 from iddpm.sampling.open import restore
 from iddpm.store.log import Meter, read_rows
 from iddpm.training import loop as train
-from iddpm.training import preview
+from iddpm.training import preview, start
 from iddpm.training import step as steps
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 
@@ -186,7 +185,7 @@ def test_b24_a_run_may_end_without_lowering_its_rate(pictures, tmp_path, monkeyp
 
 
 def nothing_is_validated(patch):
-    patch.setattr(batches, "open_validation", lambda config: None)
+    patch.setattr(start, "open_validation", lambda config: None)
 
 
 def nothing_is_drawn(patch):

@@ -97,8 +97,8 @@ def test_a_worker_that_does_not_come_is_named(agent):
 @pytest.fixture(scope="module")
 def long_run(config, data, tmp_path_factory):
     """A run with a chain long enough to be killed in."""
-    from iddpm.training.start import write_config
     from iddpm.training.loop import train
+    from iddpm.training.start import write_config
 
     config, folder = config.updated(dict(diffusion_steps=40, steps=1)), tmp_path_factory.mktemp("runs") / "long"
     write_config(folder, config)

@@ -5,5 +5,22 @@ from iddpm.data.decode import EXTENSIONS, decode, prepare
 from iddpm.data.fetch import DATASETS, cifar10, digits
 from iddpm.data.images import Images
 from iddpm.data.order import Order
+from iddpm.data.own import Dataset, Own
 
-__all__ = ["DATASETS", "EXTENSIONS", "Images", "Order", "cifar10", "decode", "digits", "open_npz", "prepare", "read_npz"]
+DataSet = Images | Own  # what batches are made of
+
+__all__ = [
+    "DATASETS",
+    "EXTENSIONS",
+    "DataSet",
+    "Dataset",
+    "Images",
+    "Order",
+    "Own",
+    "cifar10",
+    "decode",
+    "digits",
+    "open_npz",
+    "prepare",
+    "read_npz",
+]

@@ -12,23 +12,20 @@ from torch import Tensor
 
 from iddpm import rng
 from iddpm.config import Config, image_size, small_size
-from iddpm.data import Images, Order
-from iddpm.data.own import Dataset, Own
+from iddpm.data import DataSet, Dataset, Images, Order, Own
 from iddpm.data.super_res import shrink
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 
-Data = Images | Own  # what batches are made of
 
-
-def open_data(config: Config, own: Dataset | None = None) -> tuple[Data, Config]:
+def open_data(config: Config, own: Dataset | None = None) -> tuple[DataSet, Config]:
     """The images of a config, or a data set of the program's own, and the config with the classes found in them.
 
     UserError where they do not fit.
     """
     m, size = config.model, source_size(config)
     classes = config.data.classes or None
-    images: Data = (
+    images: DataSet = (
         Own(own, size, m.image_channels, classes)
         if own is not None
         else Images.open(
@@ -52,7 +49,7 @@ def open_data(config: Config, own: Dataset | None = None) -> tuple[Data, Config]
     return images, config.updated(dict(classes=images.classes, rule=images.rule, num_classes=room))
 
 
-def open_validation(config: Config) -> Data | None:
+def open_validation(config: Config) -> DataSet | None:
     """The held-out images of a config, of the same classes; None where it names none."""
     if not config.data.validation:
         return None
@@ -67,7 +64,7 @@ class Batch(NamedTuple):
     cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, low_res (b, C, h, w) ...
 
 
-def make_batch(config: Config, data: Data, order: Order, step: int, position: int) -> Batch:
+def make_batch(config: Config, data: DataSet, order: Order, step: int, position: int) -> Batch:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
     Every number depends on the seed, the step and the image's place in the global batch alone.
@@ -104,7 +101,7 @@ def _cut(x: Tensor, config: Config, step: int, place: int) -> Tensor:
     return F.interpolate(window, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def conditions(config: Config, data: Data, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
+def conditions(config: Config, data: DataSet, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
     """What a network sees beside x_t of the images x0 (b, C, H, W): their classes, and their small versions."""
     m, seed, cond = config.model, config.train.seed, {}
     if m.class_cond and data.labels is not None:
@@ -120,7 +117,7 @@ def conditions(config: Config, data: Data, indices: np.ndarray, x0: Tensor, step
     return cond
 
 
-def ahead(config: Config, data: Data, order: Order, start: int, position: int, end: int) -> Iterator[Batch]:
+def ahead(config: Config, data: DataSet, order: Order, start: int, position: int, end: int) -> Iterator[Batch]:
     """The batches of steps start .. end - 1, the first from `position` of the order, prepared a few steps ahead in threads."""
     depth, n = config.data.num_workers + 1, config.train.batch_size
     with ThreadPoolExecutor(config.data.num_workers, "batches") as pool:

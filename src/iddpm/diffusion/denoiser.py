@@ -34,11 +34,12 @@ def wide(columns: Sequence[Any], x: Tensor) -> tuple[Any, ...]:
 
     All go over in one copy, which does not wait for what the GPU still has to do.
     """
+    columns = [c.float() if isinstance(c, Tensor) else c for c in columns]
     many = [c for c in columns if isinstance(c, Tensor) and c.ndim]
     if not many:
-        return tuple(c.float() if isinstance(c, Tensor) else c for c in columns)
-    rows = _moved(torch.stack([c.float() for c in many], dim=1), x.device)
-    moved = iter(rows.reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1))
+        return tuple(columns)
+    rows = _moved(torch.stack(many, dim=1), x.device).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
+    moved = iter(rows)
     return tuple(next(moved) if isinstance(c, Tensor) and c.ndim else c for c in columns)
 
 

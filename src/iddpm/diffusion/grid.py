@@ -56,7 +56,7 @@ class Grid:
     def u_of(self, ratio: Tensor) -> Tensor:
         """The u (B,) of the step whose log(sigma/alpha) is nearest to that of `ratio` (B,): the middle of its share of [0, 1)."""
         log = (self.table.sigma / self.table.alpha).log()
-        i = torch.searchsorted((log[:-1] + log[1:]) / 2, ratio.log())
+        i = torch.searchsorted((log[:-1] + log[1:]) / 2, ratio.log(), right=True)  # right: pure noise has the ratio infinity
         return (i.double() + 0.5) / self.steps
 
 

@@ -31,7 +31,7 @@ def guided(denoise: Denoise, gradient: Gradient) -> Denoise:
     """The denoiser, bent by a classifier's gradient (Dhariwal & Nichol 2021, section 4), for steps whose entries are 0-dim.
 
     The mean moves by variance times gradient (algorithm 1), which `ancestral` reads; x0 by that of the score, sigma^2/alpha
-    times gradient (algorithm 2), which all others read. In pure noise, where alpha is 0, there is no x0 to move.
+    times gradient (algorithm 2), which all others read. Of pure noise, where alpha is 0, a classifier says nothing: x0 stays.
     """
 
     def bent(x: Tensor, step: Any) -> Prediction:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config, small_size
-from iddpm.data import Images, Order
-from iddpm.data.own import Own
+from iddpm.data import DataSet, Order
 from iddpm.data.super_res import shrink
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
 from iddpm.diffusion.denoiser import Denoise, Network
@@ -131,7 +130,7 @@ class Progress:
 def bits_per_dim(
     config: Config,
     net: Network,
-    data: Images | Own,
+    data: DataSet,
     device: torch.device,
     *,
     grid: Grid | None = None,
@@ -201,7 +200,7 @@ def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes
                 yield processes.Round(*(range(a + part.start, a + part.stop) for part in r))
 
 
-def _batch(config: Config, data: Images | Own, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def _batch(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and small image without noise."""
     m, cond = config.model, {}
     x0 = torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1
@@ -221,7 +220,7 @@ def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tens
     return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
 
 
-def _require_finite(total: np.ndarray, data: Images | Own, indices: np.ndarray) -> None:
+def _require_finite(total: np.ndarray, data: DataSet, indices: np.ndarray) -> None:
     if not np.isfinite(total).all():
         file = data.files[indices[np.flatnonzero(~np.isfinite(total))[0]]]
         raise UserError(f"the bound of {file} is not finite: these weights diverged, or need --precision fp32")
@@ -280,7 +279,7 @@ def write_original_tables(bound: Bound, folder: Path) -> list[Path]:
     return [folder / file_name for file_name in ORIGINAL.values()]
 
 
-def write_per_image(path: Path, bound: Bound, data: Images, root: Path, against: Bound | None = None) -> None:
+def write_per_image(path: Path, bound: Bound, data: DataSet, root: Path, against: Bound | None = None) -> None:
     """One row for each image, by name: a .csv, or an .npz of the same columns; label is empty (-1) where there is none.
 
     Names are paths from `root`, the data's folder. With `against`, also that run's bits/dim and the difference to it.

@@ -72,7 +72,7 @@ def painter(
             return rng.normal(0, purpose, k, job.seeds, shape).to(device)
 
         x = noise(0) * grid.start
-        for x, _ in solver(denoise, x, grid, noise):  # noqa: B007
+        for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
             tick()
         return as_uint8(x)
 

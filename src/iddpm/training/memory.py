@@ -23,8 +23,8 @@ ACTIVATION, GRADIENT, BUFFER, COPY = range(4)
 ATEN = torch.ops.aten
 FLOPS = flop_registry | {
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*(x.shape for x in qkv[:3])),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: (
-        sdpa_backward_flop_count(*(x.shape for x in gqkv[:4]))
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(
+        *(x.shape for x in gqkv[:4])
     ),
 }
 CONVOLUTION, CONVOLUTION_BACKWARD = ATEN.convolution.default, ATEN.convolution_backward.default

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config
-from iddpm.data import Images, Order
+from iddpm.data import DataSet, Order
 from iddpm.data.batches import make_batch
 from iddpm.diffusion.denoiser import Network
 from iddpm.measure.quality import Quality
@@ -34,7 +34,7 @@ Tick = Callable[[], None]  # called before each call of the network, on all proc
 
 
 @torch.no_grad()
-def validate(config: Config, held_out: Images, state: TrainState, meter: Meter) -> None:
+def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter) -> None:
     """Add val_loss and its terms to the meter: the present weights' on one batch, whose images and noise follow from the step."""
     settings, mine = config.train, processes.share(config.train.batch_size)
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
@@ -82,7 +82,7 @@ def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> 
         return None
 
 
-def sheet(config: Config, state: TrainState, device: torch.device, data: Images, run: Path, tick: Tick) -> str:
+def sheet(config: Config, state: TrainState, device: torch.device, data: DataSet, run: Path, tick: Tick) -> str:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png. Returns the path, or why there is none."""
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def sheet(config: Config, state: TrainState, device: torch.device, data: Images,
     return str(path)
 
 
-def draw_sheet(config: Config, net: Network, device: torch.device, data: Images, path: Path) -> None:
+def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet, path: Path) -> None:
     """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
     paint = painter(config, net, device)
     if not config.task.enlarges:

@@ -34,12 +34,13 @@ OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of ou
 def run(name: str, given: Given) -> None:
     """Do what the command of that name does."""
     task, program, work = COMMANDS[name]
-    with processes.session(build.device(given["device"])):
+    with processes.session(build.device(given["device"])):  # first: the batch of a config depends on how many there are
         work(_config(task, program, given), given, processes.own_device(build.device(given["device"])))
 
 
 def _config(task: str, program: str, given: Given) -> Config:
-    known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}  # it never had an effect
+    # the original takes --sigma_small beside --learn_sigma, where it never had an effect; ours would refuse the two
+    known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}
     config = flags.to_config(task, known, program, processes.world())
     return build.require_fit(check(config.updated({k: given[k] for k in ("seed", "device") if k in given})))
 
@@ -77,11 +78,12 @@ class _Log:
 def _train(config: Config, given: Given, device: torch.device) -> None:
     if given["steps"]:
         config = config.updated({"steps": given["steps"]})
-    if os.environ.get("DIFFUSION_TRAINING_TEST"):
+    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # the original then ends at its first checkpoint
         config = config.updated({"steps": config.train.save_interval})
     _path(given, "data_dir", "images")
     logger.configure()
     folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
+    # The original would begin anew and overwrite what lies there. A run goes on only from a checkpoint that is named.
     resume = Path(given["resume_checkpoint"]) if given["resume_checkpoint"] else None
     if resume is None and (held := files.models(folder)):
         raise UserError(
@@ -98,9 +100,8 @@ def _train(config: Config, given: Given, device: torch.device) -> None:
         held_out=open_validation(config), sheets=False,
     )  # fmt: skip
     if last and processes.rank() == 0:
-        print(
-            f"done: {last}\nnext: the {flags.KINDS[config.model.task].sampler} command with --model_path, or iddpm import {last}"
-        )
+        print(f"done: {last}")
+        print(f"next: the {flags.KINDS[config.model.task].sampler} command with --model_path, or iddpm import {last}")
 
 
 # ---- sampling
@@ -123,6 +124,7 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     logger.configure()
     n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
     out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
+    # Batches and devices do not change the images: a stopped job goes on with others.
     draw_into(
         out,
         config,
@@ -137,6 +139,7 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
 
 def _drawing(given: Given, config: Config) -> Job:
     """As many images as asked, their classes drawn at random from those trained, as the original draws them."""
+    # each --seed has 2^32 image numbers to itself, so that jobs of different seeds share no image
     seeds = range(given["seed"] << 32, (given["seed"] << 32) + given["num_samples"])
     if not config.model.class_cond:
         return Job(seeds, [-1] * len(seeds))
@@ -147,6 +150,7 @@ def _drawing(given: Given, config: Config) -> Job:
 def _enlarging(given: Given, config: Config) -> Job:
     """The base samples, each once."""
     path = _path(given, "base_samples", "images")
+    # The original begins the file anew when it is through, and so enlarges some images twice.
     images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
     n = min(given["num_samples"], len(images))
     if n < given["num_samples"] and processes.rank() == 0:
@@ -175,6 +179,7 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     logger.log(images.describe())
     if n < given["num_samples"]:
         logger.log(f"there are {n} images, each measured once")
+    # nll.partial holds what is measured so far: the same command goes on from there.
     bound = bits_per_dim(
         config, net, images, device, chosen=np.arange(n), batch_size=given["batch_size"], seed=given["seed"],
         state=folder / "nll.partial", identity=dict(weights=given["model_path"], data=given["data_dir"]), say=logger.log,

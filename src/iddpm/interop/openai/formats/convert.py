@@ -38,6 +38,7 @@ def imported(path: Path, given: Mapping[str, Any], published: str = "", classes:
     if record and published:
         raise UserError(f"--published: {path} was written by iddpm, which kept its config in {record.name}")
     config, notes = _stored(record, given) if record else _settled(weights, given, path, published)
+    # An average that lies alone is weights by themselves; with a part of its run beside it, it stands for the run.
     average = files.AVERAGE.match(path.name)
     beside = [path.parent / f"{kind}{average[2]}.pt" for kind in ("model", "opt")] if average else [path]
     kin = files.family(path) if not alone and any(p.exists() for p in beside) else None
@@ -51,17 +52,15 @@ def imported(path: Path, given: Mapping[str, Any], published: str = "", classes:
         if "batch_size" not in given:  # then where in the data it was is anybody's guess
             saved.state["images"] = 0
     else:
+        # A file's number is all that is known of how long it was trained, where no optimizer counted.
         number = files.number_of(path) or (row_of(published).steps if published else 0)
         weights = files.read(kin.model) if kin else weights
-        averages = files.read_averages(kin, rates) if kin else {}
-        saved = Saved(number, weights, averages, {}, dict(step=number, images=0, weights_only=True))
-    for name, tensors in ((kin.model.name if kin else path.name, saved.weights), *_named_averages(saved)):
+        kept = files.read_averages(kin, rates) if kin else {}
+        saved = Saved(number, weights, kept, {}, dict(step=number, images=0, weights_only=True))
+    averages = {f"average {rate}": average for rate, average in saved.averages.items()}
+    for name, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
         check_fit(shapes_of(tensors), config, f"{path.parent / name}")
     return Imported(saved, _named(config, classes), notes)
-
-
-def _named_averages(saved: Saved) -> list[tuple[str, Mapping[str, Tensor]]]:
-    return [(f"average {rate}", average) for rate, average in saved.averages.items()]
 
 
 def _stored(record: Path, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
@@ -99,7 +98,7 @@ def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, 
             f"ema_RATE_{kin.digits}.pt is missing beside {kin.model}: training would go on without averages; "
             f"for the weights by themselves give --alone"
         )
-    first = float(average[1]) if average else None
+    first = float(average[1]) if average else None  # the first rate of a run is the one that is sampled from
     return sorted(kin.averages, key=lambda rate: (rate != first, -rate))
 
 
@@ -142,7 +141,7 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str]
                 out[name] = torch.cat([value, more])
         return out
 
-    if (weights.path.parent / "state").is_dir():
+    if (weights.path.parent / "state").is_dir():  # a run's checkpoint, and no lone file: its optimizer goes along
         saved = checkpoint.load(weights.path.parent)
         averages = {rate: padded(average) for rate, average in saved.averages.items()}
         saved = saved._replace(weights=padded(saved.weights), averages=averages, optimizer=padded(saved.optimizer))

@@ -205,7 +205,7 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
         raise UserError(f"{name} is missing beside {path}: without it, training cannot go on from there")
     settled = config or stored
     averages = read_averages(kin, ema_rates(settled.train) if settled else kin.averages)
-    if state is None:
+    if state is None:  # the original's files: what they do not tell is as if the run had been at these settings all along
         images = updates * config.train.batch_size if config else 0
         state = dict(step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[])
     return Saved(state["step"], weights, averages, slots | {f"law.{k}": v for k, v in law.items()}, state), stored
@@ -271,6 +271,7 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     if not saved.state.get("weights_only"):
         contents[f"opt{digits}.pt"] = optimizer_file(saved, config, shapes)
     record = folder / f"iddpm{digits}.json"
+    # A kill between two files leaves no record, so that a half-written checkpoint is never taken for ours.
     record.unlink(missing_ok=True)  # of a run that was here before: it vouches for other files
     for name, content in contents.items():
         _write(folder / name, partial(torch.save, content))

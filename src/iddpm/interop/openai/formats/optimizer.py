@@ -43,6 +43,7 @@ def slots_of(found: Any, shapes: Shapes, source: str) -> tuple[dict[str, Tensor]
     """
     if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
         raise UserError(f"{source} holds no optimizer's state")
+    # Numbers run through all groups in order; a parameter that never had a gradient has no state.
     order = [p for group in found["param_groups"] for p in group["params"]]
     state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
     layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
@@ -97,6 +98,7 @@ def unflatten(state: Mapping[int, Mapping[str, Any]], shapes: Shapes, layout: st
 def optimizer_file(saved: Saved, config: Config, shapes: Shapes) -> dict[str, Any]:
     """The state_dict that torch's AdamW would have on the parameters, or on the flat ones, that the original gives it."""
     t, layout = config.train, layout_of(config)
+    # AdamW itself writes the settings, so that whichever torch reads the file finds the keys that it expects.
     dummies = [torch.zeros(0) for _ in groups(shapes, layout)]
     adam = torch.optim.AdamW(dummies, lr=t.lr, betas=(0.9, t.adam_beta2), weight_decay=t.weight_decay)
     return {"state": flatten(saved.optimizer, shapes, layout), "param_groups": adam.state_dict()["param_groups"]}

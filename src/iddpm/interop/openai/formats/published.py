@@ -24,10 +24,7 @@ class Published(NamedTuple):
 
 
 def _row(program: str, task: str, steps: int, number: str, *flags: dict[str, Any]) -> Published:
-    merged: dict[str, Any] = {}
-    for part in flags:
-        merged |= part
-    return Published(program, task, merged, steps, number)
+    return Published(program, task, {k: v for part in flags for k, v in part.items()}, steps, number)
 
 
 UNKNOWN = "no published number is known to us"

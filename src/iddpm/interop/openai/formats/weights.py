@@ -54,14 +54,16 @@ def tell(shapes: Shapes, source: str) -> Told:
     for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight"):
         if name not in shapes:
             raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
+    # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     count = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))
     blocks = [_block(shapes, f"input_blocks.{k}.") for k in range(1, count)]
     updown = not any(b.convolution for b in blocks)
     depth, levels = _levels(shapes, blocks, updown, source)
+    # With scale and shift, the embedding gives two numbers for each channel, else one.
     emb, out = shapes["input_blocks.1.0.emb_layers.1.weight"], shapes["input_blocks.1.0.in_layers.2.weight"]
     fields = dict(num_channels=width, num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
-    if len(levels) > 1:
+    if len(levels) > 1:  # a single level changes no size, either way
         fields["resblock_updown"] = updown
     draws = any(k.startswith("output_blocks.") for k in shapes)
     fields |= _ends(shapes, first) if draws else _judge(shapes, first, len(levels))
@@ -93,6 +95,8 @@ def _levels(shapes: Shapes, blocks: Sequence[Block], updown: bool, source: str) 
     if not updown:
         depths = [next(k for k, b in enumerate(blocks) if b.convolution)]
     else:
+        # On the way up a level ends in a block that doubles the size, beside the depth + 1 others: the first stage with two
+        # residual blocks is number `depth`. A classifier has no way up.
         double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
         ups = [int(m[1]) for k in shapes if (m := double.match(k))]
         depths = [min(ups)] if ups else [d for d in range(1, total) if total % (d + 1) == 0]
@@ -116,6 +120,8 @@ def _grouped(blocks: Sequence[Block], depth: int) -> list[Sequence[Block]] | Non
 def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
     """What the first and the last convolution tell: channels, learned variance, a second image; and the classes."""
     last, rows = shapes.get("out.2.weight", (first,))[0], shapes.get("label_emb.weight", (0,))[0]
+    # First twice the channels: a small image beside the noisy one. Last twice: a learned variance.
+    # Where several numbers of channels fit, the more usual one is taken.
     usual = [c for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)]
     channels = usual[0] if usual else min(first, last)
     task = "enlarge" if usual and first == 2 * channels else "images"
@@ -127,6 +133,7 @@ def _judge(shapes: Shapes, first: int, levels: int) -> dict[str, Any]:
     """What a classifier's last layers tell: its pool, its classes, and with attention the image's size."""
     fields: dict[str, Any] = dict(task="classify", image_channels=first, class_cond=True)
     if (place := shapes.get("out.2.positional_embedding")) is not None:
+        # one position for each pixel of the smallest level, and one for their mean
         side = round((place[1] - 1) ** 0.5) * 2 ** (levels - 1)
         return fields | dict(classifier_pool="attention", image_size=str(side), num_classes=shapes["out.2.c_proj.bias"][0])
     if "out.2.bias" in shapes:
@@ -227,7 +234,7 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
     task = told.fields["task"]
     if twice := [(k, v) for k, v in TWINS.items() if k in given and v in given]:
         raise UserError(f"--{twice[0][0]} and --{twice[0][1]} say the same in two ways: give one")
-    if published:
+    if published:  # its row says all; flags given beside it win, and are checked against the shapes below
         row = row_of(published)
         program, assumed = row.program, {}
         config = to_config(row.task, row.flags | dict(given), program)
@@ -242,6 +249,7 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
         config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
         assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
     void = ("learn_sigma",) if TASKS[task].classifies else ()  # a classifier's recipes pass it, to no effect
+    # Our own flags last: they say what the original's cannot.
     ours = settings_of(*(group for _, group in config.groups()))
     config = config.updated({k: v for k, v in given.items() if k in ours and k not in void})
     check_fit(shapes, config, source)

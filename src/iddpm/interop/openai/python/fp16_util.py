@@ -62,7 +62,7 @@ class MixedPrecisionTrainer:
     ):
         self.model, self.use_fp16, self.scale = model, use_fp16, LossScale(use_fp16, fp16_scale_growth)
         self.model_params = self.master_params = list(model.parameters())
-        if use_fp16:
+        if use_fp16:  # the masters are copied before the network loses their precision
             self.scale.lg, self.master_params = initial_lg_loss_scale, make_master_params(self.model_params)
             model.convert_to_fp16()  # type: ignore[operator]
 
@@ -78,7 +78,7 @@ class MixedPrecisionTrainer:
         """The optimizer's step, and whether it was taken."""
         if self.use_fp16:
             model_grads_to_master_grads(self.model_params, self.master_params)
-        for p in self.master_params:
+        for p in self.master_params:  # a norm is of gradients as they are, not as scaled
             if p.grad is not None:
                 p.grad.mul_(1 / self.scale.factor)
         norm = grad_norm(self.master_params)

@@ -112,6 +112,7 @@ class GaussianDiffusion:
         level, previous = parametrization.eps(Level(*s[:3])), parametrization.previous(s)
         self._from_eps, self._from_xprev = (torch.stack([c.skip, c.out]).float() for c in (level, previous))
 
+        # what forks read
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
@@ -291,6 +292,7 @@ class GaussianDiffusion:
         self, step: Callable[..., Out], model: Any, shape: Sequence[int], noise: Tensor | None, device: Device, progress: bool,
         **settings: Any,
     ) -> Iterator[Out]:  # fmt: skip
+        # Every draw comes from torch's global generator, in the original's order: a seeded script gets its images.
         device = next(model.parameters()).device if device is None else device
         x = torch.randn(*shape, device=device) if noise is None else noise
         steps: Any = range(self.num_timesteps - 1, -1, -1)
@@ -324,7 +326,7 @@ class GaussianDiffusion:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
         at: Any = dict(x_start=x_start, x_t=x_t, t=t)
-        if self.loss_type.is_vb():
+        if self.loss_type.is_vb():  # unclipped: where x0 is held at the edge, no gradient would come back
             vb = self._vb_terms_bpd(model=model, clip_denoised=False, model_kwargs=model_kwargs, **at)["output"]
             return {"loss": vb * (self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1)}
 

@@ -97,7 +97,7 @@ class CSVOutputFormat(_File):
         new = sorted(kvs.keys() - set(self.keys))
         self.keys += new
         table = csv.DictWriter(self.file, self.keys, lineterminator="\n")
-        if new:
+        if new:  # rare: once a column has come, rows are appended
             self.file.seek(0)
             rows = list(csv.DictReader(self.file))
             self.file.truncate(0)
@@ -164,7 +164,7 @@ class Logger:
 
     def logkv_mean(self, key: str, val: Any) -> None:
         """Add a value to a mean of the row to come."""
-        self.name2cnt[key] += 1
+        self.name2cnt[key] += 1  # a running mean: no list of values is kept
         self.name2val[key] += (val - self.name2val[key]) / self.name2cnt[key]
 
     def counted(self) -> dict[str, tuple[Any, int]]:

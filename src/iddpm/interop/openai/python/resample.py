@@ -24,7 +24,7 @@ class ScheduleSampler(ABC):
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Steps (B,) int64 and the float32 weights (B,) that keep the loss unbiased."""
         w = self.weights()
-        p = w / np.sum(w)
+        p = w / np.sum(w)  # numpy's global generator, as there: a seeded script draws the same steps
         t = np.random.choice(len(p), size=(batch_size,), p=p)
         return torch.from_numpy(t).long().to(device), torch.from_numpy(1 / (len(p) * p[t])).float().to(device)
 

@@ -57,6 +57,7 @@ class TrainLoop:
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE if use_fp16 else 0.0
         self.sync_cuda = torch.cuda.is_available()
 
+        # In the original's order: forks override these, and rely on what is there when they are called.
         self._load_and_sync_parameters()
         if use_fp16:
             self._setup_fp16()
@@ -169,13 +170,14 @@ class TrainLoop:
         for i in range(0, len(batch), self.microbatch):
             micro = batch[i : i + self.microbatch].to(dist_util.dev())
             micro_cond = {k: v[i : i + self.microbatch].to(dist_util.dev()) for k, v in cond.items()}
-            last = i + self.microbatch >= len(batch)
+            last = i + self.microbatch >= len(batch)  # gradients are exchanged once, in the last backward pass
             t, weights = self.schedule_sampler.sample(len(micro), dist_util.dev())
             with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():  # type: ignore[operator]
                 losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=micro_cond)
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+            # divided by the whole batch, so that a short last microbatch weighs no more than its images
             (self.scale.factor * (losses["loss"] * weights).sum() / len(batch)).backward()
 
     def optimize_fp16(self) -> None:
@@ -234,7 +236,7 @@ class TrainLoop:
     def save(self) -> None:
         """modelN, ema_RATE_N and optN, N the steps made (B7); the model last, so that its presence says that all is there."""
         number = f"{self.step + self.resume_step:06d}.pt"
-        for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:
+        for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:  # 0 stands for the model
             weights = self._master_params_to_state_dict(params)
             if rank() == 0:
                 logger.log(f"saving model {rate}...")

@@ -85,7 +85,7 @@ class ResBlock(layers.ResBlock, TimestepBlock):
         self.skip_connection = skip
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        flat = x.ndim == 4 or self.scale_shift
+        flat = x.ndim == 4 or self.scale_shift  # ours adds the embedding to images only; scale and shift fit any shape
         return checkpoint(super().forward if flat else self._added, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _added(self, x: Tensor, emb: Tensor) -> Tensor:
