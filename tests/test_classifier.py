@@ -11,9 +11,7 @@ from iddpm.cli.main import main
 from iddpm.diffusion.objective import cross_entropy
 from iddpm.store.log import read_rows
 
-JUDGE = dict(
-    TINY, network="classifier", class_cond=True, learn_sigma=False, num_head_channels=8, steps=60, log_interval=60, lr=3e-3
-)
+JUDGE = dict(TINY, task="classify", class_cond=True, learn_sigma=False, num_head_channels=8, steps=60, log_interval=60, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +23,18 @@ def judge(pictures, tmp_path_factory) -> str:
 
 def test_its_loss_is_the_cross_entropy_of_the_noisy_image(config):
     """A linear network of the noisy image: the loss and the ranks, worked out by hand."""
-    d = build.denoiser(config.diffusion, lambda x, t: x.flatten(1)[:, :7] * 3 + t[:, None] / 100)
+    d = build.denoiser(config, lambda x, t: x.flatten(1)[:, :7] * 3 + t[:, None] / 100)
+    chain = build.schedule(config)
     x0, eps, i, y = (
         image_tensor(0, (4, 1, 8, 8)),
         noise(0, (4, 1, 8, 8)),
         torch.tensor([0, 5, 10, 19]),
         torch.tensor([0, 3, 5, 6]),
     )
-    terms = cross_entropy(d, x0, eps, i, {"y": y})
-    table = d.chain.table
-    xt = table.alpha[i].view(-1, 1, 1, 1) * x0 + table.sigma[i].view(-1, 1, 1, 1) * eps
-    logits = (xt.flatten(1)[:, :7] * 3 + table.time[i][:, None] / 100).double().numpy()
+    terms = cross_entropy(d, chain, x0, eps, (i + 0.5) / chain.steps, {"y": y})
+    alpha, sigma, time = (column[i].float() for column in (chain.table.alpha, chain.table.sigma, chain.table.time))
+    xt = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * eps
+    logits = (xt.flatten(1)[:, :7] * 3 + time[:, None] / 100).double().numpy()
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert terms["loss"].numpy() == pytest.approx(-np.log(p[range(4), y]), rel=1e-5)
     order = np.argsort(-logits, axis=1)
@@ -82,9 +81,9 @@ def test_a_model_without_classes_is_guided_to_those_of_the_classifier(pictures, 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "DATA", "--network", "classifier", "--steps", "1"], "--class_cond True"),
-        (["train", "DATA", "--network", "classifier", "--class_cond", "--learn_sigma", "--steps", "1"], "no effect"),
-        (["train", "DATA", "--classifier_pool", "spatial", "--steps", "1"], "belongs to classifier"),
+        (["train", "DATA", "--task", "classify", "--steps", "1"], "--class_cond True"),
+        (["train", "DATA", "--task", "classify", "--class_cond", "--learn_sigma", "--steps", "1"], "no effect"),
+        (["train", "DATA", "--classifier_pool", "spatial", "--steps", "1"], "belongs to --task classify"),
         (["sample", "JUDGE"], "draws nothing"),
         (["sample", "RUN", "--classifier", "RUN"], "no classifier"),
         (["sample", "RUN", "--classifier_scale", "2"], "without --classifier"),

@@ -1,6 +1,5 @@
 """Super-resolution: what is enlarged, how it is measured, and whole runs of it."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -15,9 +14,9 @@ from iddpm.cli.main import main
 from iddpm.data import Images, Order
 from iddpm.data.batches import make_batch
 from iddpm.data.super_res import consistent, psnr, shrink, ssim
-from iddpm.diffusion.solvers import ancestral, ddim, run
+from iddpm.diffusion.solvers import Ddim, ancestral, run
 
-SMALL = dict(TINY, network="super_res", image_size="16", small_size="8", sampling_steps="3", learn_sigma=False)
+SMALL = dict(TINY, task="enlarge", image_size="16", small_size="8", sampling_steps="3", learn_sigma=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_psnr_and_ssim_are_those_of_other_code():
     assert ssim(x, x).numpy() == pytest.approx([1, 1])
 
 
-@pytest.mark.parametrize("solver", [ancestral, ddim])
+@pytest.mark.parametrize("solver", [ancestral, Ddim()])
 def test_consistent_images_have_the_means_of_the_small_ones(config, solver):
     """A projection: idempotent, it moves nothing else; and the images a solver ends at shrink to what they were made from."""
     x, low = image_tensor(3, (2, 3, 8, 8)), image_tensor(4, (2, 3, 4, 4))
@@ -82,8 +81,11 @@ def test_consistent_images_have_the_means_of_the_small_ones(config, solver):
     torch.testing.assert_close(project(once), once)
     moved = (once - x).reshape(2, 3, 4, 2, 4, 2)
     torch.testing.assert_close(moved, moved.mean((3, 5), keepdim=True).expand_as(moved))
-    denoiser = build.denoiser(config.updated(dict(learn_sigma=False)).diffusion, Stub(3), "5", clip=True)
-    ends = [run(solver(d, x, lambda k: noise(k, x.shape))) for d in (denoiser, dataclasses.replace(denoiser, project=project))]
+    config = config.updated(dict(learn_sigma=False, sampling_steps="5"))
+    ends = []
+    for known in ((), (project,)):
+        denoiser = build.sampling_denoiser(config, Stub(3), *known)
+        ends.append(run(solver(denoiser, x, build.grid(config), lambda k: noise(k, x.shape))))
     errors = [(end.reshape(2, 3, 4, 2, 4, 2).mean((3, 5)) - low).abs().max().item() for end in ends]
     assert errors[1] < 1e-5 < 0.1 < errors[0]
 
@@ -174,9 +176,9 @@ def test_a_class_conditional_upsampler_needs_labels_and_takes_them(photos, tmp_p
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "DATA", "--network", "super_res", "--steps", "1"], "from which --small_size"),
-        (["train", "DATA", "--small_size", "8", "--steps", "1"], "belongs to super_res"),
-        (["train", "DATA", "--network", "super_res", "--small_size", "7", "--steps", "1"], "whole multiple"),
+        (["train", "DATA", "--task", "enlarge", "--steps", "1"], "from which --small_size"),
+        (["train", "DATA", "--small_size", "8", "--steps", "1"], "belongs to --task enlarge"),
+        (["train", "DATA", "--task", "enlarge", "--small_size", "7", "--steps", "1"], "whole multiple"),
         (["sample", "UP"], "--low_res SMALL_IMAGES"),
         (["sample", "UP", "--low_res", "a", "--high_res", "b"], "give one"),
         (["sample", "RUN", "--low_res", "DATA"], "--then RUN"),
@@ -186,7 +188,7 @@ def test_a_class_conditional_upsampler_needs_labels_and_takes_them(photos, tmp_p
         (["sample", "UP", "--low_res", "TEXT"], "not a readable .npz"),
         (["sample", "UP", "--high_res", "DATA", "--seeds", "0-12"], "there are 12 images"),
         (["sample", "RUN", "--low_res_noise", "0.1"], "no effect"),
-        (["sample", "RUN", "--consistent"], "belongs to super_res"),
+        (["sample", "RUN", "--consistent"], "belongs to --task enlarge"),
     ],
 )
 def test_what_cannot_be_enlarged_is_one_clear_line(argv, words, photos, run, upsampler, tmp_path, capsys):

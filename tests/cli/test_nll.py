@@ -12,7 +12,7 @@ from PIL import Image
 import iddpm
 from conftest import TINY, flags
 from iddpm.cli.main import main
-from iddpm.measure.held_out import open_held_out
+from iddpm.measure.likelihood import open_held_out
 from iddpm.store import checkpoint
 from iddpm.training.state import TrainState
 

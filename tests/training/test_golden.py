@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, noise
 from iddpm.diffusion.denoiser import Denoiser, learned_range
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.objective import hybrid
 from iddpm.diffusion.parametrization import eps as predicts_eps
-from iddpm.diffusion.schedule import SCHEDULES, Chain
+from iddpm.diffusion.schedule import SCHEDULES
 from iddpm.nn import UNet, attention_rates, channel_mult_for
 from iddpm.training.ema import EMA
 
@@ -44,7 +45,7 @@ def trained() -> tuple[nn.Module, EMA, list[dict[str, Tensor]]]:
     net = network()
     schedule = SCHEDULES[MODEL["noise_schedule"]](MODEL["diffusion_steps"])
     chain = Chain(schedule, rescale_time=MODEL["rescale_timesteps"])
-    denoiser = Denoiser(net, chain, predicts_eps, learned_range)
+    denoiser = Denoiser(net, predicts_eps, learned_range)
     adam = torch.optim.AdamW(net.parameters(), lr=TRAIN["lr"], weight_decay=TRAIN["weight_decay"])
     ema = EMA(dict(net.named_parameters()), RATES, warmup=False)
     trace, micros = [], iter(enumerate(GOLDEN["microbatch_trace"]))
@@ -52,7 +53,8 @@ def trained() -> tuple[nn.Module, EMA, list[dict[str, Tensor]]]:
         adam.zero_grad()
         for x0 in image_tensor(100 + step, (BATCH, 3, MODEL["image_size"], MODEL["image_size"])).split(MICRO):
             k, drawn = next(micros)
-            terms = hybrid(denoiser, x0, noise(k, tuple(x0.shape)), torch.tensor(drawn["t"]))
+            u = (torch.tensor(drawn["t"], dtype=torch.float64) + 0.5) / chain.steps
+            terms = hybrid(denoiser, chain, x0, noise(k, tuple(x0.shape)), u)
             (terms["loss"] * torch.tensor(drawn["weights"])).sum().div(BATCH).backward()
             trace.append({name: term.detach() for name, term in terms.items()})
         adam.param_groups[0]["lr"] = TRAIN["lr"] * (1 - step / TRAIN["lr_anneal_steps"])

@@ -38,8 +38,9 @@ def _import_parser(parser: Parser) -> None:
         if name not in taken and name not in NOT_HERE:
             add_flag(parser, section, name, like, default=argparse.SUPPRESS)
     parser.epilog = (
-        "What shapes tell need not be given: widths, blocks, attention, learned variance, classes. What neither they nor flags\n"
-        "tell is as by default in the original, and named. A file that iddpm wrote brings its own config."
+        "What the shapes of the weights show need not be given: widths, blocks, attention, learned variance, classes.\n"
+        "What neither shapes nor flags say is taken from the original's defaults, and the command says so. A file that\n"
+        "iddpm wrote brings its own config."
     )
 
 

@@ -25,11 +25,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see iddpm {self.prog.split()[-1]} --help)")
 
-    def add_fields(self, group: type, title: str = "", inherited: bool = False) -> None:
-        """A flag for each field a user may set; what is not given is absent from the result."""
+    def add_fields(self, group: type, title: str = "", inherited: bool = False, only: Sequence[str] = ()) -> None:
+        """A flag for each field a user may set, or for `only` these; what is not given is absent from the result."""
         section = self.add_argument_group(title or (group.__doc__ or "").rstrip("."))
         for name, f in fields_of(group).items():
-            if not f.flag:
+            if not f.flag or (only and name not in only):
                 continue
             self._add(section, name, f, inherited)
             for number, (chooser, about, rows) in own_numbers(group).items():

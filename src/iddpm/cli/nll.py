@@ -4,33 +4,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Measure, Sample, Which, check, image_size, make, settings_of
+from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 
 if TYPE_CHECKING:
-    from iddpm.diffusion.grid import Grid
     from iddpm.sampling.open import Opened
+
+BOUND = ("sampling_steps", "clip_denoised")  # all of Sample that the bound depends on: it has no solver
 
 
 def _parser(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a .safetensors file of weights")
     parser.add_argument("data", help="a folder of images")
     parser.add_fields(Measure)
-    parser.add_fields(Sample, "The steps of the bound (solver and eta change nothing here)", inherited=True)
+    parser.add_fields(Sample, "The steps of the bound", inherited=True, only=BOUND)
     parser.add_fields(Which, "Which weights (of both runs), and on what they run")
 
 
 def _nll(run: str, data: str, **given: Any) -> None:
     measure, which = make(Measure, given), make(Which, given)
-    changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
+    changes = {k: v for k, v in given.items() if k in BOUND}
     if measure.curve and "sampling_steps" in changes:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
     per_image, folder = _per_image(measure), place(data)
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
-    from iddpm.measure.held_out import bound_of, describe, open_held_out
+    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out
     from iddpm.parallel import processes
     from iddpm.sampling.open import open_weights
 
@@ -38,7 +39,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
         out = _out(measure, runs[0])
-        chains = _chains(measure.curve, runs)
+        chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
         leads = processes.rank() == 0
@@ -98,33 +99,6 @@ def _require_same_images(runs: "list[Opened]") -> None:
         shapes.append(f"{height}x{width} with {opened.config.model.image_channels} channels")
     if shapes[0] != shapes[-1]:
         raise UserError(f"--against: {runs[1].weights.path} models images of {shapes[1]}, and the run {shapes[0]}")
-
-
-def _chains(curve: str, runs: "list[Opened]") -> "dict[str, list[tuple[Opened, Grid]]]":
-    """The runs and their grids on each chain of --curve, by what is added to the name of its state; without --curve, their own.
-
-    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
-    """
-    from iddpm import build
-
-    if not curve:
-        return {"": [(o, build.grid(o.config)) for o in runs]}
-    chains = {}
-    seen: dict[tuple[int, int], str] = {}  # the run and how many steps, and the entry that asked for them
-    for spec in map(str.strip, curve.split(",")):
-        if not spec:
-            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
-        respaced = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
-        try:
-            grids = [build.grid(check(o.config)) for o in respaced]
-        except UserError as e:
-            raise UserError(f"--curve {curve}: {e}") from None
-        for k, grid in enumerate(grids):
-            if first := seen.get((k, grid.steps)):
-                raise UserError(f"--curve {curve}: {first} and {spec} are both {grid.steps} steps: leave one out")
-            seen[k, grid.steps] = spec
-        chains[f".{spec}"] = list(zip(respaced, grids))
-    return chains
 
 
 VERB = Verb(_nll, _parser, "RUN DATA", "bits per dimension of a data set, and every term of the bound", resumes=True)

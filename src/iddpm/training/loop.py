@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from iddpm import build
 from iddpm.config import ENDLESS, Config, total_steps
-from iddpm.data import DataSet, Order
-from iddpm.data.batches import Batch, ahead
+from iddpm.data import Order
+from iddpm.data.batches import Batch, Data, ahead
 from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
@@ -52,14 +52,14 @@ class Diverged(UserError):
 
 def train(
     config: Config,
-    data: DataSet,
+    data: Data,
     run: Path,
     notes: Sequence[str] = (),
     say: Callable[[str], None] = print,
     store: Store | None = None,
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
-    held_out: DataSet | None = None,
+    held_out: Data | None = None,
     sheets: bool = True,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
@@ -81,13 +81,14 @@ def train(
     first = state.step
     if leads:
         run.mkdir(parents=True, exist_ok=True)
-    logger: Log = (log or (lambda step: Logger(run, step, settings.tensorboard)))(first) if leads else _Unheard()
-    for line in (*notes, *passed_over):
-        logger.event(first, line)
+    logger = (log or (lambda step: Logger(run, step, settings.tensorboard)))(first) if leads else None
+    if logger:
+        for line in (*notes, *passed_over):
+            logger.event(first, line)
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
     draws = sheets and not config.task.classifies
-    method, meter, pace = method_of(config, state.parallel), Meter(), Pace(first, settings.batch_size)
+    method, meter = method_of(config, state.parallel), Meter()
 
     def due(interval: int) -> bool:
         """Every so many steps, 0: never. What was due at the step that this process began with, was done by the one before."""
@@ -95,18 +96,16 @@ def train(
 
     with Saves(store, run, config, state, say) as saves, _stop_signal() as asked, watch(settings.timeout) as tell:
 
-        def tick(doing: str) -> preview.Tick:
+        def tick(doing: str) -> None:
             """While samples are drawn: a sign of life, and an end on all processes once one is asked to stop."""
-
-            def ticked() -> None:
-                tell(state.step, doing)
-                if any(processes.count(asked())):
-                    raise preview.Interrupted
-
-            return ticked
+            tell(state.step, doing)
+            if any(processes.count(asked())):
+                raise preview.Interrupted
 
         if save_start and not first:
             saves.begin()
+        logged, began = first, time.monotonic()
+        then = began  # when step `logged` was
         batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, end)
         while True:
             # The next batch, None at the end. Reading may fail on one process alone, so all agree on whether to go on.
@@ -118,13 +117,13 @@ def train(
             # Every `eval_every` steps: what the averaged weights draw, measured. A run that was stopped meanwhile does it when
             # it goes on, so here the step that it begins with counts, too. A drawing takes minutes.
             if quality and not over and state.step % settings.eval_every == 0 and state.step > state.measured:
-                found = preview.measure(config, state, quality, tick("measuring samples"))
+                found = preview.measure(config, state, quality, tick)
                 if found is None:
                     over = Stopped(state.step)
                 else:
                     saves.rank(quality.best(state.step, found))
-                    logger.row(step=state.step, images=state.images, time=time.time(), **found)
-                    if leads:
+                    if logger:
+                        logger.row(step=state.step, images=state.images, time=time.time(), **found)
                         quality.record(state.step, found)
                     say(f"step {state.step}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             last = (over is not None or batch is None) and state.step > first
@@ -135,9 +134,13 @@ def train(
 
             # Every `log_interval` steps, and at the last: the means since the line before, which waits for the device.
             if due(settings.log_interval) or last:
-                images_per_second, left = pace(state.step, end)
-                row = _row(state, config, meter.read(processes.sum_), images_per_second)
-                logger.row(**row)
+                now = time.monotonic()
+                rate = (state.step - logged) * settings.batch_size / (now - then)
+                left = (end - state.step) * (now - began) / (state.step - first)
+                logged, then = state.step, now
+                row = _row(state, config, meter.read(processes.sum_), rate)
+                if logger:
+                    logger.row(**row)
                 say(_line(row, state.step, end, left))
 
             # Every `save_interval` steps, where the best was measured, and at the last: a checkpoint, written in a thread while
@@ -152,13 +155,14 @@ def train(
 
             # Every `sample_interval` steps, and at the end: a sheet of samples.
             if draws and (due(settings.sample_interval) or last):
-                say(f"samples: {preview.sheet(config, state, device, data, run, tick('drawing samples'))}")
+                say(f"samples: {preview.sheet(config, state, data, run, tick)}")
 
             if batch is None:
                 break
             tell(state.step, "training")
             train_step(state, config, method, batch, meter)
-    logger.close()
+    if logger:
+        logger.close()
     return saves.path
 
 
@@ -225,30 +229,6 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 
 def _silence(line: str) -> None:
     """What the processes other than the first say."""
-
-
-class _Unheard:
-    """Their log."""
-
-    def row(self, **values: Any) -> None: ...
-
-    def event(self, step: int, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Pace:
-    """How fast a run goes."""
-
-    def __init__(self, step: int, batch_size: int):
-        self.batch_size = batch_size
-        self.first = self.last = (step, time.monotonic())
-
-    def __call__(self, step: int, end: int) -> tuple[float, float]:
-        """Images per second since the last call, and the seconds that are left, if all goes on as since the first step."""
-        now, (before, then), (first, began) = time.monotonic(), self.last, self.first
-        self.last = step, now
-        return (step - before) * self.batch_size / (now - then), (end - step) * (now - began) / (step - first)
 
 
 def _row(state: TrainState, config: Config, means: Mapping[str, float], images_per_second: float) -> dict[str, Any]:

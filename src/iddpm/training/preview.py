@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config
-from iddpm.data import DataSet, Order
-from iddpm.data.batches import make_batch
+from iddpm.data import Order
+from iddpm.data.batches import Data, make_batch
 from iddpm.diffusion.denoiser import Network
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
@@ -30,18 +30,18 @@ class Interrupted(Exception):
     """The run was asked to stop while samples were drawn."""
 
 
-Tick = Callable[[], None]  # called before each call of the network, on all processes equally often; may raise Interrupted
+Tick = Callable[[str], None]  # (what is being done), before each call of the network, on all processes; may raise Interrupted
 
 
 @torch.no_grad()
-def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter) -> None:
+def validate(config: Config, held_out: Data, state: TrainState, meter: Meter) -> None:
     """Add val_loss and its terms to the meter: the present weights' on one batch, whose images and noise follow from the step."""
     settings, mine = config.train, processes.share(config.train.batch_size)
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
     batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images)
     with shard.gathered(state.net):  # so no process waits for another, and their microbatches may differ in number
-        net, denoiser, schedule, objective = method_of(config, state.net.eval())
-        device = next(net.parameters()).device
+        _, denoiser, schedule, objective = method_of(config, state.net.eval())
+        device = state.device
         u = rng.uniform(settings.seed, rng.TIME, state.step, settings.batch_size)[mine.start : mine.stop]
         for a in range(0, len(mine), micro := settings.microbatch if settings.microbatch > 0 else len(mine)):
             part = slice(a, a + micro)
@@ -51,18 +51,17 @@ def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter)
 
 
 @contextmanager
-def averaged(config: Config, state: TrainState, tick: Tick) -> Iterator[Network]:
+def averaged(config: Config, state: TrainState, doing: str, tick: Tick) -> Iterator[Network]:
     """The network with its averaged weights (the first rate's), ready to draw; afterwards the run's own are back.
 
     Costs a second copy of the weights while it lasts; of a sharded network each process then holds all of them.
     """
     live = {name: p.detach().clone() for name, p in state.params.items()}
     average = next(iter(state.ema.averages.values()), live)
-    device = next(iter(state.params.values())).device
-    net = build.in_precision(state.net.eval(), device, config.train.precision)
+    net = build.in_precision(state.net.eval(), state.device, config.train.precision)
 
     def ticking(*x: Tensor, **cond: Tensor) -> Tensor:
-        tick()
+        tick(doing)
         return net(*x, **cond)
 
     try:
@@ -76,25 +75,25 @@ def averaged(config: Config, state: TrainState, tick: Tick) -> Iterator[Network]
 def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> dict[str, float] | None:
     """What the averaged weights draw, measured; None where the run was asked to stop: a resumed run does it then."""
     try:
-        with averaged(config, state, tick) as net:
+        with averaged(config, state, "measuring samples", tick) as net:
             return quality(net)
     except Interrupted:
         return None
 
 
-def sheet(config: Config, state: TrainState, device: torch.device, data: DataSet, run: Path, tick: Tick) -> str:
+def sheet(config: Config, state: TrainState, data: Data, run: Path, tick: Tick) -> str:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png. Returns the path, or why there is none."""
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
     try:
-        with averaged(config, state, tick) as net:
-            draw_sheet(config, net, device, data, path)
+        with averaged(config, state, "drawing samples", tick) as net:
+            draw_sheet(config, net, state.device, data, path)
     except Interrupted:
         return "none of this step: the run is to stop"
     return str(path)
 
 
-def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet, path: Path) -> None:
+def draw_sheet(config: Config, net: Network, device: torch.device, data: Data, path: Path) -> None:
     """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
     paint = painter(config, net, device)
     if not config.task.enlarges:

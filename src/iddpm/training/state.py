@@ -42,7 +42,7 @@ class TrainState:
     """
 
     def __init__(self, config: Config, device: torch.device):
-        settings = config.train
+        settings, self.device = config.train, device
         torch.manual_seed(settings.seed)  # the initial weights
         self.net = build.network(config).to(device)
         self.parallel = shard.spread(self.net, settings.shard)

@@ -39,7 +39,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
 
     A gradient that is not finite changes nothing but the counts of steps, and the loss scale of fp16.
     """
-    settings, device = config.train, next(iter(state.params.values())).device
+    settings, device = config.train, state.device
     net, denoiser, schedule, objective = method
     n, mine = settings.batch_size, processes.share(settings.batch_size)
 

@@ -1,11 +1,13 @@
-"""The bound of a run on a folder of images, which get the classes that the model knows."""
+"""The bound of runs: on which chains, on which images, with which classes."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from iddpm.config import Config, Measure, image_size
+from iddpm import build
+from iddpm.config import Config, Measure, check, image_size
 from iddpm.data import Images
 from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
@@ -64,6 +66,31 @@ def describe(images: Images) -> str:
         return images.describe()
     scaled = f"the first has {height}x{width} pixels, scaled to {h}x{w}: the bits/dim are those of the scaled images"
     return f"{images.describe()}\n{scaled}"
+
+
+def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened, Grid]]]:
+    """The runs and their grids on each chain of --curve, by what is added to the name of its state; without --curve, their own.
+
+    UserError where an entry is none of --sampling_steps, does not fit a run's chain, or repeats another.
+    """
+    if not curve:
+        return {"": [(o, build.grid(o.config)) for o in runs]}
+    chains = {}
+    seen: dict[tuple[int, int], str] = {}  # the run and how many steps, and the entry that asked for them
+    for spec in map(str.strip, curve.split(",")):
+        if not spec:
+            raise UserError(f"--curve {curve!r} has an empty entry: give it as 10,50,ddim100,all")
+        respaced = [o._replace(config=o.config.updated({"sampling_steps": spec})) for o in runs]
+        try:
+            grids = [build.grid(check(o.config)) for o in respaced]
+        except UserError as e:
+            raise UserError(f"--curve {curve}: {e}") from None
+        for k, grid in enumerate(grids):
+            if first := seen.get((k, grid.steps)):
+                raise UserError(f"--curve {curve}: {first} and {spec} are both {grid.steps} steps: leave one out")
+            seen[k, grid.steps] = spec
+        chains[f".{spec}"] = list(zip(respaced, grids))
+    return chains
 
 
 def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
