@@ -118,9 +118,8 @@ def family(path: Path) -> Family:
         return family(model)
     if OPTIMIZER.match(path.name):
         read(path)  # raises: it is no model
-    if number := MODEL.match(path.name):
-        digits = number[1]
-    else:
+    digits = _digits(path)
+    if not digits:
         found = sorted(folder.glob("opt*.pt"))
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:3])
