@@ -25,10 +25,11 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
     "interop": {
         "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "rng", "sampling", "store", "training",
     },
+    "library": {"build", "config", "diffusion", "errors", "measure", "rng", "sampling", "store", "training"},
     "cli": {
         "build", "config", "data", "errors", "interop", "look", "measure", "parallel", "sampling", "store", "training",
     },
-    "__init__": {"measure", "sampling", "training"},
+    "__init__": {"config", "errors", "library"},
     "__main__": {"cli"},
 }  # fmt: skip
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from iddpm import build
 from iddpm.config import ENDLESS, Config, total_steps
-from iddpm.data import Order
-from iddpm.data.batches import Batch, Data, ahead
+from iddpm.data import DataSet, Order
+from iddpm.data.batches import Batch, ahead
 from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
@@ -52,14 +52,14 @@ class Diverged(UserError):
 
 def train(
     config: Config,
-    data: Data,
+    data: DataSet,
     run: Path,
     notes: Sequence[str] = (),
     say: Callable[[str], None] = print,
     store: Store | None = None,
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
-    held_out: Data | None = None,
+    held_out: DataSet | None = None,
     sheets: bool = True,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.

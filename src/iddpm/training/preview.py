@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config
-from iddpm.data import Order
-from iddpm.data.batches import Data, make_batch
+from iddpm.data import DataSet, Order
+from iddpm.data.batches import make_batch
 from iddpm.diffusion.denoiser import Network
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
@@ -34,7 +34,7 @@ Tick = Callable[[str], None]  # (what is being done), before each call of the ne
 
 
 @torch.no_grad()
-def validate(config: Config, held_out: Data, state: TrainState, meter: Meter) -> None:
+def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter) -> None:
     """Add val_loss and its terms to the meter: the present weights' on one batch, whose images and noise follow from the step."""
     settings, mine = config.train, processes.share(config.train.batch_size)
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
@@ -81,7 +81,7 @@ def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> 
         return None
 
 
-def sheet(config: Config, state: TrainState, data: Data, run: Path, tick: Tick) -> str:
+def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tick) -> str:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png. Returns the path, or why there is none."""
     path = run / "samples" / f"step_{state.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def sheet(config: Config, state: TrainState, data: Data, run: Path, tick: Tick) 
     return str(path)
 
 
-def draw_sheet(config: Config, net: Network, device: torch.device, data: Data, path: Path) -> None:
+def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet, path: Path) -> None:
     """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
     paint = painter(config, net, device)
     if not config.task.enlarges:

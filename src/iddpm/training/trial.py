@@ -10,8 +10,8 @@ import torch
 
 from iddpm import build
 from iddpm.config import Config, image_size, is_chain, small_size, total_steps
-from iddpm.data import Order
-from iddpm.data.batches import Batch, Data, make_batch
+from iddpm.data import DataSet, Order
+from iddpm.data.batches import Batch, make_batch
 from iddpm.parallel import processes
 from iddpm.store.log import Meter, duration
 from iddpm.training.state import TrainState
@@ -75,7 +75,7 @@ def speed(config: Config, device: torch.device, most: int) -> Speed:
     return Speed(before - each * half, each, images)
 
 
-def dry_run(config: Config, data: Data, say: Callable[[str], None] = print) -> None:
+def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -> None:
     """Say what the run would be: its config, shapes, and the time and memory of a step. Writes nothing."""
     device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
     order = Order(len(data), config.train.seed)
