@@ -53,15 +53,15 @@ class Config:
     def updated(self, flat: Mapping[str, Any]) -> "Config":
         """A copy with the named settings changed, whichever group they belong to.
 
-        A number of a row that `flat` chooses another in the place of is dropped, unless `flat` names it: then `check` says that
-        it has no effect.
+        Where `flat` chooses another row, the numbers of the row before are dropped, but for those that `flat` names: of these
+        `check` says that they have no effect.
         """
         groups = {name: _replaced(group, flat) for name, group in self.groups()}
         known = {name for _, group in self.groups() for name in (*fields_of(group), *own_numbers(group))}
         assert not (unknown := set(flat) - known - {"preset"}), unknown
         changed = dataclasses.replace(self, **groups, preset=flat.get("preset", self.preset))
-        own = {k: chooser for _, group in self.groups() for k, (chooser, _, _) in own_numbers(group).items()}
-        kept = {k: v for k, v in self.own if k in changed.numbers() or own[k] not in flat}
+        own = {k: about.rows for _, group in self.groups() for k, about in own_numbers(group).items()}
+        kept = {k: v for k, v in self.own if k in changed.numbers() or not set(own[k]) & set(flat)}
         given = {k: v for k, v in flat.items() if k in own}
         return dataclasses.replace(changed, own=tuple(sorted((kept | given).items())))
 
