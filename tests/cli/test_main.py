@@ -50,7 +50,7 @@ def refused(capsys, *argv) -> str:
         (["train", "DATA", "--sampling_steps", "ddimm", "--steps", "1"], "give a count"),
         (["train", "DATA", "--sampling_steps", "2000", "--steps", "1"], "only 1000 steps"),
         (["train", "DATA", "--eta", "0.5", "--steps", "1"], "no effect"),
-        (["train", "DATA", "--sigma_data", "0.3", "--steps", "1"], "no effect with --parametrization eps and --weighting uniform"),
+        (["train", "DATA", "--sigma_data", "0.3", "--steps", "1"], "with --parametrization eps and --weighting uniform"),
         (["train", "DATA", "--sigma_small", "--learn_sigma", "--steps", "1"], "no effect"),
         (["train", "DATA", "--objective", "hybrid", "--steps", "1"], "--learn_sigma True"),
         (["train", "DATA", "--ema_rate", "1.5", "--steps", "1"], "[0, 1)"),
