@@ -12,6 +12,7 @@ from conftest import TINY, flags, start
 from iddpm.data import Order
 from iddpm.data.batches import make_batch
 from iddpm.errors import UserError
+from iddpm.parallel import processes
 from iddpm.store import checkpoint
 from iddpm.store.log import Logger, Meter, read_rows
 from iddpm.training.ema import EMA
@@ -21,6 +22,8 @@ from iddpm.training.step import learning_rate, method_of, train_step
 from iddpm.training.trial import dry_run
 
 CPU = torch.device("cpu")
+FLOW = dict(noise_schedule="flow", parametrization="flow", weighting="flow", learn_sigma=False, solver="ddim", steps=6)
+EDM = dict(noise_schedule="ve", parametrization="edm", weighting="edm", learn_sigma=False, steps=6)
 
 
 def one_step(config, data, poison=1.0):
@@ -43,6 +46,16 @@ def test_any_microbatch_gives_the_gradient_of_the_whole_batch(config, data, micr
         torch.testing.assert_close(split.params[name].grad, p.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(("law", "exchanges"), [("uniform", 0), ("stratified", 0), ("loss-second-moment", 1)])
+def test_processes_exchange_losses_only_for_a_law_that_reads_them(config, data, monkeypatch, law, exchanges):
+    asked = []
+    for name in ("sum_", "gather", "count", "every"):
+        real = getattr(processes, name)
+        monkeypatch.setattr(processes, name, lambda *args, real=real: (asked.append(args), real(*args))[1])
+    state, _ = one_step(config.updated(dict(schedule_sampler=law)), data)
+    assert len(asked) == exchanges and not state.skipped
+
+
 def assert_same_checkpoint(a, b):
     for kind in ("weights", "optimizer"):
         assert getattr(a, kind).keys() == getattr(b, kind).keys()
@@ -59,8 +72,11 @@ def assert_same_checkpoint(a, b):
         dict(dropout=0.2, random_flip=True),
         dict(objective="vlb", schedule_sampler="loss-second-moment", diffusion_steps=4, sampling_steps="4", steps=30),
         dict(precision="bf16", microbatch=4, schedule_sampler="stratified"),
+        dict(FLOW, schedule_sampler="logit-normal"),
+        dict(EDM, schedule_sampler="lognormal", solver="dpmpp_2m"),
+        dict(FLOW, schedule_sampler="loss-second-moment"),
     ],
-    ids=["dropout and flips", "loss-aware law", "bf16 in microbatches"],
+    ids=["dropout and flips", "loss-aware law", "bf16 in microbatches", "flow", "edm", "loss-aware law of a flow"],
 )
 def test_ten_steps_equal_five_and_five_bit_for_bit(config, data, tmp_path, settings):
     config = config.updated({"steps": 10, **settings})

@@ -72,6 +72,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
     from iddpm.training.plan import plan
 
     config = _config(preset, run, num_classes, flags)
+    # CUDA's kernels keep more under autocast than a CPU's, so it matters where the run is to be; "auto" here stands for CUDA.
     device = build.device(config.train.device) if devices.measure else None
     cuda = (device.type if device else config.train.device) != "cpu"
     planned = plan(config, devices.processes, cuda)
@@ -84,13 +85,12 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         real = trial.speed(config, device, planned.micro)
         seconds = real.step(planned.images)
         how = f"{_si(work / seconds)}FLOP/s, from real steps of {real.images} on {device}"
-        facts["speed"] = _speed(planned, config, devices, seconds)
-        _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     elif devices.device_tflops:
         seconds = work / (devices.device_tflops * 1e12 * devices.efficiency)
-        how = f"{devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}"
+        how = f"of {devices.device_tflops:g} TFLOP/s x {devices.efficiency:g}"
+    if device or devices.device_tflops:
         facts["speed"] = _speed(planned, config, devices, seconds)
-        _say(*_pace(facts["speed"], f"{how}: {seconds:.3g} s for {planned.images} images"))
+        _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     else:
         _say("speed: give --device_tflops X (and --bandwidth_gbs B), or --measure")
     if devices.json:
@@ -146,12 +146,12 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
 
 
 def _what(planned: "Plan", config: Config) -> Iterator[str]:
-    (n, d), m, t = planned.layout, config.model, config.train
+    (n, d), m, settings = planned.layout, config.model, config.train
     ddp, fsdp = "DDP, each holds all", f"FSDP2, {n // d} copies of {d} shards" if d < n else "FSDP2, all share one copy"
     height, width = image_size(m)
-    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {t.precision}"
+    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {settings.precision}"
     yield f"processes    {n}" + (f" ({fsdp if d > 1 else ddp})" if n > 1 else "")
-    yield f"step         {t.batch_size} images, {planned.images} a process, {planned.micro} at a time"
+    yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
@@ -185,6 +185,7 @@ def _largest(planned: "Plan", config: Config, devices: Devices) -> int:
     need, room = planned.need[config.model.use_checkpoint], devices.memory_gb * GIB
     if largest := need.largest(room):
         return largest
+    # What does not shrink with the microbatch: only sharding it out helps against that.
     held = sum(need.parts(1)[part] for part in ("weights", "gradients", "optimizer", "averages"))
     ways = [f"more than {need.peak(1) / GIB:.2f} GiB"]
     if planned.need[True].peak(1) <= room:
@@ -208,6 +209,7 @@ def _communication(planned: "Plan") -> Iterator[str]:
 def _speed(planned: "Plan", config: Config, devices: Devices, seconds: float) -> dict[str, Any]:
     """Seconds of a step, images per second and days, with communication wholly hidden behind arithmetic, and not at all."""
     n, known = config.train.batch_size, devices.bandwidth_gbs or not planned.traffic
+    # DDP and FSDP send while the backward pass computes. How much of it that hides depends on the network between devices.
     talk = sum(t.sent for t in planned.traffic) / (devices.bandwidth_gbs * 1e9) if devices.bandwidth_gbs else 0.0
     total = config.train.images or config.train.steps * n
     steps = {"hidden": max(seconds, talk), "not_hidden": seconds + talk}
@@ -266,9 +268,10 @@ def _next(preset: str, run: str, flags: dict[str, Any], processes: int) -> str:
     command = " ".join(["iddpm train", what, *(f"--{k} {v}" for k, v in flags.items())])
     if processes == 1:
         return command
-    here = max(d for d in range(1, 9) if processes % d == 0)  # torchrun's own count of devices a machine may differ
+    # Nodes of up to 8 devices, alike; torchrun reads its own flags up to the first --.
+    here = max(d for d in range(1, 9) if processes % d == 0)
     nodes = f"--nnodes {processes // here} --rdzv-backend c10d --rdzv-endpoint HOST:29400 " if processes > 8 else ""
-    return f"torchrun {nodes}--nproc-per-node {here if nodes else processes} -m -- {command}"  # without --, it reads --run itself
+    return f"torchrun {nodes}--nproc-per-node {here if nodes else processes} -m -- {command}"
 
 
 def _si(value: float) -> str:

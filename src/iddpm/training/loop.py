@@ -24,7 +24,7 @@ from iddpm.training import preview
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
 
-MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up
+MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up; fp16 may need 20 to find its loss scale
 
 
 class Log(Protocol):
@@ -74,6 +74,7 @@ def train(
     shard.layout(settings.batch_size, settings.shard, processes.world())
     leads = processes.rank() == 0  # one process speaks and writes; all the others do the same work in silence
     say = say if leads else _silence
+    # First what may refuse the run, so that nothing is left behind: it reads up to 2,000 images, which can take a minute.
     quality = Quality(config, run, device, say) if settings.eval_every else None
     store = store or checkpoint.Folder(run, settings.keep, settings.keep_every, settings.async_save)
     state = TrainState(config, device)
@@ -81,6 +82,7 @@ def train(
     first = state.step
     if leads:
         run.mkdir(parents=True, exist_ok=True)
+    # The log forgets what it has of later steps than the checkpoint's: they are taken again.
     logger = (log or (lambda step: Logger(run, step, settings.tensorboard)))(first) if leads else None
     if logger:
         for line in (*notes, *passed_over):
@@ -94,6 +96,8 @@ def train(
         """Every so many steps, 0: never. What was due at the step that this process began with, was done by the one before."""
         return interval > 0 and state.step % interval == 0 and state.step > first
 
+    # In here a signal waits for the end of a step, a process that hangs is named by the others, and threads that write have
+    # ended when it is left.
     with Saves(store, run, config, state, say) as saves, _stop_signal() as asked, watch(settings.timeout) as tell:
 
         def tick(doing: str) -> None:
@@ -106,6 +110,7 @@ def train(
             saves.begin()
         logged, began = first, time.monotonic()
         then = began  # when step `logged` was
+        # Threads prepare batches a few steps ahead: what they hold in memory is not part of the state, and is prepared again.
         batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, end)
         while True:
             # The next batch, None at the end. Reading may fail on one process alone, so all agree on whether to go on.
@@ -150,10 +155,12 @@ def train(
                 saves.begin()
             saves.settle(wait=last)
 
+            # Only now, when all is saved and logged.
             if over:
                 raise over
 
-            # Every `sample_interval` steps, and at the end: a sheet of samples.
+            # Every `sample_interval` steps, and at the end: a sheet of samples. It costs as many passes as a solver takes steps,
+            # and comes after the save, so that a kill while it is drawn loses no training.
             if draws and (due(settings.sample_interval) or last):
                 say(f"samples: {preview.sheet(config, state, data, run, tick)}")
 

@@ -37,7 +37,7 @@ Shape = Sequence[int]
 class Pass(NamedTuple):
     """What a forward and backward pass takes."""
 
-    profile: Profile
+    profile: Profile  # of memory
     forward: float  # floating-point operations of one image in products, convolutions, attention; a product and a sum are two
     both: float  # forward and backward
     calls: list[tuple[str, int]]  # collective operations, and the bytes of the largest tensor in each

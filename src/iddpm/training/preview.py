@@ -56,6 +56,7 @@ def averaged(config: Config, state: TrainState, doing: str, tick: Tick) -> Itera
 
     Costs a second copy of the weights while it lasts; of a sharded network each process then holds all of them.
     """
+    # Copies, rather than a second network: nothing has to be built, compiled or sharded again.
     live = {name: p.detach().clone() for name, p in state.params.items()}
     average = next(iter(state.ema.averages.values()), live)
     net = build.in_precision(state.net.eval(), state.device, config.train.precision)
@@ -68,7 +69,7 @@ def averaged(config: Config, state: TrainState, doing: str, tick: Tick) -> Itera
         copy_weights(average, state.params)
         with shard.gathered(state.net):
             yield ticking
-    finally:
+    finally:  # also where drawing was interrupted: what is saved then must be the run's own weights
         copy_weights(live, state.params)
 
 
@@ -84,7 +85,7 @@ def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> 
 def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tick) -> str:
     """A sheet of averaged-weights samples from fixed seeds, samples/step_N.png. Returns the path, or why there is none."""
     path = run / "samples" / f"step_{state.step:08d}.png"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # without parents: a run whose folder was taken away must not come back half
     try:
         with averaged(config, state, "drawing samples", tick) as net:
             draw_sheet(config, net, state.device, data, path)
@@ -101,7 +102,7 @@ def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet
         drawn = np.concatenate(list(images([paint], job)))
         sheets.save_picture(sheets.grid(drawn, job.labels, config.data.classes), path)
         return
-    first = np.arange(min(8, len(data)))
+    first = np.arange(min(8, len(data)))  # by number, not by the data order: every sheet shows the same images
     originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
     small = shrunk(config, originals)
     drawn = np.concatenate(list(images([paint], Job(first.tolist(), labels, small))))

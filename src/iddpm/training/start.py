@@ -35,9 +35,10 @@ def start(
     total_steps(config.train)
     with ExitStack() as stack:
         stack.enter_context(processes.session(build.device(config.train.device), config.train.timeout))
+        # Whatever may be refused comes before the lock and the first file.
         images, config = open_data(config, own)
         held_out = open_validation(config)
-        build.network(config)
+        build.network(config)  # only to see that its sizes fit
         if dry:
             trial.dry_run(config, images)
             return None
@@ -70,6 +71,7 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any]) -> tupl
         if preset and preset != stored.preset:
             raise UserError(f"--preset {preset}: {run} was begun with {stored.preset or 'none'}; take another --run")
         return resumed(stored, dict(given, path=data) if data else given, str(run))
+    # A folder with a config and no checkpoint was stopped before its first save: it starts anew, perhaps with other flags.
     if run.exists() and not record.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
         raise UserError(f"{run} is not empty and no run of iddpm: give another --run")
     if not data:

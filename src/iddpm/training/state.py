@@ -47,7 +47,7 @@ class TrainState:
         self.net = build.network(config).to(device)
         self.parallel = shard.spread(self.net, settings.shard)
         self.law = build.law(config)
-        self.params = dict(self.net.named_parameters())
+        self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
         betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)
         self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup)
@@ -92,8 +92,9 @@ class TrainState:
 
         UserError where the checkpoint holds weights alone, or not those of this network.
         """
-        if saved.state.get("weights_only"):
+        if saved.state.get("weights_only"):  # as imports write them
             raise UserError("this run holds weights alone, nothing to go on from: train a new one from them with --init_from")
+        # AdamW makes its averages in its first step; here they must be there to be filled, as whole or as sharded as the weights.
         kept = saved.names()
         for name in kept:
             param, _, slot = name.removeprefix(checkpoint.OPTIMIZER).rpartition(".")
@@ -110,6 +111,7 @@ class TrainState:
         self.ema.updates = saved.state["ema_updates"]
         self.measured = saved.state.get("measured", 0)
         self.best = Best(**best) if (best := saved.state.get("best")) else None
+        # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]
 

@@ -55,7 +55,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
     parts = processes.parts(n, settings.microbatch if settings.microbatch > 0 else n)
     for k, part in enumerate(parts):
         # Processes call the network equally often, or they would wait for each other for ever. One that has run out of
-        # images, as the second of two with 7 images in microbatches of 1, repeats its first with a weight of 0.
+        # images, as the first of two that share 7 in microbatches of 1, repeats its first with a weight of 0.
         repeats = part.start == part.stop
         part = slice(0, 1) if repeats else part
         x0, eps, w = (of_mine[part].to(device) for of_mine in (batch.x0, batch.eps, weight * (not repeats)))
@@ -63,13 +63,15 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         # Gradients are exchanged once a step, in the last backward pass.
         with nullcontext() if k == len(parts) - 1 else shard.unsynchronised(net):
             terms = objective(denoiser, schedule, x0, eps, u[part], cond)
-            # The loss is divided by the whole batch; since the processes' gradients are averaged, not added, each has a share.
+            # A mean over the whole batch: the processes' gradients are averaged, not added, so each sum counts `world` times.
             share = processes.world() / n
             (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
         if not repeats:
             meter.add({name: term * w for name, term in terms.items()}, (u[part] * 4).long().to(device))
             losses[mine.start + part.start : mine.start + part.stop] = terms["loss"].detach()
 
+    # fp16 gradients come larger by the loss scale, which keeps small ones from vanishing: back to their size before they are
+    # clipped or looked at.
     grads = [p.grad for p in state.params.values() if p.grad is not None]
     torch._foreach_div_(shard.local(grads), state.scale.factor)
     norm = shard.whole(torch.nn.utils.get_total_norm(grads))

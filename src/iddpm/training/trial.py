@@ -65,6 +65,7 @@ def speed(config: Config, device: torch.device, most: int) -> Speed:
         batch = example(config, images)
         return timed(config.updated(dict(batch_size=images, microbatch=-1)), device, iter([batch] * STEPS))[1]
 
+    # Each doubling takes twice as long as the one before: about 16 s in all, where a step of one image takes less than 1.
     images, before, seconds = 2, seconds_of(1), seconds_of(2)
     while seconds < 1 and 2 * images <= most:
         images, before, seconds = 2 * images, seconds, seconds_of(2 * images)
