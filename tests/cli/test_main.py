@@ -11,7 +11,8 @@ from PIL import Image
 from conftest import TINY, flags
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, main
-from iddpm.config import Config, fields_of
+from iddpm.config import Config, check, every_field
+from iddpm.config.choices import choices
 from iddpm.config.presets import PRESETS
 
 SMALL = flags(**TINY)
@@ -49,6 +50,7 @@ def refused(capsys, *argv) -> str:
         (["train", "DATA", "--sampling_steps", "ddimm", "--steps", "1"], "give a count"),
         (["train", "DATA", "--sampling_steps", "2000", "--steps", "1"], "only 1000 steps"),
         (["train", "DATA", "--eta", "0.5", "--steps", "1"], "no effect"),
+        (["train", "DATA", "--sigma_data", "0.3", "--steps", "1"], "with --parametrization eps and --weighting uniform"),
         (["train", "DATA", "--sigma_small", "--learn_sigma", "--steps", "1"], "no effect"),
         (["train", "DATA", "--objective", "hybrid", "--steps", "1"], "--learn_sigma True"),
         (["train", "DATA", "--ema_rate", "1.5", "--steps", "1"], "[0, 1)"),
@@ -141,12 +143,19 @@ def test_help_names_every_flag_and_preset(capsys):
     assert all(name in text for name in PRESETS)
 
 
+@pytest.mark.parametrize("chooser", ["parametrization", "weighting"])
+def test_a_number_that_two_choices_share_is_read_for_each_of_them(chooser):
+    config = check(Config().updated({chooser: "edm", "sigma_data": 0.3}))
+    assert config.numbers()["sigma_data"] == 0.3
+    assert Config.from_json(config.to_json()) == config
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_config_whose_network_can_be_built(name):
     import torch
 
     from iddpm import build
-    from iddpm.config import check, total_steps
+    from iddpm.config import total_steps
 
     config = check(Config().updated({**PRESETS[name][1], "num_classes": 10}))
     assert total_steps(config.train) > 0

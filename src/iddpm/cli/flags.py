@@ -31,18 +31,20 @@ class Parser(argparse.ArgumentParser):
         for name, f in fields_of(group).items():
             if not f.flag or (only and name not in only):
                 continue
-            self._add(section, name, f, inherited)
-            for number, (chooser, about, rows) in own_numbers(group).items():
-                if chooser == name and number not in self.known:
-                    self._add(section, number, Field(*about, only=f"{chooser}={'|'.join(rows)}"), inherited)
+            condition = f.only.split(" ")[0]
+            self._add(section, name, f, inherited, condition.replace("=", " ", 1) if "=" in condition else "")
+            for number, own in own_numbers(group).items():
+                if name in own.rows and number not in self.known:
+                    owners = " or ".join(f"{chooser} {'|'.join(rows)}" for chooser, rows in own.rows.items())
+                    self._add(section, number, Field(*own.number), inherited, owners)
             if f.kind and f.kind not in self.shown:
                 self.shown[f.kind] = [f"  {row:20} {choice.help}" for row, choice in choices(f.kind).items()]
 
-    def _add(self, section: Any, name: str, f: Field, inherited: bool) -> None:
+    def _add(self, section: Any, name: str, f: Field, inherited: bool, owners: str) -> None:
+        """A flag; `owners` are the choices that it belongs to, if it is not everybody's."""
         self.known.add(name)
         shown = "the run's" if inherited else "none" if f.default == "" else f.default
-        owner = f" ({only.replace('=', ' ', 1)})" if (only := f.only.split(" ")[0]) and "=" in only else ""
-        text = f"{f.help}{owner} [{shown}]".replace("%", "%%")
+        text = f"{f.help}{f' ({owners})' if owners else ''} [{shown}]".replace("%", "%%")
         if f.type is bool:
             self.booleans.add(name)
             section.add_argument(f"--{name}", type=boolean, metavar="BOOL", default=argparse.SUPPRESS, help=text)

@@ -35,19 +35,23 @@ PARTS = {  # of iddpm.training.plan.Need, and how the table calls them
 class Devices:
     """The devices, and what is known of them."""
 
-    processes: int = opt(1, "how many, one process each", low=1)
-    memory_gb: float = opt(0.0, "memory of one, in GiB: which microbatch fits? (CUDA itself takes about 1)", low=0)
-    device_tflops: float = opt(0.0, "speed of one on paper, in TFLOP/s at this --precision: how long does the run take?", low=0)
-    efficiency: float = opt(0.4, "the share of it that training gets", low=0.001, high=1)
+    processes: int = opt(1, "number of devices, with one process on each", low=1)
+    memory_gb: float = opt(0.0, "memory of a device in GiB (of which CUDA takes about 1): tells which microbatch fits", low=0)
+    device_tflops: float = opt(
+        0.0, "nominal speed of a device in TFLOP/s at this --precision: tells how long the run takes", low=0
+    )
+    efficiency: float = opt(0.4, "share of the nominal speed that training reaches", low=0.001, high=1)
     measure: bool = opt(False, "instead, time real steps on the --device of this machine")
-    bandwidth_gbs: float = opt(0.0, "what one can send at a time, in GB/s: how long does communication take?", low=0)
+    bandwidth_gbs: float = opt(0.0, "what a device can send, in GB/s: tells how long communication takes", low=0)
     json: str = opt("", "also write all numbers to this file")
 
 
 def _parser(parser: Parser) -> None:
     parser.add_argument("--preset", default="", help="a recipe to plan", metavar="NAME")
-    parser.add_argument("--run", default="", help="a run to plan anew: its folder", metavar="DIR")
-    parser.add_argument("--num_classes", default=0, type=int, help="with --class_cond: the classes of the data", metavar="N")
+    parser.add_argument("--run", default="", help="the folder of a run, to plan how it would go on elsewhere", metavar="DIR")
+    parser.add_argument(
+        "--num_classes", default=0, type=int, help="with --class_cond: how many classes the data has", metavar="N"
+    )
     parser.add_fields(Devices)
     for _, group in Config().groups():
         parser.add_fields(type(group))

@@ -50,14 +50,33 @@ def fields_of(group: Any) -> dict[str, Field]:
     return _fields(group if isinstance(group, type) else type(group))
 
 
-def own_numbers(group: Any) -> dict[str, tuple[str, Number, list[str]]]:
-    """The numbers that belong to rows which the fields of a group choose: name -> (the choosing field, the number, its rows)."""
-    found: dict[str, tuple[str, Number, list[str]]] = {}
+class Own(NamedTuple):
+    """A number of rows that a group chooses, and these rows by the field that chooses among them: several fields may share it."""
+
+    number: Number
+    rows: dict[str, list[str]]
+
+    def is_read(self, group: Any) -> bool:
+        """Whether a row that the group chooses has it."""
+        return any(set(_chosen(group, name)) & set(rows) for name, rows in self.rows.items())
+
+
+def own_numbers(group: Any) -> dict[str, Own]:
+    """The numbers of the rows that the fields of a group choose, by name."""
+    found: dict[str, Own] = {}
     for name, f in fields_of(group).items():
         for row, choice in choices(f.kind).items() if f.kind else ():
             for number, about in choice.numbers.items():
-                found.setdefault(number, (name, about, []))[2].append(row)
+                found.setdefault(number, Own(about, {})).rows.setdefault(name, []).append(row)
     return found
+
+
+def _chosen(group: Any, name: str) -> list[str]:
+    """The rows that a field chooses; where it takes several and has none, all of them."""
+    f, now = fields_of(group)[name], getattr(group, name)
+    if not f.many:
+        return [now]
+    return [part.strip() for part in now.split(",") if part.strip()] or list(choices(f.kind))
 
 
 def settings_of(*groups: Any) -> set[str]:
@@ -120,14 +139,14 @@ def make(group: type, given: Mapping[str, Any]) -> Any:
 
 def check_own(group: Any, own: Mapping[str, Any]) -> None:
     """Raise UserError for a number that no chosen row has, or that is out of its range."""
-    for name, (chooser, number, rows) in own_numbers(group).items():
+    for name, about in own_numbers(group).items():
         if name not in own:
             continue
-        now = getattr(group, chooser)
-        chosen = [part.strip() for part in now.split(",") if part.strip()] or rows if fields_of(group)[chooser].many else [now]
-        if not set(chosen) & set(rows) and own[name] != number.default:
-            raise UserError(f"--{name} has no effect with --{chooser} {now}: it belongs to {', '.join(rows)}")
-        check_range(name, own[name], number)
+        if not about.is_read(group) and own[name] != about.number.default:
+            now = " and ".join(f"--{chooser} {getattr(group, chooser)}" for chooser in about.rows)
+            able = dict.fromkeys(row for rows in about.rows.values() for row in rows)
+            raise UserError(f"--{name} has no effect with {now}: it belongs to {', '.join(able)}")
+        check_range(name, own[name], about.number)
 
 
 def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
 
     fields = every_field()
     if groups:
-        own = {n: Field(*number) for group in groups for n, (_, number, _) in own_numbers(group).items()}
+        own = {n: Field(*about.number) for group in groups for n, about in own_numbers(group).items()}
         fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
     return {name: _as_field(name, value, fields) for name, value in settings.items()}
 

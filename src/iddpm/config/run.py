@@ -41,9 +41,9 @@ class Config:
         """The numbers of the rows chosen: as given, else their defaults."""
         given, found = dict(self.own), {}
         for _, group in self.groups():
-            for name, (chooser, number, rows) in own_numbers(group).items():
-                if getattr(group, chooser) in rows:
-                    found[name] = given.get(name, number.default)
+            for name, about in own_numbers(group).items():
+                if about.is_read(group):
+                    found[name] = given.get(name, about.number.default)
         return found
 
     def flat(self) -> dict[str, Any]:
@@ -53,15 +53,15 @@ class Config:
     def updated(self, flat: Mapping[str, Any]) -> "Config":
         """A copy with the named settings changed, whichever group they belong to.
 
-        A number of a row that `flat` chooses another in the place of is dropped, unless `flat` names it: then `check` says that
-        it has no effect.
+        Where `flat` chooses another row, the numbers of the row before are dropped, but for those that `flat` names: of these
+        `check` says that they have no effect.
         """
         groups = {name: _replaced(group, flat) for name, group in self.groups()}
         known = {name for _, group in self.groups() for name in (*fields_of(group), *own_numbers(group))}
         assert not (unknown := set(flat) - known - {"preset"}), unknown
         changed = dataclasses.replace(self, **groups, preset=flat.get("preset", self.preset))
-        own = {k: chooser for _, group in self.groups() for k, (chooser, _, _) in own_numbers(group).items()}
-        kept = {k: v for k, v in self.own if k in changed.numbers() or own[k] not in flat}
+        own = {k: about.rows for _, group in self.groups() for k, about in own_numbers(group).items()}
+        kept = {k: v for k, v in self.own if k in changed.numbers() or not set(own[k]) & set(flat)}
         given = {k: v for k, v in flat.items() if k in own}
         return dataclasses.replace(changed, own=tuple(sorted((kept | given).items())))
 
@@ -93,7 +93,7 @@ class Config:
         if version == 1 and flat.get("network") in TASK_OF:
             flat |= dict(task=TASK_OF[flat["network"]], network="unet")
         fields = {name: f for _, group in Config().groups() for name, f in fields_of(group).items()}
-        numbers = {name: number for _, group in Config().groups() for name, (_, number, _) in own_numbers(group).items()}
+        numbers = {name: about.number for _, group in Config().groups() for name, about in own_numbers(group).items()}
         for name, value in flat.items():
             if name != "preset" and name not in fields and name not in numbers:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm")
@@ -123,7 +123,6 @@ def every_field() -> dict[str, Field]:
     groups = [group for _, group in Config().groups()]
     found = {name: f for group in groups for name, f in fields_of(group).items()}
     for group in groups:
-        for name, (chooser, number, rows) in own_numbers(group).items():
-            fixed = fields_of(group)[chooser].fixed
-            found[name] = Field(*number, fixed=fixed, only=f"{chooser}={'|'.join(rows)}")
+        for name, about in own_numbers(group).items():
+            found[name] = Field(*about.number, fixed=any(fields_of(group)[chooser].fixed for chooser in about.rows))
     return found

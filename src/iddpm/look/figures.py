@@ -25,7 +25,7 @@ def tell(found: Evaluation, settings: Evaluate, out: Path) -> None:
     for warning in dict.fromkeys(f.warning for f in found.findings if f.warning):
         print(f"warning: {warning}")
     if floor := next((f.real_n for f in found.findings if f.real_n), None):
-        few = ": of fewer images, a distance that n makes larger" if floor[0] < n else ""
+        few = ": fewer than the samples, which alone makes a Frechet distance larger" if floor[0] < n else ""
         print(f"beside each figure, that of real images: {floor[0]} of the reference against its {floor[1]} others{few}")
     for k, finding in enumerate(found.findings):
         print(_line(finding, [draw[k].estimate.value for draw in found.draws]))
@@ -69,7 +69,7 @@ def _write_neighbours(drawn: Features, real: Features, numbers: np.ndarray, dist
     print(f"nearest real images: {table}; the nearest pairs: {picture}")
     trained_on = drawn.images.about.get("trained_on")
     if trained_on and place(trained_on).resolve() != place(real.images.name).resolve():
-        print(f"note: the run was trained on {trained_on}; whether it copies is told by --reference {trained_on}")
+        print(f"note: the run was trained on {trained_on}; to see whether it copies, give --reference {trained_on}")
 
 
 def _pictures(features: Features, rows: np.ndarray) -> np.ndarray:

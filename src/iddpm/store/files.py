@@ -1,9 +1,9 @@
 """Files of checkpoints: the one place that knows where they lie and how they get there.
 
-A folder is written aside, each file flushed to disk and read back; manifest.json, which vouches for the rest, comes last; then
-one rename puts the folder in its place. A remote storage cannot rename: there files are written in their place, and the
-manifest alone commits. They are not read back (their sizes are asked for, and the driver guards what it sends); every reader
-compares the digests of what it fetches.
+A folder is written aside, each file flushed to disk and read back. manifest.json, with size and digest of the others, comes
+last; then one rename puts the folder in its place. A remote storage cannot rename: there files are written in their place, and
+the manifest alone commits. They are not read back (their sizes are asked for, and the driver guards what it sends); every
+reader compares the digests of what it fetches.
 """
 
 import contextlib

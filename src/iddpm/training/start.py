@@ -74,10 +74,9 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any]) -> tupl
     # A folder with a config and no checkpoint was stopped before its first save: it starts anew, perhaps with other flags.
     if run.exists() and not record.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
         raise UserError(f"{run} is not empty and no run of iddpm: give another --run")
-    config = new(preset, given)
     if not data:
         raise UserError(f"which images? {run} holds no run yet: iddpm train DATA --run {run}")
-    return build.require_fit(check(config.updated({"path": data}))), []
+    return build.require_fit(check(new(preset, {**given, "path": data}))), []
 
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:

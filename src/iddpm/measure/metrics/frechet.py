@@ -47,7 +47,7 @@ def fd(c: Comparison) -> list[Finding]:
 
 @needs(gaussians("spatial"))
 def sfd(c: Comparison) -> list[Finding]:
-    """The Frechet distance on features that know where things are: sFID, of Inception alone."""
+    """The Frechet distance on features that keep the places in the image: sFID, with an Inception extractor only."""
     return _between(c, "spatial", "sFD")
 
 

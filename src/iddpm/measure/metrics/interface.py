@@ -48,7 +48,7 @@ class Finding(NamedTuple):
     name: str
     estimate: Estimate
     reference_n: int | None  # how many real images the samples were compared with; None where that is unknown, or of none
-    real: float | None = None  # what real images get in the place of the samples, where the metric knows itself
+    real: float | None = None  # what real images get in the place of the samples, where the metric tells it by itself
     real_n: tuple[int, int] | None = None  # how many of them against how many, where others were put in that place
     warning: str = ""  # what a reader must know of it
     nearest: tuple[np.ndarray, np.ndarray] | None = None  # each sample's nearest real rows (n, k), and distances, to be shown

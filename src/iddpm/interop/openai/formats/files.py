@@ -118,9 +118,8 @@ def family(path: Path) -> Family:
         return family(model)
     if OPTIMIZER.match(path.name):
         read(path)  # raises: it is no model
-    if number := MODEL.match(path.name):
-        digits = number[1]
-    else:
+    digits = _digits(path)
+    if not digits:
         found = sorted(folder.glob("opt*.pt"))
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:3])
@@ -157,7 +156,7 @@ def read_averages(kin: Family, rates: Iterable[float]) -> dict[float, dict[str, 
 
 
 def record_of(path: Path) -> Path | None:
-    """Our own file that vouches for a model's or an average's file, if there is one."""
+    """Our own file that holds the digest of a model's or an average's file, if there is one."""
     record = path.with_name(f"iddpm{_digits(path)}.json")
     return record if record.exists() and path.name in _record(record)["files"] else None
 
@@ -258,7 +257,7 @@ def read_model(path: Path, config: Config) -> Weights:
 
 
 def save_run(folder: Path, config: Config, saved: Saved) -> Path:
-    """Write a state's files, each aside, flushed and renamed, the record that vouches for all of them last.
+    """Write a state's files, each aside, flushed and renamed, the record with the digests of all of them last.
 
     Returns the model's file; OSError on a full disk. Weights without an optimizer (`state["weights_only"]`) get no opt file.
     """
@@ -272,7 +271,7 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
         contents[f"opt{digits}.pt"] = optimizer_file(saved, config, shapes)
     record = folder / f"iddpm{digits}.json"
     # A kill between two files leaves no record, so that a half-written checkpoint is never taken for ours.
-    record.unlink(missing_ok=True)  # of a run that was here before: it vouches for other files
+    record.unlink(missing_ok=True)  # of a run that was here before: its digests are of other files
     for name, content in contents.items():
         _write(folder / name, partial(torch.save, content))
     if law := {name: saved.optimizer[f"law.{name}"] for name in saved.state.get("law", [])}:

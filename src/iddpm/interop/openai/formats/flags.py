@@ -104,7 +104,8 @@ OTHERWISE = dict(  # the original's names that are others here, with the same va
     eval_interval="validation_interval", iterations="steps", **{theirs: ours for ours, theirs in PREFIXED.items()},
 )  # fmt: skip
 FLAGS = {name: default for table in COMMANDS.values() for command in table.values() for name, default in command.items()}
-OURS = {name: name for name in FLAGS if name in Config().flat()} | OTHERWISE  # the original's name: ours
+FIELDS = {name for _, group in Config().groups() for name in fields_of(group)}
+OURS = {name: name for name in FLAGS if name in FIELDS} | OTHERWISE  # the original's name: ours
 SIZES = ("image_size", "large_size", "small_size")  # numbers there, words here, where 64x96 is a size too
 
 Fields = dict[str, Any]
