@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from iddpm.diffusion.denoiser import Denoiser, learned_range
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.objective import hybrid
 from iddpm.diffusion.parametrization import eps
-from iddpm.diffusion.schedule import Chain, Cosine
+from iddpm.diffusion.schedule import Cosine
 from iddpm.nn import UNet, attention_rates, channel_mult_for
 from iddpm.training.ema import EMA
 
@@ -38,14 +39,14 @@ def ours(args: argparse.Namespace) -> Callable[[], None]:
     x0, shape = images(args), (args.batch, 3, 32, 32)
     if args.what == "network":
         return network_only(net, x0)
-    denoiser = Denoiser(net, Chain(Cosine(STEPS)), eps, learned_range)
+    denoiser, chain = Denoiser(net, eps, learned_range), Chain(Cosine(STEPS))
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.0)
     ema = EMA(dict(net.named_parameters()), [EMA_RATE], warmup=False)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        i = torch.randint(STEPS, (args.batch,))
-        hybrid(denoiser, x0, torch.randn(shape), i)["loss"].mean().backward()
+        u = torch.rand(args.batch, dtype=torch.float64)
+        hybrid(denoiser, chain, x0, torch.randn(shape), u)["loss"].mean().backward()
         optimizer.step()
         ema.update()
 
