@@ -35,10 +35,10 @@ def test_a_batch_depends_on_the_step_and_place_alone(config, data):
     assert not torch.equal(one.eps, other.eps)
 
 
-@pytest.mark.parametrize("network", ["unet", "classifier"])
-def test_held_out_images_are_measured_and_change_nothing(network, pictures, tmp_path):
+@pytest.mark.parametrize("task", ["images", "classify"])
+def test_held_out_images_are_measured_and_change_nothing(task, pictures, tmp_path):
     settings = dict(TINY, class_cond=True, num_head_channels=8, dropout=0.1)
-    settings |= dict(network=network, learn_sigma=False) if network == "classifier" else {}
+    settings |= dict(task=task, learn_sigma=False) if task == "classify" else {}
     for name, extra in dict(plain={}, watched=dict(validation_interval=2)).items():
         if extra:
             held_out = tmp_path / "held_out"
@@ -50,7 +50,7 @@ def test_held_out_images_are_measured_and_change_nothing(network, pictures, tmp_
     plain, watched = (read_rows(tmp_path / name) for name in ("plain", "watched"))
     assert [r["loss"] for r in plain] == [r["loss"] for r in watched]
     assert ["val_loss" in r for r in watched] == [False, True, False, True]
-    assert ("val_acc@1" in watched[1]) == (network == "classifier")
+    assert ("val_acc@1" in watched[1]) == (task == "classify")
 
 
 def test_held_out_images_must_be_held_out(pictures, tmp_path, capsys):

@@ -39,7 +39,7 @@ def test_a_process_that_hangs_is_named_and_the_others_end(pictures, tmp_path):
     settings = RUN | dict(steps=100_000, log_interval=5, save_interval=5, timeout=3)
     process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**settings))
     for line in process.stdout:
-        if line.startswith("step 10/"):
+        if line.startswith("saved "):
             break
     hung = worker(process, 1)
     os.kill(hung, signal.SIGSTOP)

@@ -11,7 +11,12 @@ from PIL import Image
 from conftest import start
 from iddpm.cli.main import main
 from iddpm.errors import UserError
-from iddpm.sampling import draw as sample
+from iddpm.sampling.draw import images as images_of
+from iddpm.sampling.draw import painter
+from iddpm.sampling.images import as_uint8
+from iddpm.sampling.job import job as job_of
+from iddpm.sampling.open import restore
+from iddpm.sampling.sheets import grid
 from iddpm.store import checkpoint
 
 CPU = torch.device("cpu")
@@ -19,53 +24,53 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def net(run):
-    return sample.restore(checkpoint.read_weights(run), CPU)
+    return restore(checkpoint.read_weights(run), CPU)
 
 
 def draw(config, net, job, batch_size=64):
-    return np.concatenate(list(sample.images(config, net, job, CPU, batch_size)))
+    return np.concatenate(list(images_of([painter(config, net, CPU)], job, batch_size)))
 
 
 def test_rounding_brings_every_level_back():
     levels = torch.arange(256.0)
     x = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
-    assert np.array_equal(sample.to_uint8(x).flatten(), np.arange(256))
-    assert sample.to_uint8(torch.full((1, 1, 1, 1), 9.0)).item() == 255
+    assert np.array_equal(as_uint8(x).flatten(), np.arange(256))
+    assert as_uint8(torch.full((1, 1, 1, 1), 9.0)).item() == 255
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_an_image_depends_on_its_seed_not_on_the_batch(config, net, batch_size):
-    job = sample.job(config, range(8))
+    job = job_of(config, range(8))
     whole, split = draw(config, net, job), draw(config, net, job, batch_size)
     assert np.abs(whole.astype(int) - split).max() <= 1
-    few = draw(config, net, sample.job(config, [6, 2]))
+    few = draw(config, net, job_of(config, [6, 2]))
     assert np.abs(few.astype(int) - whole[[6, 2]]).max() <= 1
 
 
 def test_different_seeds_give_different_images(config, net):
-    drawn = draw(config, net, sample.job(config, range(6), "disc"))
+    drawn = draw(config, net, job_of(config, range(6), "disc"))
     assert len({image.tobytes() for image in drawn}) == 6
 
 
 def test_labels_go_by_name_or_number_and_repeat_by_seed(config):
-    assert sample.job(config, [0, 1, 5], "disc,0").labels == [1, 0, 0]
-    assert sample.job(config, range(4)).labels == [0, 1, 2, 0]
+    assert job_of(config, [0, 1, 5], "disc,0").labels == [1, 0, 0]
+    assert job_of(config, range(4)).labels == [0, 1, 2, 0]
     with pytest.raises(UserError, match="knows across, disc, down"):
-        sample.job(config, [0], "square")
+        job_of(config, [0], "square")
     with pytest.raises(UserError, match="0 to 2"):
-        sample.job(config, [0], "3")
+        job_of(config, [0], "3")
 
 
 def test_labels_for_a_model_without_classes_are_refused(config):
     with pytest.raises(UserError, match="without classes"):
-        sample.job(config.updated(dict(class_cond=False)), [0], "disc")
+        job_of(config.updated(dict(class_cond=False)), [0], "disc")
 
 
 def test_png_npz_and_folder_hold_the_same_images(run, config, net, tmp_path, capsys):
     for out in ("a.npz", "a.png", "folder"):
         assert main(["sample", str(run), "--seeds", "3-8", "--out", str(tmp_path / out), "--device", "cpu"]) == 0
         assert str(tmp_path / out) in capsys.readouterr().out
-    expected = draw(config, net, sample.job(config, range(3, 9)))
+    expected = draw(config, net, job_of(config, range(3, 9)))
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["arr_0"], expected)
         assert file["arr_0"].dtype == np.uint8
@@ -80,7 +85,7 @@ def test_png_npz_and_folder_hold_the_same_images(run, config, net, tmp_path, cap
 
 def test_a_grid_has_a_separated_row_for_each_class():
     images = np.zeros((6, 8, 8, 3), np.uint8) + np.array([200, 7, 7], np.uint8)
-    sheet = np.asarray(sample.grid(images, [0, 1, 2, 0, 1, 2], ("across", "disc", "down")))
+    sheet = np.asarray(grid(images, [0, 1, 2, 0, 1, 2], ("across", "disc", "down")))
     cells = (sheet == [200, 7, 7]).all(-1)
     rows, columns = cells.any(1), cells.any(0)
     assert (np.diff(rows.astype(int)) == 1).sum() == 3
