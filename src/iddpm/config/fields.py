@@ -156,7 +156,10 @@ def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     """
     from iddpm.config.run import every_field  # which needs this module
 
-    fields = every_field()
+    fields = {n: f for group in groups for n, f in fields_of(group).items()} or every_field()
+    rows = {n: add(fields[n].kind, value) for n, value in settings.items() if n in fields and fields[n].kind and callable(value)}
+    settings = {**settings, **rows}
+    fields = every_field()  # with the numbers of the rows just added
     if groups:
         own = {n: Field(*about.number) for group in groups for n, about in own_numbers(group).items()}
         fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
@@ -168,8 +171,6 @@ def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
         near = difflib.get_close_matches(name, [n for n, f in fields.items() if f.flag], n=1)
         raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     f = fields[name]
-    if f.kind and callable(value):
-        return add(f.kind, value)
     if f.type is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
         return str(value)
     if f.type is str and isinstance(value, (list, tuple)):
