@@ -152,7 +152,6 @@ def test_a_field_of_a_newer_version_is_named(argv, place, capsys):
     assert "warp_factor" in line and "newer iddpm" in line
 
 
-@pytest.mark.xfail(reason="configs carry no version yet", strict=True)
 @each_use
 def test_a_config_of_a_newer_version_is_refused(argv, place, capsys):
     rewrite_configs(place / "classes", lambda raw: raw | {"version": 999})
