@@ -72,8 +72,9 @@ class Config:
     def effective(self) -> "Config":
         """A copy in which what has no effect is at its default, and the numbers of rows that are not chosen are dropped."""
         now = self.flat()
-        for _, group in self.groups():  # a condition names settings that stand before its field
-            now |= {name: f.default for name, f in fields_of(group).items() if any(unmet(f.only, now))}
+        for name, f in ((name, f) for _, group in self.groups() for name, f in fields_of(group).items()):
+            if any(unmet(f.only, now)):  # which name settings that stand before the field
+                now[name] = f.default
         changed = dataclasses.replace(self, **{name: _replaced(group, now) for name, group in self.groups()})
         return dataclasses.replace(changed, own=tuple(sorted(changed.numbers().items())))
 
