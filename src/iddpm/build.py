@@ -127,22 +127,27 @@ def require_fit(config: Config) -> Config:
         raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
     if not d.learn_sigma and loss in LEARN_VARIANCE:
         raise UserError(f"--objective {d.objective} needs --learn_sigma True")
-    made = parametrization(config)
-    if not is_chain(d) and (loss in CHAIN_ONLY or made is previous):
-        flag = f"--parametrization {d.parametrization}" if made is previous else f"--objective {d.objective}"
-        raise UserError(f"{flag} reads the steps of a chain: take --noise_schedule linear or cosine, not {name}")
-    noisiest = next(iter(grid(config)))
-    if made is v and not is_chain(d):
+    if not is_chain(d) and loss in CHAIN_ONLY:
         raise UserError(
-            f"--parametrization v is for alpha^2 + sigma^2 = 1, not for --noise_schedule {name}: take flow, edm or x0"
+            f"--objective {d.objective} reads the steps of a chain: take --noise_schedule linear or cosine, not {name}"
         )
-    c = made(noisiest)
-    if not all(torch.isfinite(x).all() for x in (c.skip, c.out, c.time)):
-        raise UserError(
-            f"--parametrization {d.parametrization} divides by alpha, which is 0 at the end of --noise_schedule {name}: "
-            f"take flow or x0"
-        )
+    if fault := _misfit(config, d.parametrization):
+        others = [other for other in choices("parametrization") if not _misfit(config, other)]
+        raise UserError(f"--parametrization {d.parametrization} {fault} of --noise_schedule {name}: take {' or '.join(others)}")
     return config
+
+
+def _misfit(config: Config, name: str) -> str:
+    """Why a parametrization does not go with the schedule of a config; empty where it does."""
+    made = make("parametrization", name, config.numbers())
+    if made is previous and not is_chain(config.diffusion):
+        return "reads the steps of a chain, not levels"
+    level = schedule(config)(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    if made is v and (level.alpha**2 + level.sigma**2 - 1).abs().max() > 1e-6:
+        return "is for alpha^2 + sigma^2 = 1, not for the levels"
+    c = made(next(iter(grid(config))))
+    finite = all(torch.isfinite(x).all() for x in (c.skip, c.out, c.time))
+    return "" if finite else "divides by alpha, which is 0 at the noisiest level"
 
 
 def device(name: str) -> torch.device:

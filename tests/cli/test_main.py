@@ -136,7 +136,7 @@ def test_help_answers_without_loading_torch():
 def test_help_names_every_flag_and_preset(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert all(f"--{name} " in text for name, field in every_field().items() if field.flag)
     for kind in ("solver", "noise_schedule", "parametrization", "weighting", "schedule_sampler", "objective"):
         assert all(name in text and choice.help in text for name, choice in choices(kind).items())

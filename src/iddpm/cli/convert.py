@@ -68,11 +68,7 @@ def _content(saved: "Saved") -> str:
 
 
 def _next(config: Config, saved: "Saved", run: Path) -> str:
-    use = {
-        "images": f"iddpm sample {run}, iddpm nll {run} DATA",
-        "enlarge": f"iddpm sample {run} --low_res SMALL_IMAGES, or iddpm sample BASE --then {run}",
-        "classify": f"iddpm sample RUN --classifier {run}",
-    }[config.model.task]
+    use = config.task.next.format(run=run, data="IMAGES")
     if saved.state.get("weights_only"):
         return f"{use}; to train from these weights, iddpm train DATA --run NEW --init_from {run} --steps N"
     return f"{use}; to train on, iddpm train DATA --run {run} --steps N"

@@ -1,13 +1,14 @@
-"""Command-line flags made from dataclass fields: their help, ranges and choices come from config.py; an error is one line."""
+"""Command-line flags made from dataclass fields, with their help, ranges and choices; an error is one line."""
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from iddpm.config import fields_of, own_numbers
+from iddpm.config import every_field, fields_of, own_numbers
 from iddpm.config.choices import choices
-from iddpm.config.fields import Field
+from iddpm.config.fields import Field, conditions
 from iddpm.errors import UserError
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
@@ -20,25 +21,31 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
         self.booleans: set[str] = set()
         self.known: set[str] = set()  # names of the flags added
-        self.shown: dict[str, list[str]] = {}  # kinds of choice, and a line on each row
+        self.shown: dict[str, str] = {}  # kinds of choice, and what their rows are
+        self.sections: dict[str, Any] = {}  # of the help, by title
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see iddpm {self.prog.split()[-1]} --help)")
 
-    def add_fields(self, group: type, title: str = "", inherited: bool = False, only: Sequence[str] = ()) -> None:
-        """A flag for each field a user may set, or for `only` these; what is not given is absent from the result."""
-        section = self.add_argument_group(title or (group.__doc__ or "").rstrip("."))
+    def add_fields(
+        self, group: type, title: str = "", inherited: bool = False, only: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> None:
+        """A flag for each field a user may set, or for `only` these; what is not given is absent from the result.
+
+        Groups of the same title share a section of the help.
+        """
+        title = title or (group.__doc__ or "").rstrip(".")
+        section = self.sections.setdefault(title, self.add_argument_group(title))
         for name, f in fields_of(group).items():
-            if not f.flag or (only and name not in only):
+            if not f.flag or (only and name not in only) or name in without:
                 continue
-            condition = f.only.split(" ")[0]
-            self._add(section, name, f, inherited, condition.replace("=", " ", 1) if "=" in condition else "")
+            self._add(section, name, f, inherited, conditions(f, every_field()) if f.only else "")
             for number, own in own_numbers(group).items():
                 if name in own.rows and number not in self.known:
                     owners = " or ".join(f"{chooser} {'|'.join(rows)}" for chooser, rows in own.rows.items())
                     self._add(section, number, Field(*own.number), inherited, owners)
             if f.kind and f.kind not in self.shown:
-                self.shown[f.kind] = [f"  {row:20} {choice.help}" for row, choice in choices(f.kind).items()]
+                self.shown[f.kind] = listed({row: choice.help for row, choice in choices(f.kind).items()})
 
     def _add(self, section: Any, name: str, f: Field, inherited: bool, owners: str) -> None:
         """A flag; `owners` are the choices that it belongs to, if it is not everybody's."""
@@ -55,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, with a line on each row of the choices at its end."""
-        parts = [f"--{kind}:\n" + "\n".join(rows) for kind, rows in self.shown.items() if len(rows) > 1]
+        parts = [f"--{kind}:\n{rows}" for kind, rows in self.shown.items() if len(choices(kind)) > 1]
         return super().format_help() + ("\n" + "\n\n".join(parts) + "\n" if parts else "")
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -83,9 +90,19 @@ class Parser(argparse.ArgumentParser):
         return vars(known)
 
 
+WIDTH = 118  # of the help
+
+
+def listed(rows: Mapping[str, str]) -> str:
+    """Names and what they are, in two columns."""
+    wide = max(map(len, rows)) + 4
+    lines = (textwrap.wrap(f"  {name:{wide - 2}}{text}", WIDTH, subsequent_indent=" " * wide) for name, text in rows.items())
+    return "\n".join(line for parts in lines for line in parts)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=118)
+        super().__init__(prog, max_help_position=34, width=WIDTH)
 
 
 def boolean(text: str) -> bool:

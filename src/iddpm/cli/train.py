@@ -2,9 +2,14 @@
 
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb, boolean
+from iddpm.cli.flags import Parser, Verb, boolean, listed
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
+
+FIRST = (  # what the help shows before all other flags
+    "task", "image_size", "small_size", "image_channels", "class_cond", "random_flip", "validation", "steps", "images",
+    "batch_size", "lr", "precision", "device", "init_from", "sample_interval", "save_interval",
+)  # fmt: skip
 
 
 def _parser(parser: Parser) -> None:
@@ -16,10 +21,12 @@ def _parser(parser: Parser) -> None:
         "--dry_run", type=boolean, default=False, metavar="BOOL", help="say what would be done, time a step, and stop"
     )
     for _, group in Config().groups():
-        parser.add_fields(type(group))
-    rows = (f"  {name:14} {text}" for name, (text, _) in PRESETS.items())
+        parser.add_fields(type(group), "What most people need", only=FIRST)
+    for _, group in Config().groups():
+        parser.add_fields(type(group), without=FIRST)
+    rows = listed({name: text for name, (text, _) in PRESETS.items()})
     codes = "exit codes: 0 done; 2 one line says what to mend; 75 stopped by Ctrl-C or SIGTERM with all saved, start it again"
-    parser.epilog = "presets (a flag given beside a preset wins over it):\n" + "\n".join(rows) + f"\n\n{codes}"
+    parser.epilog = "presets (a flag given beside a preset wins over it):\n" + f"{rows}\n\n{codes}"
 
 
 def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:

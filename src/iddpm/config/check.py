@@ -20,7 +20,7 @@ def check(config: Config) -> Config:
             if f.only and getattr(group, name) != f.default:
                 for reason in unmet(f.only, now):
                     raise UserError(f"--{name} has no effect {reason}; its default is {f.default!r}")
-    model, diffusion, train = config.model, config.diffusion, config.train
+    model, train = config.model, config.train
     image_size(model)
     if config.task.enlarges:
         small_size(model)
@@ -30,8 +30,6 @@ def check(config: Config) -> Config:
     numbers(model.attention_resolutions, "attention_resolutions")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
-    if diffusion.learn_sigma and diffusion.sigma_small:
-        raise UserError("--sigma_small has no effect with --learn_sigma: leave one out")
     if config.data.validation and config.data.validation == config.data.path:
         raise UserError(f"--validation {config.data.validation} is what the run is trained on: give held-out images")
     if train.microbatch == 0:

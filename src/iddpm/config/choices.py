@@ -87,7 +87,7 @@ def add(kind: str, row: Any, name: str = "") -> str:
     """
     if kind not in KINDS:
         raise UserError(f"no choice is called {kind!r}: there are {', '.join(KINDS)}")
-    name = name or row.__name__
+    name = name or getattr(row, "__name__", type(row).__name__)
     ADDED[kind, name] = row
     return name
 
@@ -144,7 +144,7 @@ def _described(row: Any) -> Choice:
             if get_origin(hint) is Annotated:
                 kind, *about = get_args(hint)
                 numbers[name] = Number(kind, getattr(row, name), *about)
-        knows = frozenset(name for name, value in vars(row).items() if callable(value))
+        knows = frozenset(name for name in dir(row) if callable(getattr(row, name)))
     else:
         knows = frozenset(inspect.signature(row).parameters)
     return Choice(_first_line(inspect.getdoc(row)), numbers, knows)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from functools import cache
 from pathlib import Path
@@ -117,14 +117,30 @@ def unmet(only: str, now: Mapping[str, Any]) -> Iterator[str]:
         name, _, part = condition.partition(":")
         key, _, values = name.partition("=")
         value = now[key]
-        if part and value in (rows := choices(key)):
-            able = [row for row, choice in rows.items() if part in choice.knows]
-            if value not in able:
-                yield f"with --{key} {value}: it belongs to {', '.join(able)}"
+        if part and value not in (able := _able(key, part, (*choices(key), value))):
+            yield f"with --{key} {value}: it belongs to {', '.join(able)}"
         elif values and str(value) not in values.split("|"):
             yield f"with --{key} {value}: it belongs to --{key} {' or '.join(values.split('|'))}"
         elif not part and not values and not value:
             yield f"without --{key}"
+
+
+def _able(kind: str, part: str, values: Iterable[str]) -> list[str]:
+    """Those of the values that have a part; one that is no row (auto) stands for a row that has it."""
+    rows = choices(kind)
+    return list(dict.fromkeys(value for value in values if value not in rows or part in rows[value].knows))
+
+
+def conditions(f: Field, fields: Mapping[str, Field]) -> str:
+    """What `only` of a field asks for, in short, as "task enlarge"; not what every value of the other field meets."""
+    told = []
+    for condition in f.only.split():
+        name, _, part = condition.partition(":")
+        key, _, values = name.partition("=")
+        asked = values.split("|") if values else _able(key, part, fields[key].allowed()) if part else []
+        if not asked or len(asked) < len(fields[key].allowed() or ("True", "False")):
+            told.append(f"{key} {'|'.join(asked)}" if asked else f"with {key}")
+    return ", ".join(told)
 
 
 def make(group: type, given: Mapping[str, Any]) -> Any:

@@ -12,7 +12,6 @@ ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the origi
 _unet = partial(opt, fixed=True, only="network=unet")
 _enlarge = partial(opt, only="task=enlarge")
 _chain = partial(opt, fixed=True, only="noise_schedule:betas")  # for discrete chains: schedules that have betas
-_generate = partial(_chain, only="task=images|enlarge noise_schedule:betas")
 _measured = partial(opt, only="eval_every")
 
 
@@ -20,7 +19,7 @@ _measured = partial(opt, only="eval_every")
 class Model:
     """The network."""
 
-    task: str = opt("images", "what to train", choices=tuple(TASKS), fixed=True)
+    task: str = opt("images", f"what to train: {'; '.join(t.help for t in TASKS.values())}", choices=tuple(TASKS), fixed=True)
     network: str = opt("unet", "the architecture that learns it", kind="network", fixed=True)
     image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
     small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH", fixed=True)
@@ -63,8 +62,16 @@ class Diffusion:
     noise_schedule: str = opt("linear", "how the noise grows with time", kind="noise_schedule", fixed=True)
     diffusion_steps: int = _chain(1000, "steps T of the chain", low=1)
     parametrization: str = opt("eps", "what the network predicts", kind="parametrization", fixed=True, only="task=images|enlarge")
-    learn_sigma: bool = _generate(False, "learn the variance too, between its two bounds (twice the output channels)")
-    sigma_small: bool = _generate(False, "of the two fixed variances take the posterior's, not beta")
+    learn_sigma: bool = _chain(
+        False,
+        "learn the variance too, between its two bounds (twice the output channels)",
+        only="task=images|enlarge noise_schedule:betas",
+    )
+    sigma_small: bool = _chain(
+        False,
+        "of the two fixed variances take the posterior's, not beta",
+        only="task=images|enlarge noise_schedule:betas learn_sigma=False",
+    )
     rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
     objective: str = opt(
         "auto",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from iddpm.config.fields import Field, fields_of, own_numbers, unmet
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
@@ -40,8 +40,12 @@ class Config:
     def numbers(self) -> dict[str, Any]:
         """The numbers of the rows chosen: as given, else their defaults."""
         given, found = dict(self.own), {}
+        settings = {name for _, group in self.groups() for name in fields_of(group)}
         for _, group in self.groups():
             for name, about in own_numbers(group).items():
+                if name in settings:  # only a program's row can have it
+                    rows = " or ".join(f"--{chooser} {'|'.join(rows)}" for chooser, rows in about.rows.items())
+                    raise UserError(f"{name!r}, a number of {rows}, is a setting's name already: give it another name")
                 if about.is_read(group):
                     found[name] = given.get(name, about.number.default)
         return found
@@ -66,10 +70,13 @@ class Config:
         return dataclasses.replace(changed, own=tuple(sorted((kept | given).items())))
 
     def effective(self) -> "Config":
-        """A copy in which what has no effect is at its default."""
+        """A copy in which what has no effect is at its default, and the numbers of rows that are not chosen are dropped."""
         now = self.flat()
-        idle = {n: f.default for _, g in self.groups() for n, f in fields_of(g).items() if any(unmet(f.only, now))}
-        return self.updated(idle)
+        for name, f in ((name, f) for _, group in self.groups() for name, f in fields_of(group).items()):
+            if any(unmet(f.only, now)):  # which name settings that stand before the field
+                now[name] = f.default
+        changed = dataclasses.replace(self, **{name: _replaced(group, now) for name, group in self.groups()})
+        return dataclasses.replace(changed, own=tuple(sorted(changed.numbers().items())))
 
     def to_json(self) -> str:
         groups = {name: dataclasses.asdict(group) for name, group in self.groups()}
@@ -83,38 +90,43 @@ class Config:
         """
         try:
             raw = json.loads(text)
-            version = raw.get("version", 1)
-            flat = {k: v for group in raw.values() if isinstance(group, dict) for k, v in group.items()}
-            flat["preset"] = raw["preset"]
-        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            version = raw.pop("version", 1)
+        except (ValueError, AttributeError, TypeError) as e:
             raise UserError(f"{source} is not a config of iddpm ({e})") from None
-        if version != 1 and version != VERSION:
+        if version not in range(1, VERSION + 1):
             raise UserError(f"{source} is of version {version}, this iddpm reads up to {VERSION}: it needs a newer iddpm")
+        fields: dict[str, Any] = {name: f for _, group in Config().groups() for name, f in fields_of(group).items()}
+        fields |= {name: about.number for _, group in Config().groups() for name, about in own_numbers(group).items()}
+        fields["preset"] = Field(str, "", "")
+        if absent := {"preset", *(name for name, _ in Config().groups())} - set(raw):
+            raise UserError(f"{source} is not a config of iddpm (it has no {min(absent)})")
+        flat: dict[str, Any] = {}
+        for name, group in raw.items():
+            flat |= group if isinstance(group, dict) else {name: group}
         if version == 1 and flat.get("network") in TASK_OF:
             flat |= dict(task=TASK_OF[flat["network"]], network="unet")
-        fields = {name: f for _, group in Config().groups() for name, f in fields_of(group).items()}
-        numbers = {name: about.number for _, group in Config().groups() for name, about in own_numbers(group).items()}
         for name, value in flat.items():
-            if name != "preset" and name not in fields and name not in numbers:
-                raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm")
-            if name != "preset":
-                flat[name] = _typed(name, value, fields.get(name) or numbers[name], source)
+            if name not in fields:
+                raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
+            flat[name] = _typed(name, value, fields[name].type, source)
         config = Config().updated(flat)
-        return config.updated(config.numbers()).effective() if version == 1 else config
+        return config.effective() if version == 1 else config
 
 
 def _replaced(group: Any, flat: Mapping[str, Any]) -> Any:
     return dataclasses.replace(group, **{k: v for k, v in flat.items() if k in fields_of(group)})
 
 
-def _typed(name: str, value: Any, f: Any, source: str) -> Any:
-    """A value of the JSON as the field has it: a list as a tuple, 1 as 1.0; UserError for another type."""
-    if isinstance(value, list):
+def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+    """A value of the JSON as its field has it: a list of names as a tuple, 1 as 1.0; UserError for another type."""
+    kind = get_origin(kind) or kind
+    if kind is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
         return tuple(value)
-    if f.type is float and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value)
-    if f.type in (int, float, str, bool) and type(value) is not f.type:
-        raise UserError(f"{source}: {name} is {value!r}, which is no {f.type.__name__}: mend it, or restore the file")
+    if type(value) is not kind:
+        wanted = "list of names" if kind is tuple else kind.__name__
+        raise UserError(f"{source}: {name} is {value!r}, which is no {wanted}: mend it, or restore the file")
     return value
 
 

@@ -1,0 +1,148 @@
+"""What the documents say: tables are those of the code, links lead somewhere, flags are understood.
+
+`python tests/test_docs.py` writes the tables anew.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iddpm import build
+from iddpm.cli.flags import Parser
+from iddpm.cli.main import VERBS
+from iddpm.config import Config, check
+from iddpm.config.choices import KINDS, Number, choices
+from iddpm.config.presets import PRESETS
+from iddpm.config.tasks import TASKS
+from iddpm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "docs" / "methods.md"
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
+
+TITLES = {  # in the order in which a method is read
+    "noise_schedule": "Noise schedules",
+    "parametrization": "What the network predicts",
+    "objective": "Losses",
+    "weighting": "Weights of the squared error",
+    "schedule_sampler": "Laws of t: which noise levels are trained on",
+    "solver": "Solvers",
+    "network": "Networks",
+    "extractor": "Networks whose features are compared",
+    "metrics": "Metrics",
+}
+
+
+# ---- the tables of docs/methods.md
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def number(name: str, about: Number) -> str:
+    """A number of a row: its flag, default, range and meaning."""
+    default = "empty" if about.default == "" else about.default
+    ends = f", {about.low:g} to {about.high:g}" if about.low is not None and about.high is not None else ""
+    return f"`--{name}` {default}{ends}: {about.help}"
+
+
+def rows() -> str:
+    """The tables of every kind, and of tasks and presets."""
+    parts = []
+    for kind in (*TITLES, *(kind for kind in KINDS if kind not in TITLES)):
+        found = choices(kind)
+        cells = [
+            [f"`{name}`", choice.help, "<br>".join(number(*pair) for pair in choice.numbers.items())]
+            for name, choice in found.items()
+        ]
+        has_numbers = any(choice.numbers for choice in found.values())
+        wide = 3 if has_numbers else 2
+        head = [f"`--{kind}`", "what it is", "its numbers"]
+        parts.append(f"### {TITLES.get(kind, kind)}\n\n{table(head[:wide], (line[:wide] for line in cells))}")
+    tasks = table(["`--task`", "what it trains"], ([f"`{name}`", task.help] for name, task in TASKS.items()))
+    presets = table(["`--preset`", "what it is for"], ([f"`{name}`", text] for name, (text, _) in PRESETS.items()))
+    return "\n\n".join((*parts, f"### Tasks\n\n{tasks}", f"### Presets\n\n{presets}"))
+
+
+def fits(schedule: str, parametrization: str) -> bool:
+    config = Config().updated(dict(noise_schedule=schedule, parametrization=parametrization, sampling_steps="50"))
+    try:
+        build.require_fit(check(config))
+    except UserError:
+        return False
+    return True
+
+
+def pairs() -> str:
+    """Which parametrization goes with which schedule."""
+    schedules = list(choices("noise_schedule"))
+    head = ["`--parametrization`", *(f"`{name}`" for name in schedules)]
+    return table(head, ([f"`{p}`", *("yes" if fits(s, p) else "" for s in schedules)] for p in choices("parametrization")))
+
+
+def written(text: str) -> str:
+    """A document, with what stands between its marks as the code has it."""
+    for mark, content in (("pairs", pairs()), ("rows", rows())):
+        before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert begin and end
+        text = f"{before}{begin}{content}\n{end}{after}"
+    return text
+
+
+def test_the_tables_of_methods_are_those_of_the_code():
+    assert METHODS.read_text() == written(METHODS.read_text()), "python tests/test_docs.py writes them anew"
+
+
+def test_every_kind_of_choice_has_a_title():
+    assert set(TITLES) == set(KINDS)
+
+
+# ---- flags and links
+
+
+def read(flags: str) -> dict[str, Any]:
+    parser = Parser(prog="iddpm train")
+    VERBS["train"].parser(parser)
+    return parser.read(flags.split())
+
+
+@pytest.mark.parametrize("flags", re.findall(r"^\| [^`|]* \| `(--[^`]*)`", METHODS.read_text(), re.MULTILINE))
+def test_a_method_is_a_config_that_works(flags):
+    given = {k: v for k, v in read(flags).items() if k not in ("data", "preset", "run", "dry_run")}
+    build.require_fit(check(Config().updated(given)))
+
+
+def flags_of(verb: str) -> set[str]:
+    parser = Parser(prog=f"iddpm {verb}")
+    VERBS[verb].parser(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_in_a_command_is_one(document):
+    """In indented lines that call iddpm, and in code that begins with it."""
+    text = document.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("    ")] + re.findall(r"`([^`\n]*)`", text)
+    for line in lines:
+        for verb, rest in re.findall(r"(?<![\w./])iddpm (\w+)([^#|;(]*)", line):
+            if verb in VERBS:
+                wrong = {f.replace("-", "_")[2:] for f in re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", rest)}
+                known = {option.lstrip("-") for option in flags_of(verb)}
+                assert {f for f in wrong if f.removeprefix("no_") not in known} == set(), line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one(document):
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+        assert link.startswith("http") or (document.parent / link).exists(), link
+
+
+if __name__ == "__main__":
+    METHODS.write_text(written(METHODS.read_text()))
