@@ -67,6 +67,21 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[
         yield State(x, p.x0)
 
 
+def heun(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
+    """Of order 2, two calls a step: the mean of the noise seen at both of its ends (Karras et al. 2022, algorithm 1)"""
+    steps = list(grid)
+    for s, to in zip(steps, [*steps[1:], None]):
+        p = denoise(x, s)
+        eps = (x - s.alpha * p.x0) / s.sigma
+        x_to = s.alpha_to * p.x0 + s.sigma_to * eps  # Euler's step
+        if to is not None and s.alpha:  # in pure noise, sigma/alpha, in which the step is taken, is infinite
+            eps_to = (x_to - to.alpha * denoise(x_to, to).x0) / to.sigma
+            # alpha_to (x / alpha + (sigma_to / alpha_to - sigma / alpha) (eps + eps_to) / 2), as what it adds to Euler's
+            x_to = x_to + (s.sigma_to - s.alpha_to / s.alpha * s.sigma) * (eps_to - eps) / 2
+        x = x_to
+        yield State(x, p.x0)
+
+
 def ddim_inversion(denoise: Denoise, x: Tensor, grid: Grid) -> Iterator[State]:
     """The noise from which DDIM (eta = 0) comes back to the images x (B, C, H, W), in [-1, 1], up to the step size.
 
@@ -85,4 +100,4 @@ def run(path: Iterable[State]) -> Tensor:
     return last.x
 
 
-SOLVERS: dict[str, Any] = {"ancestral": ancestral, "ddim": Ddim, "dpmpp_2m": dpmpp_2m}
+SOLVERS: dict[str, Any] = {"ancestral": ancestral, "ddim": Ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
