@@ -116,7 +116,7 @@ def test_evaluate_gives_the_figures_of_the_command(there, model):
         (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8), [7]), "from 0 to 2"),
         (lambda m: iddpm.train("nowhere", run="r", steps=1), "nowhere"),
         (lambda m: iddpm.train("nowhere", stepz=1), "did you mean 'steps'"),
-        (lambda m: iddpm.train("nowhere", steps="many"), "int"),
+        (lambda m: iddpm.train("nowhere", steps="many"), "whole number"),
         (lambda m: iddpm.train([1], steps=1), "run="),
         (lambda m: iddpm.train([], run="r", steps=1, image_size=8), "empty"),
         (lambda m: iddpm.load("nowhere"), "nowhere"),

@@ -14,7 +14,7 @@ from iddpm.cli.main import main
 from iddpm.config import Config, check, every_field
 from iddpm.config import choices as table
 from iddpm.config.choices import choices
-from iddpm.config.fields import Field, fields_of
+from iddpm.config.fields import Field, fields_of, typed
 from iddpm.config.run import VERSION
 from iddpm.config.tasks import TASK_OF, TASKS
 from iddpm.diffusion.schedule import Flow, Level
@@ -129,6 +129,32 @@ def test_a_condition_names_settings_that_stand_before_its_field():
         assert names.index(values(condition, holds=True)[0]) < names.index(name)
 
 
+# ---- settings as a program gives them
+
+
+def test_a_program_may_write_numbers_lists_and_paths_where_flags_are_text():
+    given = dict(image_size=64, lr=1, ema_rate=[0.9, 0.99], path_like=Path("x"), channel_mult=(1, 2), sigma_max=40)
+    given["validation"] = given.pop("path_like")
+    assert typed(given) == dict(image_size="64", lr=1.0, ema_rate="0.9,0.99", channel_mult="1,2", sigma_max=40.0, validation="x")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (dict(num_chanels=4), "did you mean 'num_channels'"),
+        (dict(classes=("a",)), "no setting 'classes'"),
+        (dict(steps="many"), "steps='many': give a whole number"),
+        (dict(steps=True), "steps=True: give a whole number"),
+        (dict(class_cond=1), "class_cond=1: give True or False"),
+        (dict(solver=True), "solver=True: give text"),
+    ],
+)
+def test_a_setting_of_a_program_that_is_none_is_one_line(setting, words):
+    with pytest.raises(UserError, match=words) as e:
+        typed(setting)
+    assert "\n" not in str(e.value)
+
+
 # ---- the JSON
 
 
@@ -226,16 +252,26 @@ def test_another_version_is_refused(version):
 @pytest.mark.parametrize(
     ("group", "name", "value", "kind"),
     [
-        ("train", "steps", "40", "int"), ("train", "steps", True, "int"), ("train", "steps", [1], "int"),
-        ("train", "steps", 1.5, "int"), ("train", "lr", "x", "float"), ("train", "lr", None, "float"),
-        ("train", "lr", False, "float"), ("own", "eta", "0.5", "float"), ("model", "class_cond", 1, "bool"),
-        ("model", "image_size", 64, "str"), ("sample", "solver", ["ddim"], "str"), ("sample", "solver", {}, "str"),
-        ("data", "classes", "abc", "list of names"), ("data", "classes", [["a"]], "list of names"), ("", "preset", 5, "str"),
+        ("train", "steps", "40", "a whole number"),
+        ("train", "steps", True, "a whole number"),
+        ("train", "steps", [1], "a whole number"),
+        ("train", "steps", 1.5, "a whole number"),
+        ("train", "lr", "x", "a number"),
+        ("train", "lr", None, "a number"),
+        ("train", "lr", False, "a number"),
+        ("own", "eta", "0.5", "a number"),
+        ("model", "class_cond", 1, "True or False"),
+        ("model", "image_size", 64, "text"),
+        ("sample", "solver", ["ddim"], "text"),
+        ("sample", "solver", {}, "text"),
+        ("data", "classes", "abc", "a list of names"),
+        ("data", "classes", [["a"]], "a list of names"),
+        ("", "preset", 5, "text"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_type_is_refused(group, name, value, kind):
     said = refusal(changed(group, name, value))
-    assert f"{name} is {value!r}" in said and f"no {kind}:" in said
+    assert f"{name} is {value!r}" in said and f"where {kind} must be" in said
 
 
 @pytest.mark.parametrize("group", ["model", "own", "", "studio"])

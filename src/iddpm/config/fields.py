@@ -13,6 +13,8 @@ from iddpm.config.choices import Number, add, choices
 from iddpm.config.tasks import TASK_OF
 from iddpm.errors import UserError
 
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # what a value of a type is called
+
 
 class Field(NamedTuple):
     """A field of a group of settings, as flags and checks see it."""
@@ -194,5 +196,5 @@ def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
     if f.type is float and type(value) is int:
         return float(value)
     if not isinstance(value, f.type) or (f.type is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r}: give {'text' if f.type is str else f'a {f.type.__name__}'}")
+        raise UserError(f"{name}={value!r}: give {WORDS[f.type]}")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_origin
 
-from iddpm.config.fields import Field, fields_of, own_numbers, unmet
+from iddpm.config.fields import WORDS, Field, fields_of, own_numbers, unmet
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
 from iddpm.config.tasks import TASK_OF, TASKS, Task
 from iddpm.errors import UserError
@@ -125,8 +125,8 @@ def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        wanted = "list of names" if kind is tuple else kind.__name__
-        raise UserError(f"{source}: {name} is {value!r}, which is no {wanted}: mend it, or restore the file")
+        wanted = WORDS.get(kind, "a list of names")
+        raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file")
     return value
 
 
