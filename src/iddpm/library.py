@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iddpm import build, rng
 from iddpm.config import Config, Evaluate, Sample, Which, check, image_size, make
-from iddpm.config.fields import typed
+from iddpm.config.run import typed
 from iddpm.diffusion.bound import bound_terms, prior_term
 from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import Grid, Step

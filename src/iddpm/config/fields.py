@@ -1,15 +1,13 @@
 """Fields of settings: each says its help, its range or choices, and under which other settings it has an effect."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from iddpm.config.choices import Number, add, choices
+from iddpm.config.choices import Number, choices
 from iddpm.config.tasks import TASK_OF
 from iddpm.errors import UserError
 
@@ -165,36 +163,3 @@ def check_own(group: Any, own: Mapping[str, Any]) -> None:
             able = dict.fromkeys(row for rows in about.rows.values() for row in rows)
             raise UserError(f"--{name} has no effect with {now}: it belongs to {', '.join(able)}")
         check_range(name, own[name], about.number)
-
-
-def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """A program's settings as the fields hold them: 64 as "64" where a flag is text, a function as its name.
-
-    UserError for a setting that no group has (without groups: of a run), naming the nearest one, and for a value of another type.
-    """
-    from iddpm.config.run import every_field  # which needs this module
-
-    fields = {n: f for group in groups for n, f in fields_of(group).items()} or every_field()
-    rows = {n: add(fields[n].kind, value) for n, value in settings.items() if n in fields and fields[n].kind and callable(value)}
-    settings = {**settings, **rows}
-    fields = every_field()  # with the numbers of the rows just added
-    if groups:
-        own = {n: Field(*about.number) for group in groups for n, about in own_numbers(group).items()}
-        fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
-    return {name: _as_field(name, value, fields) for name, value in settings.items()}
-
-
-def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
-    if name not in fields or not fields[name].flag:
-        near = difflib.get_close_matches(name, [n for n, f in fields.items() if f.flag], n=1)
-        raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-    f = fields[name]
-    if f.type is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
-        return str(value)
-    if f.type is str and isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    if f.type is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, f.type) or (f.type is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r}: give {WORDS[f.type]}")
-    return value

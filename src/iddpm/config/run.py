@@ -1,11 +1,14 @@
 """The config of a run: its groups of settings, how flags change it, and the JSON it is kept as."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_origin
 
+from iddpm.config.choices import add
 from iddpm.config.fields import WORDS, Field, fields_of, own_numbers, unmet
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
 from iddpm.config.tasks import TASK_OF, TASKS, Task
@@ -138,3 +141,34 @@ def every_field() -> dict[str, Field]:
         for name, about in own_numbers(group).items():
             found[name] = Field(*about.number, fixed=any(fields_of(group)[chooser].fixed for chooser in about.rows))
     return found
+
+
+def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """A program's settings as the fields hold them: 64 as "64" where a flag is text, a function as its name.
+
+    UserError for a setting that no group has (without groups: of a run), naming the nearest one, and for a value of another type.
+    """
+    fields = {n: f for group in groups for n, f in fields_of(group).items()} or every_field()
+    rows = {n: add(fields[n].kind, value) for n, value in settings.items() if n in fields and fields[n].kind and callable(value)}
+    settings = {**settings, **rows}
+    fields = every_field()  # with the numbers of the rows just added
+    if groups:
+        own = {n: Field(*about.number) for group in groups for n, about in own_numbers(group).items()}
+        fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
+    return {name: _as_field(name, value, fields) for name, value in settings.items()}
+
+
+def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
+    if name not in fields or not fields[name].flag:
+        near = difflib.get_close_matches(name, [n for n, f in fields.items() if f.flag], n=1)
+        raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    f = fields[name]
+    if f.type is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
+        return str(value)
+    if f.type is str and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    if f.type is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, f.type) or (f.type is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r}: give {WORDS[f.type]}")
+    return value

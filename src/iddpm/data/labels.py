@@ -4,21 +4,17 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iddpm.data.sources.source import LABEL_FILES, Source
 from iddpm.errors import UserError
 
-if TYPE_CHECKING:
-    from iddpm.data.sources import Source
-
-LABEL_FILES = ("labels.json", "labels.csv", "dataset.json")  # the last is EDM's name
 Label = str | int
 Found = tuple[list[Label] | None, str]  # a label per image, or None where the rule does not apply; in words
 
 
-def label(source: "Source", names: list[str], rule: str) -> Found:
+def label(source: Source, names: list[str], rule: str) -> Found:
     """Labels by one rule, or under 'auto' by the first of `RULES` that applies; and a sentence on which."""
     if rule == "none":
         return None, "none"
@@ -33,7 +29,7 @@ def label(source: "Source", names: list[str], rule: str) -> Found:
     return None, "none"
 
 
-def from_file(source: "Source", names: list[str]) -> Found:
+def from_file(source: Source, names: list[str]) -> Found:
     """Labels of a labels.json, labels.csv or EDM's dataset.json; a file that says null means no labels."""
     file = next((name for name in LABEL_FILES if source.has(name)), None)
     if file is None:
@@ -75,7 +71,7 @@ def read_pairs(path: Path, content: bytes) -> list[tuple[str, Label]] | None:
         raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label') from error
 
 
-def from_folder(source: "Source", names: list[str]) -> Found:
+def from_folder(source: Source, names: list[str]) -> Found:
     """The first folder below the root, if every image lies in one."""
     loose = next((name for name in names if "/" not in name), None)
     if loose is not None:
@@ -83,7 +79,7 @@ def from_folder(source: "Source", names: list[str]) -> Found:
     return [name.split("/")[0] for name in names], "sub-folder names"
 
 
-def from_prefix(source: "Source", names: list[str]) -> Found:
+def from_prefix(source: Source, names: list[str]) -> Found:
     """The file name before its first underscore, if every name has one (improved-diffusion's rule)."""
     stems = [PurePosixPath(name).name for name in names]
     bare = next((name for name in stems if "_" not in name), None)
@@ -92,7 +88,7 @@ def from_prefix(source: "Source", names: list[str]) -> Found:
     return [stem.split("_")[0] for stem in stems], "file names before the first underscore"
 
 
-def from_prefix_or_folder(source: "Source", names: list[str]) -> Found:
+def from_prefix_or_folder(source: Source, names: list[str]) -> Found:
     """Prefixes if every file name has one, else sub-folders: what its users expect of the original's commands."""
     found, words = from_prefix(source, names)
     return (found, words) if found is not None else from_folder(source, names)
@@ -115,7 +111,7 @@ def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarra
     return np.array([rank[str(value)] for value in found], np.int64), known
 
 
-RULES: dict[str, Callable[["Source", list[str]], Found]] = {
+RULES: dict[str, Callable[[Source, list[str]], Found]] = {
     "file": from_file,
     "folder": from_folder,
     "prefix": from_prefix,

@@ -14,8 +14,8 @@ from threading import Lock
 from typing import BinaryIO, cast
 
 from iddpm.data.decode import EXTENSIONS
-from iddpm.data.labels import LABEL_FILES
 from iddpm.data.sources.folder import shown
+from iddpm.data.sources.source import LABEL_FILES
 from iddpm.errors import UserError
 from iddpm.store.remote import opened, scratch
 
