@@ -14,8 +14,7 @@ from iddpm.diffusion import grid
 from iddpm.diffusion.grid import Chain, respace
 from iddpm.diffusion.schedule import Linear
 from iddpm.interop.openai.python import fp16_util, logger, script_util, unet
-from iddpm.nn import UNet, layers
-from iddpm.nn import unet as networks
+from iddpm.nn import UNet, layers, networks
 from interop.test_defects import TINY, TRAIN, command, one_step, red_with
 
 # ---- B18

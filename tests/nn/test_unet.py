@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, published_network
 from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for, timestep_embedding
+from iddpm.nn.classifier import POOLS
 from iddpm.nn.layers import Downsample, GroupNorm, attend
-from iddpm.nn.unet import POOLS
 
 ENTRIES = load("networks.json")
 T = torch.tensor([3.5, 871.0])

@@ -1,6 +1,8 @@
 """Networks: tensors in, tensors out. They know nothing of diffusion, nor of how many machines they run on."""
 
+from iddpm.nn.classifier import Classifier
 from iddpm.nn.layers import timestep_embedding
-from iddpm.nn.unet import Asked, Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
+from iddpm.nn.networks import Asked
+from iddpm.nn.unet import SuperResUNet, UNet, attention_rates, channel_mult_for
 
 __all__ = ["Asked", "Classifier", "SuperResUNet", "UNet", "attention_rates", "channel_mult_for", "timestep_embedding"]

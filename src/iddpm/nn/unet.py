@@ -1,12 +1,12 @@
-"""The U-Net of Nichol & Dhariwal 2021, with the later options of Dhariwal & Nichol 2021, and the latter's classifier.
+"""The U-Net of Nichol & Dhariwal 2021, with the later options of Dhariwal & Nichol 2021.
 
 Parameter names, shapes and their order are the published ones; tests/nn holds every published checkpoint against them.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from iddpm.nn.layers import (
     AttentionBlock,
-    AttentionPool,
     Downsample,
     GroupNorm,
     ResBlock,
@@ -264,138 +263,3 @@ class SuperResUNet(UNet):
         if low_res_level is not None:
             extra = self.level_embed(timestep_embedding(1000 * low_res_level, self.num_channels).to(self.dtype))  # b 4n
         return super().forward(torch.cat([x, enlarged], dim=1), t, y, extra)  # b 2c h w
-
-
-# ---- the classifier, and how it sums an image up
-
-
-class Sizes(NamedTuple):
-    """What a head is made for."""
-
-    channels: int  # of the middle
-    all_channels: int  # of the middle and every stage before it
-    side: int  # of the middle, in pixels
-    heads: int
-    out_channels: int
-
-
-def adaptive(s: Sizes) -> nn.Sequential:
-    """The mean of the middle's pixels."""
-    conv = zeroed(nn.Conv2d(s.channels, s.out_channels, 1))
-    return nn.Sequential(GroupNorm(s.channels), nn.SiLU(), nn.AdaptiveAvgPool2d(1), conv, nn.Flatten())
-
-
-def attention(s: Sizes) -> nn.Sequential:
-    """Attention to the middle's pixels, whose positions are learned: for one image size."""
-    pool = AttentionPool(s.side, s.channels, s.heads, s.out_channels)
-    return nn.Sequential(GroupNorm(s.channels), nn.SiLU(), pool)
-
-
-def spatial(s: Sizes) -> nn.Sequential:
-    """A small network on the means of every stage."""
-    return nn.Sequential(nn.Linear(s.all_channels, 2048), nn.ReLU(), nn.Linear(2048, s.out_channels))
-
-
-def spatial_v2(s: Sizes) -> nn.Sequential:
-    """As spatial, normalised."""
-    last = nn.Linear(2048, s.out_channels)
-    return nn.Sequential(nn.Linear(s.all_channels, 2048), GroupNorm(2048), nn.SiLU(), last)
-
-
-POOLS: dict[str, Callable[[Sizes], nn.Sequential]] = {f.__name__: f for f in (adaptive, attention, spatial, spatial_v2)}
-
-
-class Classifier(Encoder):
-    """The classifier of noisy images that guides sampling (Dhariwal & Nichol 2021, section 4 and appendix H).
-
-    Half a U-Net, summed up by one of POOLS. Its defaults, and channel_mult_for, are those of the published ones.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        num_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention: Collection[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        use_checkpoint: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = 64,
-        use_scale_shift_norm: bool = True,
-        resblock_updown: bool = True,
-        new_attention_order: bool = False,
-        conv_resample: bool = True,
-        pool: str = "attention",
-    ):
-        if pool not in POOLS:
-            raise ValueError(f"pool {pool!r}: choose from {', '.join(POOLS)}")
-        norm, order = use_scale_shift_norm, new_attention_order
-        parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
-        super().__init__(
-            in_channels, num_channels, num_res_blocks, attention, channel_mult, None, num_heads, use_checkpoint, parts
-        )
-        ch = self.widths[-1]
-        sizes = Sizes(ch, sum(self.widths) + ch, image_size // self.multiple, parts.heads(ch, num_heads), out_channels)
-        self.out = POOLS[pool](sizes)
-        self.sees_all = pool.startswith("spatial")
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Logits (B, out_channels) for x (B, in_channels, H, W) at times t (B,); ValueError where the size does not fit."""
-        _, outputs = self.encode(x, t)
-        h = torch.cat([h.mean((2, 3)) for h in outputs], dim=1) if self.sees_all else outputs[-1]
-        return self.out(h).to(x.dtype)
-
-
-# ---- from the settings of a run
-
-
-class Asked(NamedTuple):
-    """What a task asks of a network."""
-
-    image_size: tuple[int, int]  # (height, width)
-    in_channels: int
-    out_channels: int  # or, of logits, the classes
-    classes: int | None  # that it is told of each image; None: none
-    logits: bool = False  # it tells the class instead of making an image
-    small: bool = False  # it is shown a small image
-    small_level: bool = False  # and how much noise is on that
-
-
-SAME = (  # settings that are arguments of the networks, too
-    "num_channels", "num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels", "use_scale_shift_norm",
-    "resblock_updown", "new_attention_order",
-)  # fmt: skip
-
-
-def unet(asked: Asked, settings: Any) -> UNet | Classifier:
-    """The U-Net of Nichol & Dhariwal 2021
-
-    `settings` has the fields of `config.Model`. ValueError where sizes and channels do not fit together.
-    """
-    side = min(asked.image_size)
-    mult = _numbers(settings.channel_mult) or channel_mult_for(side)
-    if bad := [s for s in asked.image_size if s % 2 ** (len(mult) - 1)]:
-        raise ValueError(f"{len(mult)} levels need an image size of multiples of {2 ** (len(mult) - 1)}, not {bad[0]}")
-    common: dict[str, Any] = dict(
-        in_channels=asked.in_channels,
-        out_channels=asked.out_channels,
-        attention=attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult)),
-        channel_mult=mult,
-    )
-    common |= {name: getattr(settings, name) for name in SAME}
-    if asked.logits:
-        if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
-            raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
-        return Classifier(**common, image_size=side, pool=settings.classifier_pool)
-    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample)
-    return SuperResUNet(**common, sees_noise_level=asked.small_level) if asked.small else UNet(**common)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part.strip())
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": unet}
