@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TINY, flags
+from iddpm import build
 from iddpm.cli.main import main
+from iddpm.config import Config
 from iddpm.config.choices import choices
 from iddpm.store.log import read_rows
 from launcher import Launcher
@@ -103,3 +105,10 @@ def test_two_processes_train_what_one_does(trained, name, pictures, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     close = [torch.allclose(one[k].double(), two[k].double(), rtol=0, atol=2e-3) for k in one]  # Adam's steps are 1e-3 each
     assert all(close)
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("flow", "fixed_small"), ("edm", "fixed_small"), ("ddpm", "fixed_large")])
+def test_few_large_steps_are_drawn_with_the_posteriors_variance_and_bounded_with_betas(name, drawn):
+    config = Config().updated(METHODS[name])
+    assert build.sampling_denoiser(config, None).variance.__name__ == drawn
+    assert build.bound_denoiser(config, None).variance.__name__ == "fixed_large"

@@ -1,5 +1,6 @@
 """From a config to the things it names: network, schedule, grid, denoiser, objective, law of t, solver."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -86,8 +87,22 @@ def denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -
 
 
 def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -> Denoiser:
-    """As `denoiser`, whose x0 is clipped first where --clip_denoised says so."""
-    return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()), *after)
+    """As `denoiser`, to draw with: x0 is clipped first where --clip_denoised says so.
+
+    Between the levels of a continuous schedule the variance is the posterior's. Beta's, which is right for the many small steps
+    of a chain, adds far too much noise in few large ones (measured: docs/log.md).
+    """
+    made = denoiser(config, net, *_clipping(config), *after)
+    return made if is_chain(config.diffusion) else dataclasses.replace(made, variance=fixed_small)
+
+
+def bound_denoiser(config: Config, net: Network) -> Denoiser:
+    """As `denoiser`, to measure likelihood with: clipped likewise, of the config's own variance, whose bound is the tighter."""
+    return denoiser(config, net, *_clipping(config))
+
+
+def _clipping(config: Config) -> tuple[Callable[[Tensor], Tensor], ...]:
+    return (clip,) if config.sample.clip_denoised else ()
 
 
 def objective(config: Config) -> Callable[..., Terms]:

@@ -105,7 +105,7 @@ class Model:
             raise UserError("this model knows classes: give the label of each image")
         if m.class_cond and labels is not None and len(labels) and not 0 <= min(labels) <= max(labels) < trained_classes(config):
             raise UserError(f"labels must lie from 0 to {trained_classes(config) - 1}")
-        grid, denoiser = build.grid(config), build.sampling_denoiser(config, self.opened.net)
+        grid, denoiser = build.grid(config), build.bound_denoiser(config, self.opened.net)
         found = [np.zeros(0)]
         for a in range(0, len(images), size_of := self.opened.which.batch_size):
             x0 = as_float(images[a : a + size_of]).to(self.device)

@@ -150,7 +150,7 @@ def bits_per_dim(
     same `identity` (anything JSON holds) and settings goes on from there. The processes share the batches. `grid` is the
     config's, from who has it at hand. UserError where an image's bound is not finite.
     """
-    grid, denoiser = grid or build.grid(config), build.sampling_denoiser(config, net)
+    grid, denoiser = grid or build.grid(config), build.bound_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
     job, leads = _job(config, chosen, seed, identity), processes.rank() == 0
