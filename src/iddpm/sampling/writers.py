@@ -6,6 +6,7 @@ So a killed job goes on where it was, and a finished one is complete.
 import io
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from iddpm.config import Config
+from iddpm.config import Config, image_size
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.sampling.job import Job, class_name
 from iddpm.sampling.sheets import grid, picture, save_picture
-from iddpm.store.remote import opened, remote, replace
+from iddpm.store.remote import opened, remote, replace, scratch
 
 
 class Writer(Protocol):
@@ -67,58 +68,80 @@ class Folder:
 
 
 class Array:
-    """An npz (arr_0 uint8 NHWC, arr_1 labels), or a picture of all images. Each batch is a file of OUT.partial on the way."""
+    """An npz (arr_0 uint8 NHWC, arr_1 labels), or a picture of all images, gathered in OUT.partial on the way."""
 
     def __init__(self, out: Path, config: Config, job: Job, identity: dict[str, Any]):
-        self.out, self.config, self.job, self.done = out, config, job, 0
+        self.out, self.config, self.job, self.identity = out, config, job, identity
         self.partial = out.with_name(out.name + ".partial")
+        height, width = image_size(config.model)
+        shape = (len(job.seeds), height, width, config.model.image_channels)
+        self.done, mode = 0, "w+"
         record = self.partial / "job.json"
-        if not record.exists() or json.loads(record.read_text()) != identity:
-            self._remove()
+        if record.exists() and (held := json.loads(record.read_text()))["job"] == identity:
+            self.done, mode = held["done"], "r+"
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            replace(record, lambda file: file.write(json.dumps(identity).encode()))
-        self.done = sum(len(batch) for batch in self._batches())
+        self.array = np.lib.format.open_memmap(self.partial / "arr_0.npy", mode, np.uint8, shape)
 
     def write(self, batch: np.ndarray) -> None:
-        replace(self._file(self.done), lambda file: np.save(file, batch))
+        self.array[self.done : self.done + len(batch)] = batch
+        self.array.flush()
         self.done += len(batch)
+        text = json.dumps({"job": self.identity, "done": self.done})
+        replace(self.partial / "job.json", lambda file: file.write(text.encode()))
 
     def held(self) -> np.ndarray:
-        return np.concatenate(list(self._batches()))
+        return np.array(self.array[: self.done])
 
     def close(self) -> None:
         """Turn what was gathered into the file asked for, in one step."""
         replace(self.out, self._finished)
-        self._remove()
+        del self.array
+        shutil.rmtree(self.partial)
 
     def _finished(self, to: Any) -> None:
         if self.out.suffix != ".npz":
-            grid(self.held(), self.job.labels, self.config.data.classes).save(to, format="PNG")
+            grid(np.asarray(self.array), self.job.labels, self.config.data.classes).save(to, format="PNG")
             return
-        shape, labels = (self.done, *next(self._batches()).shape[1:]), np.array(self.job.labels, dtype=np.int64)
+        labels = np.array(self.job.labels, dtype=np.int64)
         with zipfile.ZipFile(to, "w") as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as member:  # batch by batch: all may not fit in memory
-                np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for batch in self._batches():
-                    member.write(batch.tobytes())
+            file.write(str(self.array.filename), "arr_0.npy")
             if len(labels) and labels.min() >= 0:
                 with file.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, labels)
 
-    def _file(self, first: int) -> Path:
-        return self.partial / f"{first:09d}.npy"
 
-    def _batches(self) -> Iterator[np.ndarray]:
-        """The batches that are there, in order, each begun where the last one ends."""
-        first = 0
-        while (file := self._file(first)).exists():
-            with opened(file) as raw:
-                batch = np.load(io.BytesIO(raw.read()))
-            first += len(batch)
-            yield batch
+class RemoteArray(Array):
+    """As Array on a remote storage: each batch is a file of OUT.partial, and gathered in one on this machine."""
 
-    def _remove(self) -> None:
-        self.partial.rmtree() if remote(self.partial) else shutil.rmtree(self.partial, ignore_errors=True)
+    def __init__(self, out: Path, config: Config, job: Job, identity: dict[str, Any]):
+        parts = out.with_name(out.name + ".partial")
+        assert remote(parts)
+        self.out, self.config, self.job, self.done, self.parts = out, config, job, 0, parts
+        self.partial = Path(tempfile.mkdtemp(dir=scratch()))
+        height, width = image_size(config.model)
+        shape = (len(job.seeds), height, width, config.model.image_channels)
+        self.array = np.lib.format.open_memmap(self.partial / "arr_0.npy", "w+", np.uint8, shape)
+        record = self.parts / "job.json"
+        if record.exists() and json.loads(record.read_text()) == identity:
+            for part in sorted(self.parts.glob("*.npy")):
+                if int(part.stem) == self.done:
+                    batch = np.load(io.BytesIO(part.read_bytes()))
+                    self.array[self.done : self.done + len(batch)] = batch
+                    self.done += len(batch)
+        else:
+            self.parts.rmtree()
+            record.write_text(json.dumps(identity))
+
+    def write(self, batch: np.ndarray) -> None:
+        replace(self.parts / f"{self.done:09d}.npy", lambda file: np.save(file, batch))
+        self.array[self.done : self.done + len(batch)] = batch
+        self.done += len(batch)
+
+    def close(self) -> None:
+        super().close()
+        self.parts.rmtree()
 
 
 def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Writer:
@@ -130,7 +153,7 @@ def writer(out: Path, config: Config, job: Job, identity: dict[str, Any]) -> Wri
     if out.suffix == ".png" and len(job.seeds) > 1024:
         raise UserError(f"--out {out}: a grid holds at most 1024 images; take .npz or a folder for {len(job.seeds)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return (Array if out.suffix else Folder)(out, config, job, identity)
+    return (Folder if not out.suffix else RemoteArray if remote(out) else Array)(out, config, job, identity)
 
 
 def draw_into(
