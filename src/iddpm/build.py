@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iddpm.config import Config, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import Denoiser, Network, clip, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.grid import Chain, Grid, respace, walk
+from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, walk
 from iddpm.diffusion.law import Uniform
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
 from iddpm.diffusion.parametrization import Scalings, previous, v
@@ -62,7 +62,8 @@ def grid(config: Config, sampling_steps: str = "") -> Grid:
     if not is_chain(d):
         return walk(schedule(config), 1000 if spec == "all" else int(spec))
     try:
-        return _chain(config, respace(d.diffusion_steps, "" if spec == "all" else spec))
+        kept = respace(d.diffusion_steps, "" if spec == "all" else spec)
+        return _chain(config, kept if config.sample.published else from_noise(kept, _chain(config, None).table.alpha))
     except ValueError as e:
         raise UserError(f"--sampling_steps {spec}: {e}") from None
 

@@ -361,7 +361,7 @@ def test_samples_are_those_of_a_local_run_in_every_form(both, proxy, capsys):
     with np.load(local / "a" / "x.npz") as a, np.load(places.opened(there / "a" / "x.npz")) as b:
         assert a.files == b.files and all(np.array_equal(a[k], b[k]) for k in a.files)
     names = sorted(p.name for p in (local / "a" / "z").iterdir())
-    assert sorted(p.name for p in (there / "a" / "z").iterdir()) == names and len(names) == 6
+    assert sorted(p.name for p in (there / "a" / "z").iterdir()) == names and len(names) == 7
     for name in ["y.png", *(f"z/{name}" for name in names if name != "job.json")]:
         assert (there / "a" / name).read_bytes() == (local / "a" / name).read_bytes(), name
     assert sorted(p.name for p in (there / "a").iterdir()) == ["x.npz", "y.png", "z"]

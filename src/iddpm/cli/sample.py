@@ -41,7 +41,7 @@ def _sample(run: str, **given: Any) -> None:
     from iddpm.sampling.draw import images, painter
     from iddpm.sampling.job import asked, inputs
     from iddpm.sampling.open import open_weights
-    from iddpm.sampling.writers import draw_into
+    from iddpm.sampling.writers import draw_into, free
 
     with processes.session(build.device(which.device)):
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
@@ -53,12 +53,14 @@ def _sample(run: str, **given: Any) -> None:
         task = asked(draw, first.config, guide.config if guide else first.config, small)
         grids = [build.grid(o.config) for o in chain]
         step, rate = first.weights.about["step"], first.weights.about.get("ema_rate", 0)
-        out = place(draw.out) if draw.out else first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+        identity = _identity(draw, chain, guide, task)
+        default = first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+        out = place(draw.out) if draw.out else free(default, identity)
         drawn = draw_into(
             out,
             chain[-1].config,
             task,
-            _identity(draw, chain, task),
+            identity,
             draw=lambda rest, tick: images(
                 [painter(o.config, o.net, o.device, tick, guide if o is first else None, _noise(draw, o.config)) for o in chain],
                 rest,
@@ -76,12 +78,15 @@ def _sample(run: str, **given: Any) -> None:
             _compare(first.config, out, drawn, small, task)
 
 
-def _identity(draw: Draw, chain: "list[Opened]", task: "Job") -> dict[str, Any]:
+def _identity(draw: Draw, chain: "list[Opened]", guide: "Guide | None", task: "Job") -> dict[str, Any]:
     """What a job is: the same one goes on where it was killed."""
+    from iddpm.sampling.open import digest_of
+
     first = chain[0]
+    models = [*(o.weights.path for o in chain), *([guide.path] if guide else [])]
     sampled = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
     return dict(
-        weights=[str(o.weights.path) for o in chain], step=first.weights.about["step"],
+        weights=[digest_of(path) for path in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
         **{k: getattr(draw, k) for k in SHAPING}, **sampled,
     )  # fmt: skip
@@ -136,7 +141,7 @@ def _guide(draw: Draw, first: "Opened", which: Which) -> "Guide":
     if ours.sample.solver != Sample.solver and step.alpha and (jump := (step.alpha_to / step.alpha).item()) > 10:
         print(f"the first step of {ours.sample.solver} would magnify the guidance {jump:.0f} times: take --sampling_steps ddimN "
               f"(as ddim50), which begins below pure noise, or --solver ancestral")  # fmt: skip
-    return Guide(theirs, judge.net, draw.classifier_scale)
+    return Guide(theirs, judge.net, draw.classifier_scale, judge.weights.path)
 
 
 def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", task: "Job") -> None:

@@ -11,6 +11,7 @@ from iddpm.config.choices import Number, choices
 from iddpm.config.tasks import TASK_OF
 from iddpm.errors import UserError
 
+LARGEST = 2**63 - 1  # of whole numbers, as torch and numpy count
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # what a value of a type is called
 
 
@@ -101,9 +102,10 @@ def check_range(name: str, value: Any, f: Field | Number) -> None:
     """Raise UserError where a number is not finite, or out of its range."""
     if f.type not in (int, float):
         return
-    if not math.isfinite(value) or (f.low is not None and value < f.low) or (f.high is not None and value > f.high):
+    high = f.high if f.high is not None else LARGEST if f.type is int else math.inf
+    if not math.isfinite(value) or (f.low is not None and value < f.low) or value > high:
         low = "" if f.low is None else f"{f.low:g} or more"
-        limits = f"from {f.low:g} to {f.high:g}" if f.high is not None and f.low is not None else low or "finite"
+        limits = f"from {f.low:g} to {high:g}" if high < math.inf and f.low is not None else low or "finite"
         raise UserError(f"--{name} {value} is out of range: {limits}")
 
 

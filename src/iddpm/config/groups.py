@@ -32,13 +32,13 @@ class Model:
         fixed=True,
     )
     image_channels: int = opt(3, "1 grey, 3 colour, 4 with transparency", low=1, high=4, fixed=True)
-    num_channels: int = _unet(128, "channels of the first level", low=1)
-    num_res_blocks: int = _unet(2, "residual blocks per level", low=1)
+    num_channels: int = _unet(128, "channels of the first level", low=1, high=65536)
+    num_res_blocks: int = _unet(2, "residual blocks per level", low=1, high=64)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
     attention_resolutions: str = _unet("16,8", "sizes (of the shorter side) that get attention; empty: none")
-    num_heads: int = _unet(4, "attention heads", low=1)
-    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", low=-1)
-    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", low=-1)
+    num_heads: int = _unet(4, "attention heads", low=1, high=65536)
+    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", low=-1, high=65536)
+    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", low=-1, high=65536)
     resblock_updown: bool = _unet(False, "change sizes inside residual blocks")
     new_attention_order: bool = _unet(False, "attention's channels are q, k, v, then heads (some published weights)")
     classifier_pool: str = opt(
@@ -52,7 +52,7 @@ class Model:
     dropout: float = opt(0.0, "share of features dropped in training", low=0, high=0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     class_cond: bool = opt(False, "condition on the classes of the data", fixed=True)
-    num_classes: int = opt(0, "classes the network knows", low=0, fixed=True, flag=False)
+    num_classes: int = opt(0, "classes the network knows", low=0, high=10**7, fixed=True, flag=False)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Diffusion:
     """The process, and what is learned of it."""
 
     noise_schedule: str = opt("linear", "how the noise grows with time", kind="noise_schedule", fixed=True)
-    diffusion_steps: int = _chain(1000, "steps T of the chain", low=1)
+    diffusion_steps: int = _chain(1000, "steps T of the chain", low=1, high=10**6)
     parametrization: str = opt("eps", "what the network predicts", kind="parametrization", fixed=True, only="task=images|enlarge")
     learn_sigma: bool = _chain(
         False,
@@ -108,8 +108,8 @@ class Data:
     random_flip: bool = opt(False, "mirror half of the training images")
     random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")
     on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
-    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", low=0)
-    num_workers: int = opt(2, "threads that prepare batches ahead", low=1)
+    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", low=0, high=10**6)
+    num_workers: int = opt(2, "threads that prepare batches ahead", low=1, high=1024)
     path: str = opt("", "the images", flag=False)
     rule: str = opt("", "how the classes were found", flag=False)
     classes: tuple[str, ...] = opt((), "names of the classes", flag=False)
@@ -132,7 +132,7 @@ class Train:
     ema_rate: str = opt("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from", fixed=True)
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
     precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
-    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", low=0)
+    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", low=0, high=1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     seed: int = opt(0, "seed of everything random", low=0, high=2**63 - 1, fixed=True)
     log_interval: int = opt(50, "steps between log lines", low=1)
@@ -147,7 +147,7 @@ class Train:
         "how many processes divide one copy of the weights (FSDP2); 0: each holds a whole copy (DDP), -1: all divide one",
         low=-1,
     )
-    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1)
+    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1, high=10**7)
     init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
     init_reset: bool = opt(False, "layers of --init_from that do not fit start anew", fixed=True, only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
@@ -169,6 +169,7 @@ class Sample:
     solver: str = opt("ancestral", "how to walk from noise to image", kind="solver")
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
+    published: bool = opt(False, "few steps begin below pure noise, as the original's commands have it", flag=False)
     consistent: bool = _enlarge(False, "at each step, also make the predicted image shrink to exactly the small one")
 
 

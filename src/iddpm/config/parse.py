@@ -8,6 +8,14 @@ from iddpm.config.groups import Diffusion, Model, Train
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
+MOST_SEEDS = 10**7
+SEED = 2**64 - 1  # the largest
+
+
+def whole(text: str, most: int = 2**63 - 1) -> int | None:
+    """The whole number from 0 to `most` that a text is, in plain digits; None for another text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most else None
+
 
 def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
     """The comma-separated numbers of a flag."""
@@ -34,21 +42,23 @@ def small_size(model: Model) -> tuple[int, int]:
 
 def _size(text: str, name: str, low: int) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() and low <= int(p) <= 1024 for p in parts):
+    sides = [side for part in parts if (side := whole(part)) is not None and low <= side <= 1024]
+    if not len(sides) == len(parts) <= 2:
         raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
-    return int(parts[0]), int(parts[-1])
+    return sides[0], sides[-1]
 
 
 def check_sampling_steps(config: Config) -> None:
     """Raise UserError where the spec of sampling steps asks for more than there are (the strides of ddimN come later)."""
     spec, chain = config.sample.sampling_steps, is_chain(config.diffusion)
     text = spec.removeprefix("ddim")
-    if not (spec == "all" or (text and all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")))):
+    parts = [whole(part.strip()) for part in text.split(",")]
+    if not (spec == "all" or all(parts)):
         raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
-    if not chain and not spec.isdigit():
+    if not chain and whole(spec) is None:
         name = config.diffusion.noise_schedule
         raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {name} are only counted, as 50")
-    total = 0 if spec == "all" else sum(int(part) for part in text.split(","))
+    total = sum(part or 0 for part in parts)
     if chain and total > config.diffusion.diffusion_steps:
         steps = config.diffusion.diffusion_steps
         raise UserError(f"--sampling_steps {spec}: the chain has only {steps} steps (--diffusion_steps)")
@@ -68,10 +78,13 @@ def seed_list(text: str) -> list[int]:
     """The seeds of 0-63 or 7,9,20-29, in the order given."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and (not last.isdigit() or int(last) < int(first))):
-            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29")
-        seeds += range(int(first), int(last or first) + 1)
+        first, _, last = (whole(end, SEED) for end in part.strip().partition("-"))
+        end = last if "-" in part else first
+        if first is None or end is None or end < first:
+            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29, from 0 to {SEED}")
+        if len(seeds) + end - first >= MOST_SEEDS:
+            raise UserError(f"--seeds {text!r} are more than {MOST_SEEDS} images: draw them in parts")
+        seeds += range(first, end + 1)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice")
     return seeds

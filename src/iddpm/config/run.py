@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from iddpm.config.choices import add
-from iddpm.config.fields import WORDS, Field, fields_of, own_numbers, unmet
+from iddpm.config.fields import WORDS, Field, check_range, fields_of, own_numbers, unmet
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
 from iddpm.config.tasks import TASK_OF, TASKS, Task
 from iddpm.errors import UserError
+from iddpm.records import decode, fits
 
 VERSION = 2  # of the JSON. 1 (without a number) knew no tasks, and the solver's eta was a field
 
@@ -91,12 +92,9 @@ class Config:
 
         UserError where it is none, is of a newer version, or has an unknown field or one of the wrong type.
         """
-        try:
-            raw = json.loads(text)
-            version = raw.pop("version", 1)
-        except (ValueError, AttributeError, TypeError) as e:
-            raise UserError(f"{source} is not a config of iddpm ({e})") from None
-        if version not in range(1, VERSION + 1):
+        raw = decode(text, dict[str, Any], f"{source} is not a config of iddpm: it")
+        version = raw.pop("version", 1)
+        if type(version) is not int or version not in range(1, VERSION + 1):
             raise UserError(f"{source} is of version {version}, this iddpm reads up to {VERSION}: it needs a newer iddpm")
         fields: dict[str, Any] = {name: f for _, group in Config().groups() for name, f in fields_of(group).items()}
         fields |= {name: about.number for _, group in Config().groups() for name, about in own_numbers(group).items()}
@@ -111,26 +109,21 @@ class Config:
         for name, value in flat.items():
             if name not in fields:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
-            flat[name] = _typed(name, value, fields[name].type, source)
+            try:
+                flat[name] = fits(value, fields[name].type)
+            except ValueError:
+                wanted = WORDS.get(fields[name].type, "a list of names")
+                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
+            try:
+                check_range(name, flat[name], fields[name])
+            except UserError as e:
+                raise UserError(f"{source}: {e}") from None
         config = Config().updated(flat)
         return config.effective() if version == 1 else config
 
 
 def _replaced(group: Any, flat: Mapping[str, Any]) -> Any:
     return dataclasses.replace(group, **{k: v for k, v in flat.items() if k in fields_of(group)})
-
-
-def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
-    """A value of the JSON as its field has it: a list of names as a tuple, 1 as 1.0; UserError for another type."""
-    kind = get_origin(kind) or kind
-    if kind is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        wanted = WORDS.get(kind, "a list of names")
-        raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file")
-    return value
 
 
 def every_field() -> dict[str, Field]:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 from iddpm.store.remote import opened, remote
 
 with contextlib.suppress(ImportError):  # the extra [heic]
@@ -68,11 +68,6 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Callable[[str], ob
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
         name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
         raise UserError(f"{name} is not a readable image ({why}): repair or remove it") from error
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def prepare(image: Image.Image, height: int, width: int) -> np.ndarray:

@@ -2,17 +2,18 @@
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
 
 from iddpm.data.sources.source import LABEL_FILES, Source, is_image
 from iddpm.errors import UserError
+from iddpm.records import decode
 
 Label = str | int
 Found = tuple[list[Label] | None, str]  # a label per image, or None where the rule does not apply; in words
@@ -131,13 +132,13 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
             if all(value.isdecimal() and str(int(value)) == value for _, value in pairs):
                 return [(name, int(value)) for name, value in pairs]
             return list(pairs)
-        held = json.loads(text)
+        held: Any = decode(text, object, path)
         if isinstance(held, dict) and "labels" in held:
             held = held["labels"]
         if held is None:
             return None
         return [(str(name), value) for name, value in (held.items() if isinstance(held, dict) else held)]
-    except (ValueError, TypeError, IndexError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, IndexError, csv.Error) as error:
         raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label, in UTF-8') from error
 
 

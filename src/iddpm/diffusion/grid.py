@@ -8,6 +8,8 @@ from torch import Tensor
 
 from iddpm.diffusion.schedule import Discrete, Level, Schedule
 
+SEEN = 0.02  # the share alpha^2 of x_t's variance
+
 
 class Step(NamedTuple):
     """A level, by its first three names, and the next one nearer to the data (`_to`); float64, (B,) or 0-dim.
@@ -150,8 +152,16 @@ def respace(steps: int, spec: str | Sequence[int] = "") -> list[int]:
     return kept
 
 
+def from_noise(kept: list[int], alphas: Tensor) -> list[int]:
+    """The steps kept, of a chain with these alphas, with the last moved to the chain's end where an image would still show in it.
+
+    Solvers start from pure noise: at a step whose x_t is more than `SEEN` image, they would make something else of it.
+    """
+    return kept if alphas[kept[-1]] ** 2 <= SEEN else [*kept[:-1], len(alphas) - 1]
+
+
 def _count(text: str, spec: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not (text.isascii() and text.strip().isdigit() and int(text.strip()[:9]) > 0 and len(text.strip()) < 10):
         raise ValueError(f"sampling steps {spec!r}: give a count (250), counts per section (10,15,20), or ddimN (ddim50)")
     return int(text)
 

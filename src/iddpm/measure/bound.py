@@ -28,6 +28,7 @@ from iddpm.errors import UserError
 from iddpm.measure.ahead import ahead
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
+from iddpm.records import decode
 from iddpm.store.log import duration
 from iddpm.store.remote import opened, remote, replace
 
@@ -112,7 +113,7 @@ class Progress:
         try:
             with opened(self.path) as raw, np.load(raw) as file:
                 if (found := str(file["identity"])) != self.job:
-                    theirs, ours = json.loads(found), json.loads(self.job)
+                    theirs, ours = (decode(text, dict[str, Any], self.path) for text in (found, self.job))
                     names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
                     return f"{self.path} is of another measurement (other {names}): starting anew"
                 for name in KEPT:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from iddpm.measure.image_sets import ImageSet
 from iddpm.measure.metrics.interface import Side
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
+from iddpm.records import Count, decode
 from iddpm.store.remote import alone, lock, remote, replace
 
 READ = 1000  # images whose content is looked at in one go
@@ -153,10 +154,16 @@ def _promise(folder: Path, taps: Iterable[str], done: int) -> None:
     replace(folder / "about.json", lambda file: file.write(about.encode()))
 
 
+class About(TypedDict):
+    """about.json: how many images' features are kept."""
+
+    done: Count
+
+
 def _done(folder: Path, extractor: Extractor) -> int:
     """How many images' features are there: as many as about.json says, and as every file has. Of damaged files, none."""
     try:
-        said = int(json.loads((folder / "about.json").read_text())["done"])
+        said = decode((folder / "about.json").read_bytes(), About, "about.json")["done"]
         there = [_rows(folder, tap).stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
         return max(0, said) if said <= min(there) else 0
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from iddpm.data.sources import ENDINGS, Source, open_source
 from iddpm.errors import UserError
 from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
-from iddpm.sampling.open import Opened
-from iddpm.store.remote import fetch, place, remote, sha256
+from iddpm.sampling.open import Opened, digest_of
+from iddpm.store.remote import place
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
 LOOKED_AT = 64  # headers that tell what a set holds, where reading all would cost as much as the images
@@ -131,7 +130,7 @@ def drawn(model: Opened, job: Job) -> ImageSet:
     m, paint = config.model, painter(config, model.net, model.device)
     how = drawing(config, model.which.precision, weights.about.get("ema_rate", 0))
     about = how | dict(weights=str(weights.path), checkpoint_step=weights.about["step"], trained_on=config.data.path)
-    made_by = [DRAWING, iddpm.__version__, _model(weights.path), how]
+    made_by = [DRAWING, iddpm.__version__, digest_of(weights.path), how]
 
     def take(numbers: Sequence[int]) -> np.ndarray:
         part = Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])
@@ -146,16 +145,6 @@ def drawn(model: Opened, job: Job) -> ImageSet:
         str(home), len(job.seeds), image_size(m), m.image_channels, take, digest, home, labels, config.data.classes,
         lambda k: f"seed {job.seeds[k]}", about, KINDS[m.image_channels],
     )  # fmt: skip
-
-
-def _model(path: Path) -> str:
-    """The digest of a file of weights."""
-    return _model_as_of(path, path.modified() if remote(path) else path.stat().st_mtime_ns)
-
-
-@cache
-def _model_as_of(path: Path, modified: float | None) -> str:
-    return sha256(fetch(path) or path)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

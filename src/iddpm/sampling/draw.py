@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from iddpm.config import Config, image_size
 from iddpm.data.super_res import consistent
 from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.guidance import classifier_gradient, guided
+from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.sampling.images import as_float, as_uint8
 from iddpm.sampling.job import Job
@@ -24,6 +26,7 @@ class Guide(NamedTuple):
     config: Config
     net: Network
     scale: float
+    path: Path  # of its weights
 
 
 Painter = Callable[[Job], Tensor]  # draws all images of a job at once, on this process alone: (n, H, W, C) uint8, on the device
@@ -74,6 +77,9 @@ def painter(
         x = noise(0) * grid.start
         for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
             tick()
+        if not torch.isfinite(x).all():
+            seed = job.seeds[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
+            raise UserError(f"the image of seed {seed} is not finite: its network diverged; take an earlier --checkpoint_step")
         return as_uint8(x)
 
     return paint

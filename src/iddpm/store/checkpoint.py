@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import safetensors
 import torch
@@ -24,10 +24,11 @@ import iddpm
 from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
+from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store import shards
-from iddpm.store.files import Best, Entry, verify
+from iddpm.store.files import Best, BestRecord, Entry, verify
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for `shards`
 
@@ -353,9 +354,48 @@ def load(folder: Path) -> Saved:
     return Saved.of(shards.load(folder), _state(folder))
 
 
+class _Step(TypedDict):
+    step: Count
+    images: Count
+
+
+class RunState(_Step, total=False):
+    """state.json: the numbers of a `TrainState`; of an imported run, `weights_only`."""
+
+    skipped: Count
+    skipped_in_a_row: Count
+    ema_updates: Count
+    lg_loss_scale: float
+    law: list[str]
+    measured: Count
+    best: BestRecord | None
+    weights_only: bool
+
+
+RESUMED = ("skipped", "skipped_in_a_row", "ema_updates", "lg_loss_scale", "law")  # which a run that goes on must have
+
+
 def _state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / "state" / "state.json").read_text())
-    return state
+    path = folder / "state" / "state.json"
+    state = decode(path.read_bytes(), RunState, path)
+    if not state.get("weights_only") and (absent := [name for name in RESUMED if name not in state]):
+        raise UserError(f"{path} is damaged (it has no {absent[0]}): bring it back from a copy, or delete {folder}")
+    return dict(state)
+
+
+class _Known(TypedDict):
+    step: Count
+
+
+class About(_Known, total=False):
+    """Where weights come from."""
+
+    images: Count
+    ema_rate: float
+    time: str
+    iddpm: str
+    torch: str
+    python: str
 
 
 class Weights(NamedTuple):
@@ -387,10 +427,18 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or no .safetensors file ({e})") from None
-    if "iddpm" not in meta:
+    if not {"iddpm", "config"} <= set(meta):
         raise UserError(f"{path} holds no iddpm config: it was not written by iddpm")
-    about = json.loads(meta["iddpm"])
-    return Weights(path, tensors, Config.from_json(meta["config"], str(path)), about)
+    about = decode(meta["iddpm"], About, f"the record in {path}")
+    return Weights(path, require_finite(tensors, path), Config.from_json(meta["config"], str(path)), dict(about))
+
+
+def require_finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors themselves; UserError where one is not finite, as those of a run that diverged."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path} is not finite in {name}: it is of a run that diverged; take an earlier checkpoint")
+    return tensors
 
 
 def _checkpoint_of(run: Path, step: int | None, rate: float | None) -> Path:

@@ -20,14 +20,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from iddpm.errors import UserError
 from iddpm.parallel import processes
+from iddpm.records import decode
 from iddpm.store import remote as places
 
 STALE, BEAT = 120.0, 20.0  # seconds: without a sign, the holder on another host is taken for dead; between two signs
 SETTLE = 1.0  # seconds after which one that overwrote a remote lock looks whether it is still its own
+
+
+class Holder(TypedDict, total=False):
+    """What .lock tells of who holds it."""
+
+    host: str
+    pid: int
+    began: str | None
+    boot: str
+    token: str
+    inode: int
+
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -159,13 +172,12 @@ def _boot() -> str:
 
 def _read(path: Path) -> Record | None:
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
+        return dict(decode(path.read_bytes(), Holder, path))
     except FileNotFoundError:
         return None
-    except UserError:
+    except places.Unreachable:
         raise
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return {}
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
+from iddpm.records import decode, encode
 from iddpm.store import remote as places
 
 EVERY = 30.0  # seconds between two copies of a log to its remote storage: about what a kill may cost of it
@@ -69,7 +69,7 @@ class Logger:
         self._copying, self._copied, self._told = threading.Lock(), time.monotonic(), False
         kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.write_bytes(b"".join(encode(row) + b"\n" for row in kept))
         os.replace(aside, self.path)
         self._columns: list[str] = []
         self._write_csv()
@@ -120,8 +120,8 @@ class Logger:
             self._told, self._copied = True, time.monotonic()
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path, "ab") as file:
+            file.write(encode(row) + b"\n")
 
     def _write_csv(self, row: Mapping[str, Any] | None = None) -> None:
         if row is not None and set(row) <= set(self._columns):
@@ -164,9 +164,9 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     """All rows of a run's log.jsonl; lines that are none, such as a last one cut short by a crash, are left out."""
     path, rows = run / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict):
+        with contextlib.suppress(UserError):
+            row = decode(line, dict[str, Any], path)
+            if isinstance(row.get("step", 0), int):
                 rows.append(row)
     return rows
 

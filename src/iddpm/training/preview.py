@@ -16,6 +16,7 @@ from iddpm.config import Config
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import make_batch
 from iddpm.diffusion.denoiser import Network
+from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.sampling import sheets
@@ -91,6 +92,8 @@ def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tic
             draw_sheet(config, net, state.device, data, path)
     except Interrupted:
         return "none of this step: the run is to stop"
+    except UserError as e:  # images that are not finite are no reason to end a run: its gradients will tell
+        return f"none of this step: {e}"
     return str(path)
 
 

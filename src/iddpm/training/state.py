@@ -102,7 +102,10 @@ class TrainState:
                 p = self.params[param]
                 self.optimizer.state[p][slot] = torch.zeros(()) if slot == "step" else torch.zeros_like(p)
         own = {k: v for k, v in self.tensors().items() if not k.startswith(f"{checkpoint.OPTIMIZER}law.")}
-        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(self.law.state_dict()[k]) for k in saved.state["law"]}
+        kept_law, remembered = saved.state["law"], self.law.state_dict()
+        if unknown := set(kept_law) - set(remembered):
+            raise UserError(f"the checkpoint of step {saved.step} has {min(unknown)!r} of another law of t: it is damaged")
+        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(remembered[k]) for k in kept_law}
         saved.fill(own | law)
         if law:
             self.law.load_state_dict({name.rpartition(".")[2]: value for name, value in law.items()})

@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from iddpm.data.sources.source import LARGEST, Source, readable, require_small
-from iddpm.errors import UserError
+from iddpm.data.sources.source import LARGEST, Source, require_small
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, scratch
 
 ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz")

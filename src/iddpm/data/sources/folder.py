@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from iddpm.data.sources.source import Source, hidden, readable, require_small
-from iddpm.errors import UserError
+from iddpm.data.sources.source import Source, hidden, require_small
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
 

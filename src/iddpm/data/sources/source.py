@@ -1,12 +1,11 @@
 """What a source of images is: names and bytes; and the one set of rules on which names are images."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from iddpm.data.decode import EXTENSIONS, reason
+from iddpm.data.decode import EXTENSIONS
 from iddpm.errors import UserError
 
 LABEL_FILES = ("labels.json", "labels.csv", "dataset.json")  # beside the images; the last is EDM's name
@@ -67,17 +66,6 @@ def hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     stem, _, ending = name.rpartition("/")[2].rpartition(".")
     return bool(stem) and ending.lower() in EXTENSIONS
-
-
-@contextmanager
-def readable(what: object, problem: str = "cannot be read") -> Iterator[None]:
-    """UserError in the place of whatever a damaged file makes a library raise."""
-    try:
-        yield
-    except UserError:  # also a storage that gives no answer, which says nothing about the file
-        raise
-    except Exception as e:
-        raise UserError(f"{what} {problem} ({reason(e)}): repair or remove it") from None
 
 
 def require_small(what: object, size: int) -> None:

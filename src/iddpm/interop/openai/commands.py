@@ -21,7 +21,7 @@ from iddpm.measure.bound import bits_per_dim, summary, write_original_tables
 from iddpm.parallel import processes
 from iddpm.sampling import draw
 from iddpm.sampling.job import Job, trained_classes
-from iddpm.sampling.open import restore
+from iddpm.sampling.open import digest_of, restore
 from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
 from iddpm.store.remote import replace
@@ -42,7 +42,8 @@ def _config(task: str, program: str, given: Given) -> Config:
     # the original takes --sigma_small beside --learn_sigma, where it never had an effect; ours would refuse the two
     known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}
     config = flags.to_config(task, known, program, processes.world())
-    return build.require_fit(check(config.updated({k: given[k] for k in ("seed", "device") if k in given})))
+    given = {k: given[k] for k in ("seed", "device") if k in given}
+    return build.require_fit(check(config.updated(dict(given, published=True))))
 
 
 def _path(given: Given, flag: str, what: str) -> Path:
@@ -118,7 +119,7 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     config, guide = weights.config, None
     if "classifier_path" in given:
         judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classify", "guided", given), device)
-        guide = draw.Guide(judge.config, scores, given["classifier_scale"])
+        guide = draw.Guide(judge.config, scores, given["classifier_scale"], judge.path)
     grid = build.grid(config)
     job = _enlarging(given, config) if config.task.enlarges else _drawing(given, guide.config if guide else config)
     logger.configure()
@@ -129,9 +130,10 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
         out,
         config,
         job,
-        {k: v for k, v in given.items() if k not in ("batch_size", "device")},
+        {**{k: v for k, v in given.items() if k not in ("batch_size", "device")}, "weights": digest_of(weights.path)},
         draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
+        replacing=True,  # as the original does
     )
     if processes.rank() == 0:
         print(f"{n} images: {out}")

@@ -14,8 +14,8 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 
 import iddpm
 from iddpm.config import Config, ema_rates
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
 from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.parallel import processes
-from iddpm.store.checkpoint import Saved, Weights
-from iddpm.store.files import flush, sha256
+from iddpm.records import decode
+from iddpm.store.checkpoint import RunState, Saved, Weights, require_finite
+from iddpm.store.files import Listed, flush, sha256
 
 # ---- reading a file
 
@@ -166,13 +167,21 @@ def recorded(record: Path) -> Config:
     return Config.from_json(json.dumps(_record(record)["config"]), str(record))
 
 
+class Record(TypedDict):
+    """Our own file beside the original's."""
+
+    files: dict[str, Listed]
+    state: RunState
+    config: dict[str, Any]
+
+
 def _record(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        assert {"files", "state", "config"} <= set(found)
-    except (ValueError, AssertionError, TypeError):
+        return dict(decode(path.read_bytes(), Record, path))
+    except OSError as e:
+        raise UserError(f"{path}: {reason(e)}") from None
+    except UserError:
         raise UserError(f"{path} is damaged: delete it to read the files beside it as the original's") from None
-    return found
 
 
 # ---- a run's checkpoints
@@ -192,7 +201,7 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
             file = kin.record.with_name(name)
             if not file.exists():
                 raise UserError(f"{file} is missing")
-            if [file.stat().st_size, sha256(file)] != known:
+            if PurePath(name).name != name or known != (file.stat().st_size, sha256(file)):
                 raise UserError(f"{file} is damaged")
         stored, state = recorded(kin.record), found["state"]
         law = load_file(kin.record.with_suffix(".safetensors")) if state.get("law") else {}
@@ -253,7 +262,7 @@ def read_model(path: Path, config: Config) -> Weights:
     if record := record_of(path):
         stored = recorded(record)
         config = config.updated({"classes": stored.data.classes, "rule": stored.data.rule})
-    return Weights(path, tensors, config, about)
+    return Weights(path, require_finite(tensors, path), config, about)
 
 
 def save_run(folder: Path, config: Config, saved: Saved) -> Path:
