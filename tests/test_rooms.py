@@ -22,7 +22,7 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
         "build", "config", "data", "diffusion", "errors", "parallel", "records", "rng", "sampling", "store",
     },
     "training": {
-        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "rng", "sampling", "store",
+        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "records", "rng", "sampling", "store",
     },
     "look": {"config", "data", "errors", "measure", "sampling", "store"},
     "interop": {

@@ -139,8 +139,9 @@ def train(data: Any, *, run: str | Path = "", preset: str = "", **settings: Any)
     path = data if isinstance(data, (str, Path)) else ""
     if not path and not run and not preset:
         raise UserError("run='runs/NAME': a data set of the program's own names no folder")
-    folder = place(run or default_run(str(path), preset))
-    start(folder, str(path), preset, typed(settings), own=None if path else data)
+    settings = typed(settings)
+    folder = place(run) if run else default_run(str(path), preset, settings)[0]
+    start(folder, str(path), preset, settings, own=None if path else data)
     return folder
 
 

@@ -178,7 +178,7 @@ def test_an_extraction_that_is_cut_goes_on_where_it_was(tmp_path, monkeypatch, c
         return whole._replace(network=network)
 
     monkeypatch.setitem(ADDED, ("extractor", "pixels"), cut)
-    assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 2
+    assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 75
     monkeypatch.setitem(ADDED, ("extractor", "pixels"), pixels)
     capsys.readouterr()
     assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 0

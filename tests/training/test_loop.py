@@ -118,8 +118,8 @@ def test_fifty_bad_steps_in_a_row_end_the_run(config, data, tmp_path):
 
 def test_the_rate_is_warmed_up_and_annealed(config):
     config = config.updated(dict(lr=1.0, lr_warmup_steps=4, lr_anneal_steps=-1, steps=10))
-    assert [learning_rate(config, s) for s in (0, 1, 3, 5, 9)] == pytest.approx([0.25, 0.45, 0.7, 0.5, 0.1])
-    assert learning_rate(config.updated(dict(lr_anneal_steps=0)), 9) == 1.0
+    assert [learning_rate(config, s, 10) for s in (0, 1, 3, 5, 9)] == pytest.approx([0.25, 0.45, 0.7, 0.5, 0.1])
+    assert learning_rate(config.updated(dict(lr_anneal_steps=0)), 9, 10) == 1.0
 
 
 def test_averages_follow_their_closed_form():

@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         known, extra = self.parse_known_args(tokens)
         if extra:
             flags = [s for action in self._actions for s in action.option_strings]
-            near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1)
+            near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1, cutoff=0.75)
             raise UserError(
                 f"unknown argument {extra[0]}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
             )

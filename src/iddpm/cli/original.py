@@ -48,7 +48,7 @@ def _verb(name: str) -> Verb:
 
         commands.run(name, given)
 
-    return Verb(run, parser, "", HELP[name])
+    return Verb(run, parser, "", HELP[name], resumes=name.endswith(("_sample", "_nll")))
 
 
 VERBS = {name: _verb(name) for name in HELP}

@@ -133,7 +133,7 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         record = Path(run) / "config.json"
         if not record.exists():
             raise UserError(f"{run} is no run of iddpm: it has no config.json")
-        return start.resumed(Config.from_json(record.read_text(), str(record)), given, run)[0]
+        return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
     config = build.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
         raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")

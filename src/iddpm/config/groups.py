@@ -113,6 +113,8 @@ class Data:
     path: str = opt("", "the images", flag=False)
     rule: str = opt("", "how the classes were found", flag=False)
     classes: tuple[str, ...] = opt((), "names of the classes", flag=False)
+    identity: str = opt("", "what tells these images from others, by part", flag=False)
+    asked: str = opt("", "the flags of the command that began the run", flag=False)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
         _refuse_to_be_alone()
         yield device
         return
+    if absent := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"RANK is set and {absent[0]} is not: start by torchrun, which sets all, or unset RANK")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=1.2 * timeout + 20)

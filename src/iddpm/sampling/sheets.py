@@ -91,4 +91,4 @@ def save_picture(sheet: Image.Image, path: Path) -> None:
     """Write a PNG in one step; of several processes, the first does."""
     if processes.rank():
         return
-    replace(path, lambda file: sheet.save(file, format="PNG"))
+    replace(path, lambda file: sheet.save(file, format="PNG"), lasting=False)

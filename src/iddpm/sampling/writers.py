@@ -110,7 +110,7 @@ class Array:
 
     def write(self, batch: np.ndarray) -> None:
         part = self.partial / f"{self.done:09d}.npy"
-        replace(part, lambda file: np.save(file, batch))
+        replace(part, lambda file: np.save(file, batch), lasting=False)
         self._count(part, len(batch))
 
     def held(self) -> np.ndarray:

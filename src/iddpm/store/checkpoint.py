@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
 
+import msgspec
 import safetensors
 import torch
 from torch import Tensor
@@ -270,12 +271,17 @@ class Folder:
         if error and not isinstance(error, (OSError, UserError)):
             raise error
         why = next(f"{reason} (rank {k})" if len(reasons) > 1 else reason for k, reason in enumerate(reasons) if reason)
-        raise UserError(f"{draft.final} could not be written: {why}; the checkpoint before it is whole")
+        before = "; the checkpoint before it is whole" if storage.step_dirs(self.run) else ""
+        raise UserError(f"{draft.final} could not be written: {why}{before}")
 
     def _reason(self, error: BaseException | None) -> str:
         if isinstance(error, FileNotFoundError) and not places.remote(self.run) and not self.run.exists():
             return f"{self.run} is no longer there; if it was renamed, go on with --run and its new name"
         return f"{getattr(error, 'strerror', None) or error or type(error).__name__}" if error else ""
+
+
+class Diverged(UserError):
+    """Training cannot go on: its weights are worth nothing, or give no finite gradient."""
 
 
 class State(Protocol):
@@ -289,6 +295,8 @@ class State(Protocol):
 
     def numbers(self) -> dict[str, Any]: ...
 
+    def fault(self) -> str: ...
+
 
 class Saves:
     """The saves of a run in training: says which are complete, and which is the best."""
@@ -297,6 +305,11 @@ class Saves:
         self.store, self.run, self.config, self.state, self.say = store, run, config, state, say
         self.path: Path | None = None
         self.first = state.step
+        self.last = state.step  # of the newest checkpoint; 0: there is none
+
+    def whole(self) -> str:
+        """What there is to go back to."""
+        return f"the checkpoint of step {self.last} is whole" if self.last else "no checkpoint is saved yet"
 
     def rank(self, found: Best) -> None:
         """Take the present state for the best where its samples are, or where the best was measured under other conditions.
@@ -315,7 +328,10 @@ class Saves:
         return self.state.best is not None and self.state.best.step == self.state.step > self.first
 
     def begin(self) -> None:
-        """Save the present state."""
+        """Save the present state; `Diverged` where it is worth nothing: it must not take the place of one that is."""
+        if fault := self.state.fault():
+            raise Diverged(f"at step {self.state.step} {fault}: lower --lr, or set --grad_clip 1; {self.whole()}")
+        self.last = self.state.step
         self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
 
     def settle(self, wait: bool) -> None:
@@ -354,6 +370,9 @@ def load(folder: Path) -> Saved:
     return Saved.of(shards.load(folder), _state(folder))
 
 
+Number = Annotated[str, msgspec.Meta(pattern=r"^(-?[0-9.]+(e[+-]?[0-9]+)?|-?inf|nan)$")]  # of Python's repr
+
+
 class _Step(TypedDict):
     step: Count
     images: Count
@@ -367,6 +386,8 @@ class RunState(_Step, total=False):
     ema_updates: Count
     lg_loss_scale: float
     law: list[str]
+    meter: dict[str, list[tuple[Number, Number]]]
+    first_loss: float
     measured: Count
     best: BestRecord | None
     weights_only: bool

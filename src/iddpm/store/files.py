@@ -24,7 +24,7 @@ from iddpm.errors import UserError, readable, reason
 from iddpm.records import Count, Digest, decode, fits
 from iddpm.store import log
 from iddpm.store import remote as places
-from iddpm.store.remote import sha256
+from iddpm.store.remote import flush, sha256
 
 STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -249,15 +249,6 @@ def commit(folder: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     discard(final)  # only ever one that did not verify, or the very same step again
     folder.rename(final)
     flush(final.parent)
-
-
-def flush(path: Path) -> None:
-    """Make a file's or a folder's content outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- reading

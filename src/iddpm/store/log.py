@@ -52,6 +52,20 @@ class Meter:
         self._sums = {}
         return out
 
+    def sums(self, add_up: Callable[[Tensor], None] = lambda table: None) -> dict[str, list[list[str]]]:
+        """What is summed so far, as JSON holds it: exactly, and also where it is not finite."""
+        out = {}
+        for name, table in self._sums.items():
+            add_up(whole := table.clone())
+            out[name] = [[repr(value) for value in row] for row in whole.tolist()]
+        return out
+
+    def load(self, sums: Mapping[str, list[list[str]]], device: torch.device) -> None:
+        """Go on from such sums."""
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        rows = {name: [[float(value) for value in row] for row in table] for name, table in sums.items()}
+        self._sums = {name: torch.tensor(table, dtype=kind, device=device) for name, table in rows.items()}
+
 
 class Logger:
     """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.

@@ -1,5 +1,6 @@
 """All that a run remembers: what is in it, how it is saved and restored, and where it starts."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,14 +8,18 @@ import torch
 from torch import Tensor
 
 from iddpm import build
-from iddpm.config import Config, ema_rates
+from iddpm.config import ENDLESS, Config, ema_rates, total_steps
 from iddpm.errors import UserError
-from iddpm.parallel import shard
+from iddpm.parallel import processes, shard
 from iddpm.store import checkpoint
 from iddpm.store.files import Best
+from iddpm.store.log import Meter
 from iddpm.training.ema import EMA
 
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
+
+
+DIVERGED = 100  # times the loss at the beginning: no run comes back from there
 
 
 class LossScale:
@@ -58,6 +63,11 @@ class TrainState:
         self.skipped_in_a_row = 0
         self.measured = 0  # the last step whose samples were measured (--eval_every)
         self.best: Best | None = None  # of the steps measured
+        # where the run ends; of --images, as if all its batches had been of the present size
+        self.end = total_steps(settings) if settings.steps or settings.images else ENDLESS
+        self.meter = Meter()  # of the log's next line
+        self.health = Meter()  # the loss since the last save ...
+        self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
 
     def count(self, images: int, good: bool) -> None:
         """Take note of a step on so many images; `good`: its gradient was finite."""
@@ -81,7 +91,19 @@ class TrainState:
         """The rest of the state, the same on every process."""
         counts = {name: getattr(self, name) for name in COUNTS}
         counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss)
         return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
+
+    def fault(self) -> str:
+        """Why this state is not worth a checkpoint, "" where it is; of what was trained since the last call. On all processes."""
+        loss = self.health.read(processes.sum_).get("loss", 0.0)
+        finite = all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(shard.local(list(self.params.values()))))
+        if not all(processes.every(finite)):
+            return "its weights are not finite"
+        self.first_loss = self.first_loss or loss  # of a run that began before this was kept
+        if loss > DIVERGED * self.first_loss > 0:
+            return f"the loss is {loss:.3g}, and was {self.first_loss:.3g} at the beginning"
+        return ""
 
     def to_saved(self) -> checkpoint.Saved:
         """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
@@ -112,7 +134,11 @@ class TrainState:
         for name in COUNTS:
             setattr(self, name, saved.state[name])
         self.ema.updates = saved.state["ema_updates"]
-        self.measured = saved.state.get("measured", 0)
+        self.measured, self.first_loss = saved.state.get("measured", 0), saved.state.get("first_loss", 0.0)
+        if processes.rank() == 0:  # the sums of all, which the next line of the log adds up again
+            self.meter.load(saved.state.get("meter", {}), self.device)
+        if config.train.images:
+            self.end = self.step + max(0, math.ceil((config.train.images - self.images) / config.train.batch_size))
         self.best = Best(**best) if (best := saved.state.get("best")) else None
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:

@@ -30,7 +30,8 @@ from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shap
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved, Weights, require_finite
-from iddpm.store.files import Listed, flush, sha256
+from iddpm.store.files import Listed
+from iddpm.store.remote import flush, sha256
 
 # ---- reading a file
 
