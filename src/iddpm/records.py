@@ -1,7 +1,6 @@
 """JSON from files, which anybody may have written: decoded into a type, within its bounds, or refused in one line."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -13,19 +12,19 @@ T = TypeVar("T")
 LARGEST = 1 << 28  # bytes of a record: more than any that is written here
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # as far as every reader of JSON counts exactly
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # a sha256
-NOT_FINITE = re.compile(rb"(?<=[:\[,] )(NaN|-?Infinity)(?=[,\]}])")  # which Python writes, and JSON does not know
 
 
 def decode(content: bytes | str, kind: type[T], what: object, fix: str = "bring it back from a copy, or delete it") -> T:
     """A value of `kind` (a TypedDict, dataclass or NamedTuple, with bounds in its annotations) from JSON; else UserError.
 
-    NaN and infinities, as earlier versions of this project wrote them, are read as null.
+    Parsed by json, which takes what file names in other encodings become (lone surrogates) and msgspec does not. NaN and
+    infinities, as earlier versions of this project wrote them, are read as null.
     """
     with readable(what, "is damaged", fix):
         if len(content) > LARGEST:
             raise ValueError(f"{len(content)} bytes")
-        text = content.encode() if isinstance(content, str) else content
-        return msgspec.json.decode(NOT_FINITE.sub(b"null", text), type=kind)
+        found: T = msgspec.convert(json.loads(content, parse_constant=lambda name: None), kind)
+        return found
 
 
 def fits(value: Any, kind: Any) -> Any:

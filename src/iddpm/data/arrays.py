@@ -1,11 +1,12 @@
 """Images in an .npz as the original's commands write them: arr_0 uint8 (N, H, W, C), and arr_1 labels where there are any."""
 
+import math
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
 
@@ -14,17 +15,12 @@ def open_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     Images that are not compressed stay on the disk until they are indexed.
     """
-    try:
-        with opened(path) as raw, np.load(raw) as file:
-            if "arr_0" not in file:
-                raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
-            labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
-            mapped = None if remote(path) else _mapped(path, "arr_0.npy")
-            images = file["arr_0"] if mapped is None else mapped
-    except UserError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error})") from None
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
+        if "arr_0" not in file:
+            raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
+        labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+        mapped = None if remote(path) else _mapped(path, "arr_0.npy")
+        images = file["arr_0"] if mapped is None else mapped
     shape = " x ".join(map(str, images.shape))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
         raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x H x W x C (1, 3 or 4 channels) are needed")
@@ -48,6 +44,9 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
         info = held.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
             return None
+        with held.open(info) as content:  # once to its end, where its checksum is compared: a map knows none
+            while content.read(1 << 22):
+                pass
         file.seek(info.header_offset + 26)  # in the member's own header, the lengths of its name and of what follows that
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(info.header_offset + 30 + int(lengths.sum()))
@@ -56,4 +55,6 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
         shape, fortran, dtype = read(file)
         if dtype.hasobject or fortran or not np.prod(shape):
             return None
+        if math.prod(shape) * dtype.itemsize > info.header_offset + 30 + int(lengths.sum()) + info.file_size - file.tell():
+            raise ValueError("it holds less than its header says")
         return np.memmap(path, dtype, "r", file.tell(), shape)

@@ -15,7 +15,7 @@ from iddpm.measure.bound import Bound, parts
 from iddpm.measure.figures import Figure, circumstances, record
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.sampling.open import Opened, beside
-from iddpm.store.remote import replace
+from iddpm.store.remote import write_file
 
 FIGURES = "metrics.json"  # beside the numbers
 
@@ -71,8 +71,8 @@ def write_curve(points: Sequence[Sequence[Measured]], out: Path, data: Path) -> 
 
 def _write(out: Path, numbers: dict[str, Any], svg: str) -> Path:
     picture = out.with_suffix(".svg")
-    replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-    replace(picture, lambda file: file.write(svg.encode()))
+    write_file(out, json.dumps(numbers, indent=1))
+    write_file(picture, svg)
     return picture
 
 

@@ -12,7 +12,7 @@ import iddpm
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.records import decode
-from iddpm.store.remote import alone, replace
+from iddpm.store.remote import alone, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def record(path: Path, figures: Iterable[Figure]) -> None:
             row = figure.row()
             rows[_conditions(row)] = row
         text = json.dumps({"figures": list(rows.values())}, indent=1, allow_nan=False)
-        replace(path, lambda file: file.write(text.encode()))
+        write_file(path, text)
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:

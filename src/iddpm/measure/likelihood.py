@@ -96,7 +96,7 @@ def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened
 def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
     """The bound of a run on the images, with a bar of its progress; goes on from `state`, where that is of the same job."""
     weights, which, n = opened.weights, opened.which, min(measure.num_samples or len(images), len(images))
-    names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(map(str, images.files)).encode("utf-8", "surrogateescape")).hexdigest()
     identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=which.precision)
     with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
         return bits_per_dim(

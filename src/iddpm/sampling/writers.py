@@ -28,7 +28,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.job import Job, class_name
 from iddpm.sampling.sheets import grid, picture, save_picture
-from iddpm.store.remote import lock, opened, remote, replace
+from iddpm.store.remote import lock, opened, remote, replace, write_file
 
 Identity = dict[str, Any]
 MARK = "iddpm-job"  # the key of a picture's text, and the beginning of an npz's comment, that name the job
@@ -59,14 +59,14 @@ class Folder:
         if out.exists() and _record(record) != identity and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} already holds something else: give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        replace(record, lambda file: file.write(json.dumps(identity).encode()))
+        write_file(record, json.dumps(identity))
         classes = [class_name(config, y) if y >= 0 else "" for y in job.labels]
         names = {name: f"{file_name(name)}_" if name else "" for name in set(classes)}
         self.files = [out / f"{names[name]}{seed:06d}.png" for name, seed in zip(classes, job.seeds)]
         if any(classes):
             table = io.StringIO(newline="")
             csv.writer(table).writerows(zip((file.name for file in self.files), classes))
-            replace(out / "labels.csv", lambda file: file.write(table.getvalue().encode("utf-8", "surrogateescape")))
+            write_file(out / "labels.csv", table.getvalue())
         there = {file.name for file in out.iterdir()}
         self.done = next((k for k, file in enumerate(self.files) if file.name not in there), len(self.files))
 
@@ -99,7 +99,7 @@ class Array:
             for left in held:
                 left.unlink()
             self.partial.mkdir(parents=True, exist_ok=True)
-            replace(self.partial / "job.json", lambda file: file.write(json.dumps(identity).encode()))
+            write_file(self.partial / "job.json", json.dumps(identity))
         with suppress(OSError, ValueError, EOFError):  # a batch that a crash cut short, and those after it, are drawn again
             while (part := self.partial / f"{self.done:09d}.npy").exists():
                 self._count(part, len(_load(part)))

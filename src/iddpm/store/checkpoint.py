@@ -288,6 +288,7 @@ class State(Protocol):
     """What is saved of a run in training."""
 
     step: int
+    skipped_in_a_row: int
     measured: int
     best: Best | None
 
@@ -327,9 +328,14 @@ class Saves:
         """Whether the present state is the best, and yet to be saved."""
         return self.state.best is not None and self.state.best.step == self.state.step > self.first
 
-    def begin(self) -> None:
-        """Save the present state; `Diverged` where it is worth nothing: it must not take the place of one that is."""
+    def begin(self, last: bool = False) -> None:
+        """Save the present state, but for one that is worth nothing, which must not take the place of one that is.
+
+        `Diverged` for such a one, if it is the `last`, or no step of it was skipped, after which it may yet recover.
+        """
         if fault := self.state.fault():
+            if self.state.skipped_in_a_row and not last:
+                return self.say(f"not saved: {fault}; {self.whole()}")
             raise Diverged(f"at step {self.state.step} {fault}: lower --lr, or set --grad_clip 1; {self.whole()}")
         self.last = self.state.step
         self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))

@@ -112,7 +112,7 @@ def name_best(run: Path, best: Mapping[str, Any] | None) -> None:
     if best is None:
         path.unlink(missing_ok=True)
     else:
-        places.replace(path, lambda file: file.write(json.dumps(best).encode()))
+        places.write_file(path, json.dumps(best))
 
 
 def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | None:

@@ -289,6 +289,12 @@ def replace(path: Path, write: Callable[[Any], Any], lasting: bool = True) -> No
         raise OSError(e.errno, e.strerror, e.filename or str(path)) from e
 
 
+def write_file(path: Path, text: str | bytes) -> None:
+    """Write a text in one step; names of files in other encodings stand in it as they are on the disk."""
+    content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    replace(path, lambda file: file.write(content))
+
+
 def flush(path: Path) -> None:
     """Make a file's or a folder's content outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -148,7 +148,7 @@ def train(
             # training goes on. Weights that diverged are not saved: the checkpoint before them is the one to go back to.
             tell(state.step, "saving")
             if (due(settings.save_interval) or saves.due() or last) and not isinstance(over, Diverged):
-                saves.begin()
+                saves.begin(last)
             saves.settle(wait=last)
 
             # Only now, when all is saved and logged.

@@ -19,7 +19,7 @@ from iddpm.records import decode
 from iddpm.store import lock, log
 from iddpm.store.checkpoint import read_weights
 from iddpm.store.files import step_dirs, step_of
-from iddpm.store.remote import place, remote, replace
+from iddpm.store.remote import place, remote, write_file
 from iddpm.training import loop, trial
 from iddpm.training.step import learning_rate
 
@@ -224,4 +224,4 @@ def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
 def write_config(run: Path, config: Config) -> None:
     """Keep the config in the run's folder, in one step."""
     run.mkdir(parents=True, exist_ok=True)
-    replace(run / "config.json", lambda file: file.write(config.to_json().encode()))
+    write_file(run / "config.json", config.to_json())

@@ -19,6 +19,7 @@ from iddpm.training.ema import EMA
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
+SKIPS, FP16_SKIPS = 3, 25  # steps in a row without a finite gradient after which weights are suspect; fp16 finds its scale so
 DIVERGED = 100  # times the loss at the beginning: no run comes back from there
 
 
@@ -68,6 +69,7 @@ class TrainState:
         self.meter = Meter()  # of the log's next line
         self.health = Meter()  # the loss since the last save ...
         self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
+        self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
     def count(self, images: int, good: bool) -> None:
         """Take note of a step on so many images; `good`: its gradient was finite."""
@@ -100,6 +102,11 @@ class TrainState:
         finite = all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(shard.local(list(self.params.values()))))
         if not all(processes.every(finite)):
             return "its weights are not finite"
+        if self.skipped_in_a_row >= (FP16_SKIPS if self.scale.enabled else SKIPS):
+            return f"the last {self.skipped_in_a_row} steps had no finite gradient"
+        if self.first is not None:
+            processes.sum_(self.first)
+            self.first_loss, self.first = max(0.0, float(self.first.nan_to_num())), None
         self.first_loss = self.first_loss or loss  # of a run that began before this was kept
         if loss > DIVERGED * self.first_loss > 0:
             return f"the loss is {loss:.3g}, and was {self.first_loss:.3g} at the beginning"

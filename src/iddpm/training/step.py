@@ -89,8 +89,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         meter.add({"grad_norm": norm[None]})
         state.health.add({"loss": losses[mine.start : mine.stop]})
     if state.step == 0:
-        processes.sum_(first := losses[mine.start : mine.stop].sum()[None] / n)
-        state.first_loss = max(0.0, float(first.nan_to_num()))
+        state.first = losses[mine.start : mine.stop].sum() / n
     state.count(n, good)
 
 

@@ -24,7 +24,7 @@ from iddpm.sampling.job import Job, trained_classes
 from iddpm.sampling.open import digest_of, restore
 from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
-from iddpm.store.remote import replace
+from iddpm.store.remote import write_file
 from iddpm.training import loop as train
 
 Given = dict[str, Any]  # the original's flags, all of them
@@ -189,7 +189,7 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     if processes.rank():
         return
     numbers = summary(bound)
-    replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+    write_file(folder / "nll.json", json.dumps(numbers, indent=1))
     tables = write_original_tables(bound, folder)
     (folder / "nll.partial").unlink(missing_ok=True)
     logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")

@@ -56,7 +56,10 @@ def tell(shapes: Shapes, source: str) -> Told:
             raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
     # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
-    count = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))
+    numbered = {k.split(".")[1] for k in shapes if k.startswith("input_blocks.")}
+    count = len(numbered)
+    if numbered != set(map(str, range(count))):  # before anything counts up to one of them
+        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks are not 0 to {count - 1}")
     blocks = [_block(shapes, f"input_blocks.{k}.") for k in range(1, count)]
     updown = not any(b.convolution for b in blocks)
     depth, levels = _levels(shapes, blocks, updown, source)
