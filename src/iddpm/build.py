@@ -26,6 +26,8 @@ from iddpm.nn import Asked
 def network(config: Config) -> nn.Module:
     """The untrained network of a config; UserError where the sizes do not fit together."""
     m, task = config.model, config.task
+    if m.num_head_channels == 0:
+        raise UserError("--num_head_channels 0: give a number of channels, or -1 to have --num_heads decide")
     asked = Asked(
         image_size(m),
         in_channels=m.image_channels,

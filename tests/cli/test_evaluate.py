@@ -295,7 +295,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, pictures, tmp_path
     began = time.monotonic()
 
     def done() -> int:
-        return sum(features._done(folder, real_extractor()) for folder in (tmp_path / "run").glob(".iddpm/*"))
+        return sum(features._done(folder, real_extractor())[0] for folder in (tmp_path / "run").glob(".iddpm/*"))
 
     with subprocess.Popen(
         [sys.executable, "-c", program, *line], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE

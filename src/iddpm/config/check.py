@@ -29,15 +29,10 @@ def check(config: Config) -> Config:
     if config.task.classifies and not model.class_cond:
         raise UserError("--task classify learns the classes of the data: add --class_cond True")
     widths = numbers(model.channel_mult, "channel_mult", float)
-    if (
-        len(widths) > LEVELS
-        or not all(0 < width <= 1024 for width in widths)
-        or model.channel_mult.strip(", ") != model.channel_mult
-    ):
+    empty = model.channel_mult and not widths
+    if empty or len(widths) > LEVELS or not all(0 < width <= 1024 for width in widths):
         raise UserError(f"--channel_mult {model.channel_mult!r}: give up to {LEVELS} widths, each above 0, as 1,2,2,2")
     numbers(model.attention_resolutions, "attention_resolutions")
-    if model.num_head_channels == 0:
-        raise UserError("--num_head_channels 0: give a number of channels, or -1 to have --num_heads decide")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
     if config.data.validation and config.data.validation == config.data.path:

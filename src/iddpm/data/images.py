@@ -134,7 +134,7 @@ class Images:
             digests["contents"].update(self.source.read(self.names[k]))
         if self.labels is not None:
             digests["labels"].update(repr(self.classes).encode() + self.labels.tobytes())
-        return {"images": str(len(self)), **{part: digest.hexdigest() for part, digest in digests.items()}}
+        return {"count": str(len(self)), **{part: digest.hexdigest() for part, digest in digests.items()}}
 
     def picture(self, index: int) -> Image.Image:
         """An image as it lies there, in the channels asked for; UserError where it cannot be read."""

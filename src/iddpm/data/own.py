@@ -61,7 +61,7 @@ class Own:
         parts = dict(
             contents=self._pixels(0, self.data[0]).tobytes(), labels=b"" if self.labels is None else self.labels.tobytes()
         )
-        return {"images": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
+        return {"count": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
 
     def _pixels(self, k: int, item: Any) -> np.ndarray:
         """An image as (C, H, W) uint8 of the run's size; one of another size is scaled and cropped as files are."""

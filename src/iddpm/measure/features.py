@@ -167,7 +167,7 @@ class About(TypedDict):
 
 
 def _done(folder: Path, extractor: Extractor) -> tuple[int, Hashes]:
-    """How many images' features are there: as many as about.json says, if they are what it says. And the digests to go on with."""
+    """How many images' features are there: as many as about.json says, if they are what it says; and their digests so far."""
     try:
         said = decode((folder / "about.json").read_bytes(), About, "about.json")
         hashes = {tap: _hash(_rows(folder, tap), 4 * width * said["done"]) for tap, width in extractor.widths.items()}

@@ -335,7 +335,8 @@ class Saves:
         """
         if fault := self.state.fault():
             if self.state.skipped_in_a_row and not last:
-                return self.say(f"not saved: {fault}; {self.whole()}")
+                self.say(f"not saved: {fault}; {self.whole()}")
+                return
             raise Diverged(f"at step {self.state.step} {fault}: lower --lr, or set --grad_clip 1; {self.whole()}")
         self.last = self.state.step
         self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))

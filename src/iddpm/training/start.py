@@ -183,6 +183,8 @@ def _is_another(name: str, value: Any, now: Any) -> bool:
 def _other_rate(before: Config, now: Config, run: Path) -> list[str]:
     """A line where the learning rate of the next step is another than the settings before would have made it."""
     step = max(map(step_of, step_dirs(run)), default=0)
+    if not (before.train.steps or before.train.images):  # as imports write it
+        return []
     was, is_ = (learning_rate(config, step, total_steps(config.train)) for config in (before, now))
     return [] if was == is_ else [f"learning rate from step {step} on: {is_:.3g}, and {was:.3g} by the settings before"]
 
@@ -192,8 +194,8 @@ def _other_images(before: str, now: Mapping[str, str]) -> list[str]:
     was = decode(before or "{}", dict[str, str], "the run's record of its images")
     if not was or was == now:
         return []
-    parts = [part for part in now if part != "images" and was.get(part) != now[part]]
-    counts = f"{was.get('images')} before, {now['images']} now" if was.get("images") != now["images"] else f"{now['images']}"
+    parts = [part for part in now if part != "count" and was.get(part) != now[part]]
+    counts = now["count"] if was.get("count") == now["count"] else f"{was.get('count')} before, {now['count']} now"
     return [f"the images are not those of before ({counts}; other {', '.join(parts)}): training goes on with these"]
 
 
