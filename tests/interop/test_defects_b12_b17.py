@@ -281,7 +281,7 @@ def ddim_is_not_read(patch):
 
 def base_samples_in_a_cycle(patch):
     read = commands.read_npz
-    patch.setattr(commands, "read_npz", lambda *args: tuple(np.resize(a, (10, *a.shape[1:])) for a in read(*args)))
+    patch.setattr(commands, "read_npz", lambda *args: (*(np.resize(a, (10, *a.shape[1:])) for a in read(*args)[:2]), ()))
 
 
 def labels_are_left_out(patch):

@@ -31,7 +31,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
-    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out
+    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out, was_trained_on
     from iddpm.parallel import processes
     from iddpm.sampling.open import open_weights
 
@@ -45,6 +45,9 @@ def _nll(run: str, data: str, **given: Any) -> None:
         leads = processes.rank() == 0
         if leads:
             print(describe(images[0]))
+            for opened in runs:
+                if was_trained_on(opened.config, images[0]):
+                    print(f"{opened.home} was trained on these images: on others its bits/dim are higher")
             for path in filter(None, (out, per_image)):
                 path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, Draw, Sample, Which, fields_of, image_size, make, settings_of, small_size
+from iddpm.config import Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
 from iddpm.errors import UserError
 from iddpm.store.remote import place
+from iddpm.words import many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
 
 # What decides the images beside weights, seeds and classes: a job is only continued by the same one.
+FEW = 100  # steps below which the fixed large variance leaves noise in the images
 SHAPING = ("classifier", "classifier_scale", "low_res", "high_res", "low_res_noise")
 
 
@@ -72,8 +74,10 @@ def _sample(run: str, **given: Any) -> None:
         if processes.rank():
             return
         whose = f"average {rate}" if rate else "raw weights"
+        if why := _too_few(first.config, grids[0].steps):
+            print(why)
         how = f"{first.config.sample.solver}, {' + '.join(str(g.steps) for g in grids)} steps, {whose}"
-        print(f"{len(task.seeds)} images of step {step} ({how}): {out}")
+        print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
         if small and drawn is not None:
             _compare(first.config, out, drawn, small, task)
 
@@ -83,13 +87,24 @@ def _identity(draw: Draw, chain: "list[Opened]", guide: "Guide | None", task: "J
     from iddpm.sampling.open import digest_of
 
     first = chain[0]
-    models = [*(o.weights.path for o in chain), *([guide.path] if guide else [])]
+    models = [*(o.weights for o in chain), *([guide.weights] if guide else [])]
     sampled = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
     return dict(
-        weights=[digest_of(path) for path in models], step=first.weights.about["step"],
+        weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
         **{k: getattr(draw, k) for k in SHAPING}, **sampled,
     )  # fmt: skip
+
+
+def _too_few(config: Config, steps: int) -> str:
+    """That the steps are too few for the solver, where they are."""
+    chain = config.diffusion
+    if config.sample.solver != Sample.solver or chain.learn_sigma or chain.sigma_small or steps >= FEW or not is_chain(chain):
+        return ""
+    return (
+        f"{steps} steps are too few for --solver ancestral with the variance beta, whose noise stays in the images: take "
+        f"{FEW} or more, or --solver ddim or dpmpp_2m"
+    )
 
 
 def _noise(draw: Draw, config: Config) -> float:
@@ -141,7 +156,7 @@ def _guide(draw: Draw, first: "Opened", which: Which) -> "Guide":
     if ours.sample.solver != Sample.solver and step.alpha and (jump := (step.alpha_to / step.alpha).item()) > 10:
         print(f"the first step of {ours.sample.solver} would magnify the guidance {jump:.0f} times: take --sampling_steps ddimN "
               f"(as ddim50), which begins below pure noise, or --solver ancestral")  # fmt: skip
-    return Guide(theirs, judge.net, draw.classifier_scale, judge.weights.path)
+    return Guide(theirs, judge.net, draw.classifier_scale, judge.weights)
 
 
 def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", task: "Job") -> None:

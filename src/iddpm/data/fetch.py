@@ -68,6 +68,9 @@ def digits(out: Path) -> str:
     return write(out, splits, names)
 
 
+MARK = ".iddpm"  # in what is being written: it may be deleted
+
+
 def is_complete(out: Path, counts: dict[str, int]) -> bool:
     """Whether each folder below `out` holds its number of files; UserError if `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -81,8 +84,13 @@ def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
     """Write OUT/SPLIT/CLASS/CLASS_00000.png aside, as OUT.partial, and rename it when all is there."""
     partial = out.with_name(out.name + ".partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
+        if partial.exists() and not (partial / MARK).exists():
+            raise UserError(
+                f"{partial} is in the way, and was not left by a fetch that broke off: move it, or name another folder"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / MARK).touch()
         jobs = []
         for split, (images, labels) in splits.items():
             for label, name in enumerate(classes):
@@ -92,6 +100,7 @@ def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
                 jobs += [(folder / f"{name}_{k:05d}.png", image) for k, image in enumerate(of_class)]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(tqdm(pool.map(save, jobs), f"writing {out.name}", len(jobs), disable=None))
+        (partial / MARK).unlink()
         if out.exists():
             out.rmdir()  # empty, as is_complete has seen
         partial.rename(out)

@@ -20,6 +20,7 @@ from iddpm.data.labels import label, number, splits
 from iddpm.data.sources import Source, open_source
 from iddpm.errors import UserError
 from iddpm.store.remote import Unreachable, place, remote
+from iddpm.words import many
 
 ON_BROKEN = ("skip", "fail", "leave")  # others stand in, as in training; an error; left out, as in measuring
 REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
@@ -110,7 +111,7 @@ class Images:
         """Lines to print: how many images, what labels, what is left out, taken otherwise or broken."""
         height, width = self.image_size
         shown = self.classes if len(self.classes) <= 6 else (*self.classes[:4], "...", self.classes[-1])
-        text = f"{len(self)} images at {height}x{width}, {self.channels} channels; labels: {self.rule}"
+        text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels; labels: {self.rule}"
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
         if self.source.left_out:
@@ -121,7 +122,7 @@ class Images:
             text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
         if self.broken:
             path, how = self.broken[0][0], "left out" if self.on_broken == "leave" else "replaced by other images"
-            text += f"\n{len(self.broken)} unreadable files, {how}; the first is {path}"
+            text += f"\n{many(len(self.broken), 'unreadable file')}, {how}; the first is {path}"
         return text
 
     def identity(self) -> dict[str, str]:

@@ -28,8 +28,8 @@ from iddpm.measure.ahead import ahead
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
 from iddpm.records import decode
-from iddpm.store.log import duration
 from iddpm.store.remote import Unreachable, opened, remote, replace, write_file
+from iddpm.words import duration, many
 
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
 SAVE_COST = 20  # ... or this many times what writing the file takes, where that is longer
@@ -181,7 +181,7 @@ def bits_per_dim(
             stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
             if leads and looks == 2:  # the first one also warmed up
                 left = (grid.steps - progress.done).sum() / len(r.every)
-                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
+                say(f"{many(len(chosen), 'image')}, {grid.steps} steps each: about {duration(once * left)}")
     progress.keep(at_once=True)
     return _bound(progress, chosen, grid, seed)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.sampling.images import as_float, as_uint8
 from iddpm.sampling.job import Job
+from iddpm.store.checkpoint import Weights
 
 
 class Guide(NamedTuple):
@@ -26,7 +26,7 @@ class Guide(NamedTuple):
     config: Config
     net: Network
     scale: float
-    path: Path  # of its weights
+    weights: Weights
 
 
 Painter = Callable[[Job], Tensor]  # draws all images of a job at once, on this process alone: (n, H, W, C) uint8, on the device

@@ -88,7 +88,9 @@ def inputs(draw: Draw, config: Config) -> Inputs:
     m, known = config.model, trained_classes(config)
     path, size = (draw.low_res, small_size(m)) if draw.low_res else (draw.high_res, image_size(m))
     if path.endswith(".npz"):
-        images, labels = read_npz(place(path), size, m.image_channels)
+        images, labels, names = read_npz(place(path), size, m.image_channels)
+        if labels is not None and m.class_cond and names and config.data.classes:
+            labels = np.array([_class(config, names[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
             raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {known - 1}")
     else:

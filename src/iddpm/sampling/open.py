@@ -51,9 +51,10 @@ def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> 
     return build.in_precision(net.to(device).eval().requires_grad_(False), device, precision)
 
 
-def digest_of(weights: Path) -> str:
+def digest_of(weights: Weights) -> str:
     """The sha256 of a file of weights: what they are, wherever they lie."""
-    return _digest_as_of(weights, weights.modified() if remote(weights) else weights.stat().st_mtime_ns)
+    path = weights.path
+    return weights.digest or _digest_as_of(path, path.modified() if remote(path) else path.stat().st_mtime_ns)
 
 
 @cache

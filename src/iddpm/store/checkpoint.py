@@ -29,7 +29,7 @@ from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store import shards
-from iddpm.store.files import Best, BestRecord, Entry, verify
+from iddpm.store.files import Best, BestRecord, Entry, Listed, verify
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for `shards`
 
@@ -426,6 +426,9 @@ class About(_Known, total=False):
     python: str
 
 
+PATIENCE = 10  # tries to read a run whose trainer deletes the checkpoint that is being read
+
+
 class Weights(NamedTuple):
     """One file of weights, enough to sample: tensors, the run's config, and where they come from."""
 
@@ -433,6 +436,7 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     config: Config
     about: dict[str, Any]
+    digest: str = ""  # sha256 of the file, where a manifest vouches for it
 
 
 def read_weights(source: Path, step: int | None = None, ema_rate: float | None = None) -> Weights:
@@ -441,12 +445,25 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
     From a folder, the averaged weights of the first rate unless `ema_rate` names another; 0 means the raw weights.
     UserError where there is nothing to read, the file is foreign or cut short, or the rate was not kept.
     """
-    path = source
+    for _ in range(PATIENCE):
+        there = set(storage.step_dirs(source)) if source.is_dir() else set()
+        try:
+            return _read_weights(source, step, ema_rate)
+        except (OSError, UserError):  # a trainer may have pruned what was being read
+            if step is not None or not there - set(storage.step_dirs(source)):
+                raise
+    return _read_weights(source, step, ema_rate)
+
+
+def _read_weights(source: Path, step: int | None, ema_rate: float | None) -> Weights:
+    path, digest = source, ""
     if source.is_dir():
         own = storage.STEP_DIR.search(source.name)
         path = _weights_file(source if own else _checkpoint_of(source, step, ema_rate), ema_rate)
         if own and places.remote(source) and (fault := verify(source, path.name)):
             raise UserError(f"{source}: {fault}")
+        if not own:  # the run's, which was verified just now
+            digest = decode((path.parent / storage.MANIFEST).read_bytes(), dict[str, Listed], path)[path.name].digest
     elif not source.exists():
         raise UserError(f"{source}: there is no such run or file")
     try:
@@ -458,7 +475,7 @@ def read_weights(source: Path, step: int | None = None, ema_rate: float | None =
     if not {"iddpm", "config"} <= set(meta):
         raise UserError(f"{path} holds no iddpm config: it was not written by iddpm")
     about = decode(meta["iddpm"], About, f"the record in {path}")
-    return Weights(path, require_finite(tensors, path), Config.from_json(meta["config"], str(path)), dict(about))
+    return Weights(path, require_finite(tensors, path), Config.from_json(meta["config"], str(path)), dict(about), digest)
 
 
 def require_finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

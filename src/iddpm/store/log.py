@@ -191,11 +191,3 @@ def _tensorboard(run: Path, step: int) -> Any:
     except ImportError:
         raise UserError("--tensorboard needs its extra: pip install 'iddpm[tensorboard]'") from None
     return SummaryWriter(str(run / "tensorboard"), purge_step=step)
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3.4 h, 2.1 days."""
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.{1 if name == 'h' else 0}f} {name}"
-    return f"{seconds / 86400:.1f} days"

@@ -18,11 +18,12 @@ from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
 from iddpm.store import checkpoint
 from iddpm.store.checkpoint import Diverged, Saves, Store
-from iddpm.store.log import Logger, duration
+from iddpm.store.log import Logger
 from iddpm.store.remote import place
 from iddpm.training import preview
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
+from iddpm.words import duration, rate
 
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up; fp16 may need 20 to find its loss scale
 
@@ -136,10 +137,10 @@ def train(
             # Every `log_interval` steps, and at the last: the means since the line before, which waits for the device.
             if due(settings.log_interval) or last:
                 now = time.monotonic()
-                rate = (state.step - logged) * settings.batch_size / (now - then)
+                pace = (state.step - logged) * settings.batch_size / (now - then)
                 left = (end - state.step) * (now - began) / (state.step - first)
                 logged, then = state.step, now
-                row = _row(state, config, meter.read(processes.sum_), rate)
+                row = _row(state, config, meter.read(processes.sum_), pace)
                 if logger:
                     logger.row(**row)
                 say(_line(row, state.step, end, left))
@@ -252,7 +253,7 @@ def _row(state: TrainState, config: Config, means: Mapping[str, float], images_p
 def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
     values = "  ".join(f"{k} {row.get(k, math.nan):.4g}" for k in ("loss", "grad_norm", "lr"))
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
-    speed = f"{row['images_per_second']:.0f} images/s"
+    speed = f"{rate(row['images_per_second'])} images/s"
     if end == ENDLESS:
         return f"step {step}  {values}{skipped}  {speed}"
     return f"step {step}/{end}  {values}{skipped}  {speed}  {duration(left)} left"

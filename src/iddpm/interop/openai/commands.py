@@ -26,6 +26,7 @@ from iddpm.sampling.writers import draw_into
 from iddpm.store.checkpoint import Weights
 from iddpm.store.remote import write_file
 from iddpm.training import loop as train
+from iddpm.words import many
 
 Given = dict[str, Any]  # the original's flags, all of them
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
@@ -119,7 +120,7 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     config, guide = weights.config, None
     if "classifier_path" in given:
         judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classify", "guided", given), device)
-        guide = draw.Guide(judge.config, scores, given["classifier_scale"], judge.path)
+        guide = draw.Guide(judge.config, scores, given["classifier_scale"], judge)
     grid = build.grid(config)
     job = _enlarging(given, config) if config.task.enlarges else _drawing(given, guide.config if guide else config)
     logger.configure()
@@ -130,13 +131,13 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
         out,
         config,
         job,
-        {**{k: v for k, v in given.items() if k not in ("batch_size", "device")}, "weights": digest_of(weights.path)},
+        {**{k: v for k, v in given.items() if k not in ("batch_size", "device")}, "weights": digest_of(weights)},
         draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
         replacing=True,  # as the original does
     )
     if processes.rank() == 0:
-        print(f"{n} images: {out}")
+        print(f"{many(n, 'image')}: {out}")
 
 
 def _drawing(given: Given, config: Config) -> Job:
@@ -153,7 +154,7 @@ def _enlarging(given: Given, config: Config) -> Job:
     """The base samples, each once."""
     path = _path(given, "base_samples", "images")
     # The original begins the file anew when it is through, and so enlarges some images twice.
-    images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
+    images, labels, _ = read_npz(path, small_size(config.model), config.model.image_channels)
     n = min(given["num_samples"], len(images))
     if n < given["num_samples"] and processes.rank() == 0:
         print(f"{path} holds {n} images: each is enlarged once")
