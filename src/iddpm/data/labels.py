@@ -123,7 +123,7 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
     """(relative path, label) pairs of the content of a label file; None where it says that there are no labels."""
     try:
         wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write "Unicode text"
-        text = content.decode("utf-16" if wide else "utf-8-sig")
+        text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")  # as names on the disk are
         if path.endswith(".csv"):
             # the whole text, for a quoted name may hold a line's end
             pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -161,9 +160,12 @@ def _record(path: Path) -> Any:
 
 def file_name(name: str) -> str:
     """A class's name as a part of a file's: what no system, or no reader of prefixes, takes as it is stands there as %XX."""
-    safe = "".join(c if c.isalnum() or c in " -+=,;()[]{}'!@#$&~^" else quote(c, "", "utf-8", "surrogateescape") for c in name)
-    safe = safe.replace("_", "%5F")
+    safe = "".join(c if c.isalnum() or c in " -+=,;()[]{}'!@#$&~^" else _escaped(c) for c in name)
     return safe if len(safe) <= CHARACTERS else f"{safe[: CHARACTERS - 9]}~{hashlib.sha256(safe.encode()).hexdigest()[:8]}"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def digest(identity: Identity) -> str:

@@ -307,6 +307,7 @@ class Saves:
         self.path: Path | None = None
         self.first = state.step
         self.last = state.step  # of the newest checkpoint; 0: there is none
+        self.owed = False  # a save that was put off, until a step is good again
 
     def whole(self) -> str:
         """What there is to go back to."""
@@ -325,7 +326,9 @@ class Saves:
             storage.name_best(self.run, found._asdict())
 
     def due(self) -> bool:
-        """Whether the present state is the best, and yet to be saved."""
+        """Whether the present state is to be saved, whatever its step: it is the best, or the first good one after a bad one."""
+        if self.owed and not self.state.skipped_in_a_row:
+            return True
         return self.state.best is not None and self.state.best.step == self.state.step > self.first
 
     def begin(self, last: bool = False) -> None:
@@ -336,9 +339,10 @@ class Saves:
         if fault := self.state.fault():
             if self.state.skipped_in_a_row and not last:
                 self.say(f"not saved: {fault}; {self.whole()}")
+                self.owed = True
                 return
             raise Diverged(f"at step {self.state.step} {fault}: lower --lr, or set --grad_clip 1; {self.whole()}")
-        self.last = self.state.step
+        self.last, self.owed = self.state.step, False
         self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
 
     def settle(self, wait: bool) -> None:

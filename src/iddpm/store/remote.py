@@ -284,9 +284,10 @@ def replace(path: Path, write: Callable[[Any], Any], lasting: bool = True) -> No
         os.replace(aside, path)
         if lasting:
             flush(path.parent)
-    except OSError as e:  # a full disk names no file
+    except OSError as e:  # a full disk names no file, and numpy not even the error
         aside.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, e.filename or str(path)) from e
+        code = e.errno or errno.ENOSPC
+        raise OSError(code, e.strerror or os.strerror(code), e.filename or str(path)) from e
 
 
 def write_file(path: Path, text: str | bytes) -> None:

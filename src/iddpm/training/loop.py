@@ -25,6 +25,7 @@ from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
 from iddpm.words import duration, rate
 
+WAITS = 4
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up; fp16 may need 20 to find its loss scale
 
 
@@ -206,7 +207,8 @@ def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None, saves:
     stopped, broken = processes.count(asked, fault is not None)
     if broken:
         return UserError(next(text for text in processes.every(str(fault) if fault else None) if text))
-    return Stopped(state.step) if stopped else None
+    # A step that was skipped says nothing good of the weights: a stop waits for one that was not, a few steps long.
+    return Stopped(state.step) if stopped and state.skipped_in_a_row not in range(1, WAITS) else None
 
 
 @contextmanager

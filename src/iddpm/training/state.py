@@ -15,11 +15,12 @@ from iddpm.store import checkpoint
 from iddpm.store.files import Best
 from iddpm.store.log import Meter
 from iddpm.training.ema import EMA
+from iddpm.words import many
 
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
-SKIPS, FP16_SKIPS = 3, 25  # steps in a row without a finite gradient after which weights are suspect; fp16 finds its scale so
+SKIPS, FP16_SKIPS = 1, 25  # steps in a row without a finite gradient after which weights are suspect; fp16 finds its scale so
 DIVERGED = 100  # times the loss at the beginning: no run comes back from there
 
 
@@ -103,7 +104,7 @@ class TrainState:
         if not all(processes.every(finite)):
             return "its weights are not finite"
         if self.skipped_in_a_row >= (FP16_SKIPS if self.scale.enabled else SKIPS):
-            return f"the last {self.skipped_in_a_row} steps had no finite gradient"
+            return f"no finite gradient in the last {many(self.skipped_in_a_row, 'step')}"
         if self.first is not None:
             processes.sum_(self.first)
             self.first_loss, self.first = max(0.0, float(self.first.nan_to_num())), None
