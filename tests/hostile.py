@@ -59,7 +59,9 @@ class Room(NamedTuple):
             "sample into a folder": ["sample", run, "--out", out / "pics", *few, *small],
             "nll": ["nll", run, self.root / "data", "--out", out / "nll.json", *few, *small],
             "evaluate": ["evaluate", self.root / "s.npz", "--reference", self.root / "data", "--out", out / "m.json", *lite],
-            "evaluate a zip": ["evaluate", self.root / "data.zip", "--reference", self.root / "s.npz", "--out", out / "m.json", *lite],
+            "evaluate a zip": [
+                "evaluate", self.root / "data.zip", "--reference", self.root / "s.npz", "--out", out / "m.json", *lite,
+            ],
             "export": ["export", run, "--out", out / "export"],
             "plan": ["plan", "--run", run],
         }  # fmt: skip

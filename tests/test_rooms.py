@@ -23,7 +23,8 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
         "build", "config", "data", "diffusion", "errors", "parallel", "records", "rng", "sampling", "store", "words",
     },
     "training": {
-        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "records", "rng", "sampling", "store", "words",
+        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "records", "rng", "sampling", "store",
+        "words",
     },
     "look": {"config", "data", "errors", "measure", "sampling", "store", "words"},
     "interop": {

@@ -174,7 +174,7 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()  # which a device without memory, "meta", cannot give back
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
     return found

@@ -82,7 +82,11 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
             + (f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)" if inner else "")
         )
-    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+    if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
+        raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
+    wrapped = all(str(name).startswith("module.") for name in found)  # by DistributedDataParallel
+    named = {str(name).removeprefix("module." if wrapped else ""): t for name, t in found.items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
 
 
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
