@@ -301,7 +301,6 @@ def test_images_of_another_size_are_scaled_and_it_says_so(run, pictures, tmp_pat
         (["RUN", "DATA", "--per_image", "each.txt"], ".csv or .npz"),
         (["RUN", "FLAT"], "no classes"),
         (["RUN", "STRANGE"], "'sideways' is not among"),
-        (["RUN", "BROKEN"], "torn.png"),
         (["NAMELESS", "NUMBERED"], "the label 9, and this model knows 0 to 4"),
         (["NAMELESS", "DATA"], "has 3 classes (across ...)"),
         (["CLASSIFIER", "DATA"], "is a classifier"),
@@ -334,13 +333,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     )  # fmt: skip
     for name in set(argv) & set(makers):
         places[name] = untrained(config, tmp_path / name.lower(), **makers[name])
-    for name, path in dict(FLAT="x.png", STRANGE="sideways/x.png", NUMBERED="9/x.png", BROKEN="down/good.png").items():
+    for name, path in dict(FLAT="x.png", STRANGE="sideways/x.png", NUMBERED="9/x.png").items():
         if name in argv:
             places[name] = tmp_path / name.lower()
             (tmp_path / name.lower() / path).parent.mkdir(parents=True)
             Image.new("L", (8, 8)).save(tmp_path / name.lower() / path)
-    if "BROKEN" in argv:
-        (tmp_path / "broken" / "down" / "torn.png").write_bytes(b"\x89PNG and no more")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "metrics.json").write_text('{"accuracy": 0.5}')
     before = sorted(tmp_path.rglob("*"))
@@ -348,3 +345,27 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     err = capsys.readouterr().err.strip()
     assert words in err and len(err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_broken_image_is_left_out_and_counted_and_the_rest_measured(run, pictures, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "d")
+    (tmp_path / "d" / "down" / "torn.png").write_bytes(b"\x89PNG and no more")
+    with pytest.warns(UserWarning, match=r"1 of 23 files are broken and left out; the first: .*torn\.png"):
+        assert nll(run, tmp_path / "d", out=tmp_path / "n.json", sampling_steps=2) == 0
+    assert "1 unreadable file, left out" in capsys.readouterr().out
+    assert nll(run, pictures, out=tmp_path / "m.json", sampling_steps=2) == 0
+    one, other = (json.loads((tmp_path / f"{k}.json").read_text())["bits_per_dim"] for k in "nm")
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_images_of_the_training_are_told(run, pictures, tmp_path, capsys):
+    assert nll(run, pictures / "down", out=tmp_path / "n.json", sampling_steps=2) in (0, 2)
+    assert nll(run, pictures, out=tmp_path / "n.json", sampling_steps=2) == 0
+    assert "was trained on these images" in capsys.readouterr().out
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "other" / "down").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "other" / "down" / "a.png")
+    assert nll(run, tmp_path / "other", out=tmp_path / "o.json", sampling_steps=2) == 0
+    assert "was trained on" not in capsys.readouterr().out

@@ -175,9 +175,18 @@ def test_a_leftover_and_an_empty_folder_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits.partial/train/0").mkdir(parents=True)
     (tmp_path / "digits.partial/train/0/old.png").write_text("left over")
+    (tmp_path / "digits.partial/.iddpm").touch()
     digits(tmp_path / "digits")
     assert not (tmp_path / "digits.partial").exists()
     assert not (tmp_path / "digits/train/0/old.png").exists()
+
+
+def test_a_folder_of_the_users_that_is_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "digits.partial").mkdir()
+    (tmp_path / "digits.partial/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"digits\.partial is in the way"):
+        digits(tmp_path / "digits")
+    assert (tmp_path / "digits.partial/thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", DATASETS)

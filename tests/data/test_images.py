@@ -290,7 +290,7 @@ def test_broken_files_can_be_left_out(tmp_path: Path, cache_bytes: int) -> None:
         data = opened(tmp_path, cache_bytes=cache_bytes, on_broken="leave")
     assert data.names == ["cat/2.png", "dog/1.png"] and data.labels is not None and data.labels.tolist() == [0, 1]
     assert greys(data, 0, 1) == [10, 20]
-    assert "1 unreadable files, left out" in data.describe()
+    assert "1 unreadable file, left out" in data.describe()
 
 
 @CACHES

@@ -47,7 +47,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
             print(describe(images[0]))
             for opened in runs:
                 if was_trained_on(opened.config, images[0]):
-                    print(f"{opened.home} was trained on these images: on others its bits/dim are higher")
+                    print(f"{opened.home} was trained on these images, and so knows them better than others")
             for path in filter(None, (out, per_image)):
                 path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []

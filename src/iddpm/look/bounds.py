@@ -107,7 +107,7 @@ def terms_and_sums(names: Sequence[str], bounds: Sequence[Bound], title: str, no
 def _half(bound: Bound, sums: np.ndarray, half: float, steps: Axis) -> tuple[list[Series], list[Note]]:
     """A mark where half of the bits are in; none where the prior has them."""
     k = int(np.searchsorted(sums[:-1], half))
-    if k == len(bound.kept):
+    if k == len(bound.kept) or not half > 0:
         return [], []
     t, y = int(bound.kept[k]), float(sums[k])
     line = Series(np.array([0, t, t]), np.array([y, y, 0]), colour=SOFT, dashed=True)

@@ -20,7 +20,6 @@ from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
 from iddpm.sampling.open import Opened, digest_of
 from iddpm.store.remote import Unreachable, place
-from iddpm.words import many
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
 LOOKED_AT = 64  # headers that tell what a set holds, where reading all would cost as much as the images
@@ -96,9 +95,10 @@ def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
 def _files(name: str, path: Path, like: Like | None) -> ImageSet:
     source = open_source(path)
     looked_at = source.names[:LOOKED_AT] if like else source.names
-    headers = {k: header for k in looked_at if (header := _header(source, k))}
+    found = {k: _header(source, k) for k in looked_at}
+    headers = {k: header for k, header in found.items() if isinstance(header, Header)}
     if not headers:
-        raise UserError(f"none of the {many(len(looked_at), 'image')} looked at in {path} is readable: repair or remove them")
+        raise next(fault for fault in found.values() if isinstance(fault, UserError))
     first, most = next(iter(headers)), max(header.channels for header in headers.values())
     native = headers[first].size
     size, channels = (like.size, like.channels) if like else (native, most)
@@ -167,17 +167,21 @@ class Header(NamedTuple):
     channels: int  # 1, 3 or 4
 
 
-def _header(source: Source, name: str) -> Header | None:
-    """What a file's header tells; None for a damaged one, which is left out, and told, when the images are read."""
+def _header(source: Source, name: str) -> Header | UserError:
+    """What a file's header tells, or what is wrong with it: such a file is left out, and told, when the images are read."""
     try:
-        with readable(name), source.open_file(name) as file, Image.open(file, formats=list(FORMATS)) as image:
+        with (
+            readable(source.path / name, "is not a readable image"),
+            source.open_file(name) as file,
+            Image.open(file, formats=list(FORMATS)) as image,
+        ):
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return Header(image.size if turned else image.size[::-1], channels)
     except Unreachable:
         raise
-    except UserError:
-        return None
+    except UserError as e:
+        return e
 
 
 def _require(name: str, found: tuple[int, int], size: tuple[int, int], first: str) -> None:

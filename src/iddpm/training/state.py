@@ -107,7 +107,7 @@ class TrainState:
             return f"no finite gradient in the last {many(self.skipped_in_a_row, 'step')}"
         if self.first is not None:
             processes.sum_(self.first)
-            self.first_loss, self.first = max(0.0, float(self.first.nan_to_num())), None
+            self.first_loss, self.first = max(0.0, float(f"{self.first.nan_to_num():.4g}")), None  # as one process has it, too
         self.first_loss = self.first_loss or loss  # of a run that began before this was kept
         if loss > DIVERGED * self.first_loss > 0:
             return f"the loss is {loss:.3g}, and was {self.first_loss:.3g} at the beginning"
