@@ -50,15 +50,12 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Callable[[str], ob
         raise UserError(f"{channels} channels are not supported: use 1 (grey), 3 (RGB) or 4 (RGBA)")
     file = opened(source) if isinstance(source, PurePath) and remote(source) else source
     try:
-        with Image.open(file, formats=list(ENDINGS)) as image:
-            pixels = math.prod(image.size)
-            if pixels > PIXELS:
-                raise ValueError(f"{pixels / 1e6:.0f} million pixels, the most are {PIXELS / 1e6:.0f}")
+        with opened_image(file) as image:
             if image.mode == "RGB" and ";16" in str(image.tile):
                 say("colours of 16 bits cut to 8")
             if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's previews are no frames
                 say("the first of several frames")
-            with _large if pixels > LARGE else contextlib.nullcontext():
+            with _large if math.prod(image.size) > LARGE else contextlib.nullcontext():
                 image.load()
                 return _convert(_upright(image), MODES[channels], say)
     except UserError:
@@ -68,6 +65,15 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Callable[[str], ob
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
         name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
         raise UserError(f"{name} is not a readable image ({why}): repair or remove it") from error
+
+
+def opened_image(file: str | Path | BinaryIO) -> Image.Image:
+    """A file of one of our formats, whose pixels are yet to be read; ValueError where it claims too many."""
+    image = Image.open(file, formats=list(ENDINGS))
+    if (pixels := math.prod(image.size)) > PIXELS:
+        image.close()
+        raise ValueError(f"{pixels / 1e6:.0f} million pixels, the most are {PIXELS / 1e6:.0f}")
+    return image
 
 
 def prepare(image: Image.Image, height: int, width: int) -> np.ndarray:

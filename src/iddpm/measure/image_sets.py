@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 import iddpm
 from iddpm import build
 from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
-from iddpm.data.decode import ENDINGS as FORMATS
+from iddpm.data.decode import opened_image
 from iddpm.data.sources import ENDINGS, Source, open_source
 from iddpm.errors import UserError, readable
 from iddpm.sampling.draw import painter
@@ -173,7 +172,7 @@ def _header(source: Source, name: str) -> Header | UserError:
         with (
             readable(source.path / name, "is not a readable image"),
             source.open_file(name) as file,
-            Image.open(file, formats=list(FORMATS)) as image,
+            opened_image(file) as image,
         ):
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5

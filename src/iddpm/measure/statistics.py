@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from iddpm.data.pickled import unpickle
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.measure.extractors import Extractor
 from iddpm.measure.extractors.weights import REFUSALS, fault
 from iddpm.measure.metrics.moments import Gaussian
@@ -68,7 +68,7 @@ def _check(path: Path, mu: np.ndarray, sigma: np.ndarray, extractor: str, width:
 
 def has_images(path: Path) -> bool:
     """Whether an .npz also holds images, as guided-diffusion's reference batches do."""
-    with opened(path) as raw, np.load(raw) as file:
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
         return "arr_0" in file
 
 
@@ -81,20 +81,13 @@ def write(path: Path, gaussians: Mapping[str, Gaussian], about: Mapping[str, Any
 
 
 def _read_npz(path: Path) -> dict[str, Any] | None:
-    try:
-        with opened(path) as raw, np.load(raw) as file:
-            if "mu" not in file or "sigma" not in file:
-                return None
-            held = {name: file[name] for pair in TAPS.values() for name in pair if name in file}
-            return held | (
-                {"iddpm": decode(str(file["iddpm"]), About, f"{path} is not a readable .npz: its record")}
-                if "iddpm" in file
-                else {}
-            )
-    except UserError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error})") from None
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
+        if "mu" not in file or "sigma" not in file:
+            return None
+        held: dict[str, Any] = {name: file[name] for pair in TAPS.values() for name in pair if name in file}
+        if "iddpm" in file:
+            held["iddpm"] = decode(str(file["iddpm"]), About, f"{path} is not a readable .npz: its record")
+        return held
 
 
 def _read_pt(path: Path) -> dict[str, Any] | None:
