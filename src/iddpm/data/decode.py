@@ -51,7 +51,7 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Callable[[str], ob
     file = opened(source) if isinstance(source, PurePath) and remote(source) else source
     try:
         with opened_image(file) as image:
-            if image.mode == "RGB" and ";16" in str(image.tile):
+            if image.mode == "RGB" and ";16" in str(getattr(image, "tile", "")):
                 say("colours of 16 bits cut to 8")
             if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's previews are no frames
                 say("the first of several frames")
