@@ -14,6 +14,7 @@ from conftest import TINY, flags
 from iddpm.cli.main import main
 from iddpm.measure.likelihood import open_held_out
 from iddpm.store import checkpoint
+from iddpm.store.weights import read_weights
 from iddpm.training.state import TrainState
 
 
@@ -246,7 +247,7 @@ def test_classes_are_those_of_the_run_and_the_whole_chain_is_named(run, pictures
     assert nll(run, one, out=tmp_path / "n.json", sampling_steps="all") == 0
     assert " bits/dim (2 images" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["kept_steps"] == list(range(20))
-    alone = open_held_out(checkpoint.read_weights(run).config, one)
+    alone = open_held_out(read_weights(run).config, one)
     assert alone.labels.tolist() == [2, 2]
 
 

@@ -20,7 +20,7 @@ from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
 from iddpm.sampling import open as opening
 from iddpm.sampling.job import job
 from iddpm.sampling.open import Opened, restore
-from iddpm.store.checkpoint import Weights, read_weights
+from iddpm.store.weights import Weights, read_weights
 
 
 @pytest.fixture(scope="module")

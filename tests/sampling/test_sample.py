@@ -16,14 +16,14 @@ from iddpm.sampling.images import as_uint8
 from iddpm.sampling.job import job as job_of
 from iddpm.sampling.open import restore
 from iddpm.sampling.sheets import grid
-from iddpm.store import checkpoint
+from iddpm.store.weights import read_weights
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def net(run):
-    return restore(checkpoint.read_weights(run), CPU)
+    return restore(read_weights(run), CPU)
 
 
 def draw(config, net, job, batch_size=64):

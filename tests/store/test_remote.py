@@ -24,6 +24,7 @@ from iddpm.store import checkpoint, lock, log, shards
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store.remote import Unreachable, place
+from iddpm.store.weights import read_weights
 from iddpm.training.loop import train
 
 pytest.importorskip("s3fs")
@@ -194,8 +195,8 @@ def test_a_run_killed_amid_an_upload_ends_as_an_undisturbed_local_one(bucket, pr
     proxy.reset()
     assert (run / "checkpoints" / "step_00000004" / "weights.safetensors").exists()
     with pytest.raises(UserError, match="step_00000004: incomplete"):
-        checkpoint.read_weights(run, step=4)
-    assert checkpoint.read_weights(run).about["step"] == 2
+        read_weights(run, step=4)
+    assert read_weights(run).about["step"] == 2
     again = start("train", data, "--run", run)
     out, err = again.communicate(timeout=120)
     assert again.returncode == 0, err

@@ -15,6 +15,7 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.store import checkpoint
 from iddpm.store.log import Logger, Meter, read_rows
+from iddpm.store.weights import read_weights
 from iddpm.training.ema import EMA
 from iddpm.training.loop import train
 from iddpm.training.state import LossScale, TrainState, initialise
@@ -195,7 +196,7 @@ def test_a_dry_run_tells_and_writes_nothing(config, data, tmp_path, monkeypatch)
 
 def test_fine_tuning_takes_what_fits_and_names_what_does_not(config, run):
     wider = TrainState(config.updated(dict(num_classes=5)), CPU)
-    weights = checkpoint.read_weights(run)
+    weights = read_weights(run)
     with pytest.raises(UserError, match=r"label_emb\.weight: --init_reset"):
         initialise(wider, weights, reset=False)
     assert initialise(wider, weights, reset=True) == ["label_emb.weight"]

@@ -9,6 +9,7 @@ from iddpm.cli.original import add_flag
 from iddpm.config import Config, Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
+from iddpm.store.weights import read_weights
 
 if TYPE_CHECKING:
     from iddpm.store.checkpoint import Saved
@@ -91,9 +92,8 @@ def _export_parser(parser: Parser) -> None:
 def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
     from iddpm.interop.openai.formats.convert import exported
     from iddpm.sampling.open import beside
-    from iddpm.store import checkpoint
 
-    weights = checkpoint.read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
+    weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
     folder = Path(out) if out else beside(weights.path) / "openai"
     written, notes = exported(weights, folder, label_rows)
     print("\n".join([f"wrote in {folder}: {', '.join(written)}", *notes]))

@@ -17,7 +17,7 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.sampling.images import as_float, as_uint8
 from iddpm.sampling.job import Job
-from iddpm.store.checkpoint import Weights
+from iddpm.store.weights import Weights
 
 
 class Guide(NamedTuple):

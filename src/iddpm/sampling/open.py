@@ -12,9 +12,9 @@ from iddpm.config import Config, Which, check
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.parallel import processes
-from iddpm.store.checkpoint import Weights, read_weights
 from iddpm.store.files import best
 from iddpm.store.remote import fetch, remote, sha256
+from iddpm.store.weights import Weights, read_weights
 
 
 class Opened(NamedTuple):

@@ -20,6 +20,7 @@ from iddpm.store import checkpoint
 from iddpm.store.checkpoint import Diverged, Saves, Store
 from iddpm.store.log import Logger
 from iddpm.store.remote import place
+from iddpm.store.weights import read_weights
 from iddpm.training import preview
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
@@ -183,7 +184,7 @@ def _begin(state: TrainState, config: Config, store: Store, run: Path, say: Call
         state.restore(saved, config)
         say(f"resuming {run} at step {state.step}" + (f" of {state.end}" if state.end < ENDLESS else ""))
     elif source := config.train.init_from:
-        anew = initialise(state, checkpoint.read_weights(place(source)), config.train.init_reset)
+        anew = initialise(state, read_weights(place(source)), config.train.init_reset)
         say(f"starting from the weights of {source}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     return passed_over
 

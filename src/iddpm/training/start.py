@@ -17,9 +17,9 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store import lock, log
-from iddpm.store.checkpoint import read_weights
 from iddpm.store.files import step_dirs, step_of
 from iddpm.store.remote import place, remote, write_file
+from iddpm.store.weights import read_weights
 from iddpm.training import loop, trial
 from iddpm.training.step import learning_rate
 

@@ -14,6 +14,7 @@ from iddpm.parallel import processes, shard
 from iddpm.store import checkpoint
 from iddpm.store.files import Best
 from iddpm.store.log import Meter
+from iddpm.store.weights import Weights
 from iddpm.training.ema import EMA
 from iddpm.words import many
 
@@ -153,7 +154,7 @@ class TrainState:
             self.scale.lg = saved.state["lg_loss_scale"]
 
 
-def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> list[str]:
+def initialise(state: TrainState, weights: Weights, reset: bool) -> list[str]:
     """Start from other weights (--init_from); returns what was re-initialised instead.
 
     UserError naming the layers that do not fit, unless `reset` lets them start anew.

@@ -23,8 +23,8 @@ from iddpm.sampling import draw
 from iddpm.sampling.job import Job, trained_classes
 from iddpm.sampling.open import digest_of, restore
 from iddpm.sampling.writers import draw_into
-from iddpm.store.checkpoint import Weights
 from iddpm.store.remote import write_file
+from iddpm.store.weights import Weights
 from iddpm.training import loop as train
 from iddpm.words import many
 

@@ -29,9 +29,10 @@ from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
 from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.parallel import processes
 from iddpm.records import decode
-from iddpm.store.checkpoint import RunState, Saved, Weights, require_finite
+from iddpm.store.checkpoint import RunState, Saved
 from iddpm.store.files import Listed
 from iddpm.store.remote import flush, sha256
+from iddpm.store.weights import Weights, require_finite
 
 # ---- reading a file
 
