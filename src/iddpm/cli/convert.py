@@ -9,7 +9,6 @@ from iddpm.cli.original import add_flag
 from iddpm.config import Config, Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
-from iddpm.store.weights import read_weights
 
 if TYPE_CHECKING:
     from iddpm.store.checkpoint import Saved
@@ -92,6 +91,7 @@ def _export_parser(parser: Parser) -> None:
 def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
     from iddpm.interop.openai.formats.convert import exported
     from iddpm.sampling.open import beside
+    from iddpm.store.weights import read_weights
 
     weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
     folder = Path(out) if out else beside(weights.path) / "openai"
