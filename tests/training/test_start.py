@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conftest import TINY, flags
 from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.store.log import read_rows
+from iddpm.store.weights import read_weights
 
 SMALL = {k: v for k, v in TINY.items() if k not in ("steps", "learn_sigma")} | dict(num_channels=8, num_heads=1, batch_size=4)
 
@@ -197,3 +199,31 @@ def test_the_log_is_strict_json_and_names_what_is_not_finite(begun, capsys):
     rows = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
     bad = [row for row in rows if "not_finite" in row]
     assert bad and all(row[name] is None for row in bad for name in row["not_finite"])
+
+
+# ---- fine-tuning on other classes
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "anew"), [("ab", "ab", ""), ("abcd", "ab", "c, d"), ("bx", "b", "x"), ("xy", "", "x, y"), ("ba", "ab", "")]
+)
+def test_the_rows_of_classes_go_by_their_names(tmp_path, monkeypatch, capsys, names, kept, anew):
+    monkeypatch.chdir(tmp_path)
+
+    def folder(name: str, classes: str) -> Path:
+        for k, c in enumerate(classes):
+            pictures(tmp_path / name / c, 3, k)
+        return tmp_path / name
+
+    assert train(capsys, folder("first", "ab"), "--class_cond", "--run", "a", **SMALL, steps=3)[0] == 0
+    code, said = train(
+        capsys, folder("second", names), "--class_cond", "--run", "b", "--init_from", "a", **{**SMALL, "lr": 0}, steps=1
+    )
+    assert code == 0 and (f"anew: the classes {anew}" in said) == bool(anew), said
+    first, second = read_weights(tmp_path / "a"), read_weights(tmp_path / "b", ema_rate=0)
+    rows, old = second.tensors["label_emb.weight"], first.tensors["label_emb.weight"]
+    for c in kept:
+        assert torch.equal(rows[second.config.data.classes.index(c)], old[first.config.data.classes.index(c)])
+    for c in names:
+        if c not in kept:
+            assert not any(torch.equal(rows[second.config.data.classes.index(c)], row) for row in old)

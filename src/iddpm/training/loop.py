@@ -184,7 +184,7 @@ def _begin(state: TrainState, config: Config, store: Store, run: Path, say: Call
         state.restore(saved, config)
         say(f"resuming {run} at step {state.step}" + (f" of {state.end}" if state.end < ENDLESS else ""))
     elif source := config.train.init_from:
-        anew = initialise(state, read_weights(place(source)), config.train.init_reset)
+        anew = initialise(state, read_weights(place(source)), config.train.init_reset, config.data.classes)
         say(f"starting from the weights of {source}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     return passed_over
 

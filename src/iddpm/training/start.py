@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
     given, config = _implied(given), Config()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
-        inherited = settings_of(other.model, other.diffusion, other.sample) - set(OF_A_RUN)
+        inherited = settings_of(other.model, other.diffusion, other.sample)
+        if other.data.classes:  # the rows of named classes go by their names, whatever their number
+            inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
     if preset:
         config = config.updated(PRESETS[preset][1])
@@ -210,7 +213,15 @@ def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> Non
 
 def _real(file: Any) -> str:
     """Where a file lies, whatever links lead to it."""
-    return os.path.realpath(file) if isinstance(file, Path) and not remote(file) else str(file)
+    if not isinstance(file, Path) or remote(file):
+        return str(file)
+    path = os.path.join(_real_folder(str(file.parent)), file.name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _implied(given: Mapping[str, Any]) -> dict[str, Any]:

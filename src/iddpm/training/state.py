@@ -22,6 +22,7 @@ COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
 SKIPS, FP16_SKIPS = 1, 25  # steps in a row without a finite gradient after which weights are suspect; fp16 finds its scale so
+CLASSES = "label_emb.weight"  # (classes, width): the parameter that has a row for each class
 DIVERGED = 100  # times the loss at the beginning: no run comes back from there
 
 
@@ -154,13 +155,22 @@ class TrainState:
             self.scale.lg = saved.state["lg_loss_scale"]
 
 
-def initialise(state: TrainState, weights: Weights, reset: bool) -> list[str]:
+def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[str, ...] = ()) -> list[str]:
     """Start from other weights (--init_from); returns what was re-initialised instead.
 
+    The rows of classes go by their names: those of `classes` that the weights do not know start anew, whatever their number.
     UserError naming the layers that do not fit, unless `reset` lets them start anew.
     """
-    own = state.params
-    fits = {k: v for k, v in weights.tensors.items() if k in own and own[k].shape == v.shape}
+    own, tensors, known = state.params, dict(weights.tensors), weights.config.data.classes
+    new = [name for name in classes if name not in known] if known else []
+    if known and classes and classes != known and {CLASSES} <= own.keys() & tensors.keys():
+        rows = shard.whole(own[CLASSES]).detach().cpu().clone()
+        if rows.shape[1:] == tensors[CLASSES].shape[1:]:
+            for y, name in enumerate(classes):
+                if name in known:
+                    rows[y] = tensors[CLASSES][known.index(name)]
+            tensors[CLASSES] = rows
+    fits = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
     misfits = sorted(k for k in own if k not in fits)
     if misfits and not reset:
         names = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
@@ -169,7 +179,7 @@ def initialise(state: TrainState, weights: Weights, reset: bool) -> list[str]:
         shard.put(tensor, own[name])
     for average in state.ema.averages.values():
         copy_weights(state.params, average)
-    return misfits
+    return misfits + ([f"the classes {', '.join(new)}"] if new and CLASSES in fits else [])
 
 
 @torch.no_grad()
