@@ -23,7 +23,7 @@ def until(path: Path, text: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_saves_a_training_and_ends_it_with_75(pictures, tmp_path, number):
     process = start("train", pictures, "--run", tmp_path / "r", *flags(**LONG))
     until(tmp_path / "r" / "log.jsonl", '"step": 3,')
@@ -64,7 +64,7 @@ def test_what_is_stopped_goes_on_by_the_same_command(run, pictures, tmp_path, ve
     assert again.returncode == 0
 
 
-@pytest.mark.parametrize("streams", ["| head -1", ">&-", ">&- 2>&-", "<&- >&-", "2>&1 | true"])
+@pytest.mark.parametrize("streams", ["| head -1", "<&- >&- 2>&-"])
 def test_streams_that_go_away_end_no_training(pictures, tmp_path, streams):
     settings = " ".join(flags(**{**TINY, "steps": 30}))
     line = f"{sys.executable} -m iddpm train {pictures} --run {tmp_path}/r {settings} {streams}"
