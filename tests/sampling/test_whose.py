@@ -95,6 +95,23 @@ def test_a_folder_of_the_users_beside_the_file_is_left_alone(own, capsys, tmp_pa
     assert (tmp_path / "x.npz.partial" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_link_in_its_place_is_not_followed(own, capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000000.npy").write_text("years of work")
+    (tmp_path / "x.npz.partial").symlink_to("mine")
+    code, said = sample(own, capsys, out=tmp_path / "x.npz")
+    assert code == 2 and "x.npz.partial is in the way" in said
+    assert (tmp_path / "mine" / "000000000.npy").read_text() == "years of work"
+
+
+def test_rows_stand_in_the_order_in_which_classes_are_asked_for():
+    images = np.stack([np.full((8, 8, 1), 40 * k + 40, np.uint8) for k in range(3)])
+    for order in ([2, 0], [0, 2]):
+        sheet = np.asarray(grid(images[order], order, ("a", "b", "c")))[:, :, 0].astype(int)
+        cells = [v for v in sheet[:, sheet.shape[1] - 20] if v in (40, 80, 120)]
+        assert list(dict.fromkeys(cells)) == [40 * k + 40 for k in order]
+
+
 def test_a_batch_that_a_power_cut_damaged_is_drawn_again(own, capsys, tmp_path, monkeypatch):
     from iddpm.sampling import draw
 
@@ -223,7 +240,7 @@ def test_images_that_are_not_finite_are_not_drawn(own, config, capsys, tmp_path)
         average["out.2.bias"] += 1e38
     save(own, config, saved)
     code, said = sample(own, capsys, out=tmp_path / "x.npz", clip_denoised=False)
-    assert code == 2 and "is not finite: its network diverged" in said
+    assert code == 2 and "what this network draws is not finite" in said
 
 
 def test_a_full_disk_is_one_line(own, tmp_path):

@@ -91,3 +91,35 @@ def test_a_save_that_fails_leaves_nothing_behind(saved, config, monkeypatch):
     with pytest.raises(UserError, match="No space"):
         checkpoint.save(saved, config, held._replace(step=8, state=held.state | dict(step=8)))
     assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == before
+
+
+def test_deleting_a_checkpoint_that_is_a_link_leaves_what_it_leads_to(tmp_path):
+    from iddpm.store.files import discard
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("years of work")
+    (tmp_path / "step_00000001").symlink_to("mine")
+    discard(tmp_path / "step_00000001")
+    assert not (tmp_path / "step_00000001").is_symlink()
+    assert (tmp_path / "mine" / "manifest.json").read_text() == "years of work"
+
+
+def test_a_run_is_read_while_its_trainer_deletes_the_checkpoint_that_is_being_read(run, tmp_path, monkeypatch):
+    import shutil
+
+    from iddpm.store import weights
+
+    folder = next((run / "checkpoints").glob("step_*"))
+    for step in (4, 5):
+        shutil.copytree(folder, tmp_path / "r" / "checkpoints" / f"step_{step:08d}")
+    checked = weights.verify
+
+    def verify(found, *only):
+        fault = checked(found, *only)
+        if found.name == "step_00000005":
+            shutil.rmtree(found)
+            shutil.copytree(folder, found.with_name("step_00000006"))
+        return fault
+
+    monkeypatch.setattr(weights, "verify", verify)
+    assert weights.read_weights(tmp_path / "r").path.parent.name == "step_00000006"

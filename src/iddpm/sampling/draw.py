@@ -77,9 +77,8 @@ def painter(
         x = noise(0) * grid.start
         for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
             tick()
-        if not torch.isfinite(x).all():
-            seed = job.seeds[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
-            raise UserError(f"the image of seed {seed} is not finite: its network diverged; take an earlier --checkpoint_step")
+        if any(processes.count(not torch.isfinite(x).all())):  # on any process, so that all end alike
+            raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
         return as_uint8(x)
 
     return paint

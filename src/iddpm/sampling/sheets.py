@@ -19,7 +19,7 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
     zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
     labelled = len(labels) > 0 and min(labels) >= 0
     if labelled:
-        kinds = sorted(set(labels))
+        kinds = list(dict.fromkeys(labels))  # in the order asked for
         columns = min(16, max(labels.count(k) if isinstance(labels, list) else list(labels).count(k) for k in kinds))
         rows = []
         for kind in kinds:

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from iddpm.config import Config
-from iddpm.errors import UserError, readable
+from iddpm.errors import UserError, readable, reason
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.job import Job, class_name
@@ -92,7 +92,8 @@ class Array:
         self.out, self.config, self.job, self.identity = out, config, job, identity
         self.partial, self.done, self.parts = out.with_name(out.name + ".partial"), 0, list[Path]()
         held = sorted(self.partial.iterdir()) if self.partial.exists() else []
-        if foreign := next((p for p in held if not PART.fullmatch(p.name) or p.is_dir()), None):
+        linked = [self.partial] if not remote(self.partial) and self.partial.is_symlink() else []
+        if foreign := next((p for p in (*linked, *held) if p in linked or not PART.fullmatch(p.name) or p.is_dir()), None):
             raise UserError(f"{foreign} is in the way, and no part of a drawing: move {self.partial}, or give another --out")
         if _record(self.partial / "job.json") != identity:
             for left in held:
@@ -212,7 +213,7 @@ def writer(out: Path, config: Config, job: Job, identity: Identity) -> Writer:
 def _alone(out: Path) -> Iterator[None]:
     """Keep other commands from drawing into the same place, on this machine, until this one ends; UserError where one does."""
     with ExitStack() as stack:
-        if processes.rank() == 0 and not remote(out):
+        if not remote(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             path = out.with_name(f".{out.name}.lock")
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -238,32 +239,30 @@ def draw_into(
     A bar expects ticks(n) calls of tick for n images. Returns all images, (N, H, W, C) uint8, where the first
     process is to `keep` them. UserError where a file of another job lies there, unless it is `replacing` that.
     """
-    with _alone(out):
-        if processes.rank() == 0 and out.suffix and not (replacing or out.is_dir() or is_free(out, identity)):
-            raise UserError(f"{out} already holds something else: give another --out, or delete it")
-        return _draw_into(out, config, job, identity, draw, ticks, keep)
-
-
-def _draw_into(
-    out: Path,
-    config: Config,
-    job: Job,
-    identity: Identity,
-    draw: Callable[[Job, Callable[[], Any]], Iterator[np.ndarray]],
-    ticks: Callable[[int], int],
-    keep: bool,
-) -> np.ndarray | None:
-    to = writer(out, config, job, identity) if processes.rank() == 0 else None
-    done = processes.same(to.done if to else 0)
-    if done and to:
-        print(f"{done} of {len(job.seeds)} images are there already")
-    rest = job.part(done)
-    with tqdm(total=ticks(len(rest.seeds)), unit="step", desc=f"{len(rest.seeds)} images", disable=None if to else True) as bar:
+    with ExitStack() as stack:
+        to, fault = None, ""
+        if processes.rank() == 0:
+            try:
+                stack.enter_context(_alone(out))
+                if out.suffix and not (replacing or out.is_dir() or is_free(out, identity)):
+                    raise UserError(f"{out} already holds something else: give another --out, or delete it")
+                to = writer(out, config, job, identity)
+            except (OSError, UserError) as e:
+                fault = f"{reason(e)}{f': {e.filename}' if isinstance(e, OSError) and e.filename else ''}"
+        if fault := processes.same(fault):
+            raise UserError(fault)
+        done = processes.same(to.done if to else 0)
+        if done and to:
+            print(f"{done} of {len(job.seeds)} images are there already")
+        rest = job.part(done)
+        bar = tqdm(total=ticks(len(rest.seeds)), unit="step", desc=f"{len(rest.seeds)} images", disable=None if to else True)
+        stack.enter_context(bar)
         for batch in draw(rest, bar.update):
             if to:
                 to.write(batch)
-    if to is None:
-        return None
-    held = to.held() if keep else None
-    to.close()
-    return held
+        bar.close()
+        if to is None:
+            return None
+        held = to.held() if keep else None
+        to.close()
+        return held

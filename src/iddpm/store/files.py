@@ -174,7 +174,10 @@ def discard(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Its manifest goes first: a deletion cut short must not look like damage."""
+    """Its manifest goes first: a deletion cut short must not look like damage. Of a link, the link alone goes."""
+    if not places.remote(folder) and folder.is_symlink():
+        folder.unlink()
+        return
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
     with contextlib.suppress(FileNotFoundError):

@@ -121,8 +121,11 @@ def train(
             # Every `eval_every` steps: what the averaged weights draw, measured. A run that was stopped meanwhile does it when
             # it goes on, so here the step that it begins with counts, too. A drawing takes minutes.
             if quality and not over and state.step % settings.eval_every == 0 and state.step > state.measured:
-                found = preview.measure(config, state, quality, tick)
-                if found is None:
+                found, why = preview.measure(config, state, quality, tick)
+                if why:  # images that are not finite, say, are no reason to end a run: its gradients will tell
+                    state.measured = state.step
+                    say(f"step {state.step} is not measured: {why}")
+                elif found is None:
                     over = Stopped(state.step)
                 else:
                     saves.rank(quality.best(state.step, found))

@@ -74,13 +74,15 @@ def averaged(config: Config, state: TrainState, doing: str, tick: Tick) -> Itera
         copy_weights(live, state.params)
 
 
-def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> dict[str, float] | None:
-    """What the averaged weights draw, measured; None where the run was asked to stop: a resumed run does it then."""
+def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> tuple[dict[str, float] | None, str]:
+    """What the averaged weights draw, measured, or why it cannot be; neither where the run is to stop: it is done later."""
     try:
         with averaged(config, state, "measuring samples", tick) as net:
-            return quality(net)
+            return quality(net), ""
     except Interrupted:
-        return None
+        return None, ""
+    except UserError as e:
+        return None, str(e)
 
 
 def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tick) -> str:
