@@ -131,8 +131,8 @@ def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Pa
     """Train a model, or go on with its run, to its end; returns the run's folder, for `load`.
 
     `data` is a folder or archive of images, or a data set of the program's own: len(data) and data[k] -> (image, label).
-    `config` is the config.json of a run to begin as. `settings` are flags of `iddpm train`; in the place of a name, a choice may be the program's own: objective=my_loss.
-    UserError where it cannot be done, saying what to change.
+    `config` is the config.json of a run to begin as. `settings` are flags of `iddpm train`; in the place of a name, a choice may
+    be the program's own: objective=my_loss. UserError where it cannot be done, saying what to change.
     """
     from iddpm.training.start import default_run, start
 
