@@ -34,7 +34,7 @@ class Folder(Source):
         return (self.root / name).is_file()
 
     def size(self, name: str) -> int:
-        return -1 if remote(self.root) else os.stat(f"{self.root}/{name}").st_size  # twice as fast as through a Path
+        return -1 if remote(self.root) else os.stat(os.path.join(self.root, name)).st_size  # twice as fast as through a Path
 
 
 def walk(root: Path) -> Iterator[str]:
