@@ -49,7 +49,7 @@ def test_nohup_is_respected(pictures, tmp_path):
 @pytest.mark.parametrize("verb", ["sample", "nll"])
 def test_what_is_stopped_goes_on_by_the_same_command(run, pictures, tmp_path, verb):
     rest = {
-        "sample": ["--num_samples", 400, "--batch_size", 1, "--out", tmp_path / "x.npz"],
+        "sample": ["--num_samples", 60, "--batch_size", 1, "--out", tmp_path / "x.npz"],
         "nll": [pictures, "--out", tmp_path / "n.json"],
     }
     command = (verb, run, *rest[verb], "--sampling_steps", 20, "--device", "cpu")

@@ -77,14 +77,14 @@ def test_a_model_trained_anew_in_its_folder_is_another(own, config, capsys, tmp_
 
 def test_the_second_of_two_that_draw_into_one_place_is_told(own, capsys, tmp_path):
     out = tmp_path / "x.npz"
-    first = start("sample", own, "--seeds", "0-399", "--batch_size", 8, "--sampling_steps", 20, "--device", "cpu", "--out", out)
+    first = start("sample", own, "--seeds", "0-119", "--batch_size", 8, "--sampling_steps", 20, "--device", "cpu", "--out", out)
     while first.poll() is None and not list(tmp_path.glob("x.npz.partial/0*.npy")):
         pass
     code, said = sample(own, capsys, out=out)
     first.communicate()
     assert first.returncode == 0 and (code, "another command is drawing into" in said) == (2, True)
     with np.load(out) as file:
-        assert len(file["arr_0"]) == 400
+        assert len(file["arr_0"]) == 120
 
 
 def test_a_folder_of_the_users_beside_the_file_is_left_alone(own, capsys, tmp_path):
