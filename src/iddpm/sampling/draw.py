@@ -38,11 +38,15 @@ def images(painters: Sequence[Painter], job: Job, batch_size: int = 64) -> Itera
     Several processes draw `batch_size` images each at a time, call the networks equally often, and all get all images.
     """
     for share in processes.rounds(len(job.seeds), batch_size, evenly=True):
-        part = job.part(share.call.start, share.call.stop)
-        for paint in painters:
-            drawn = paint(part)
-            part = part._replace(low_res=drawn.cpu().numpy())
+        drawn = processes.together(partial(_drawn, painters, job.part(share.call.start, share.call.stop)))
         yield processes.gather(drawn[: len(share.mine)]).cpu().numpy()
+
+
+def _drawn(painters: Sequence[Painter], part: Job) -> Tensor:
+    for paint in painters:
+        drawn = paint(part)
+        part = part._replace(low_res=drawn.cpu().numpy())
+    return drawn
 
 
 def painter(
@@ -77,7 +81,7 @@ def painter(
         x = noise(0) * grid.start
         for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
             tick()
-        if any(processes.count(not torch.isfinite(x).all())):  # on any process, so that all end alike
+        if not torch.isfinite(x).all():
             raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
         return as_uint8(x)
 

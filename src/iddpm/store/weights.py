@@ -86,7 +86,8 @@ def _read_weights(source: Path, step: int | None, ema_rate: float | None) -> Wei
 def require_finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors themselves; UserError where one is not finite, as those of a run that diverged."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # A sum is finite where all are, and five times as fast as a look at each, which only a sum that is not asks for.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise UserError(f"{path} is not finite in {name}: it is of a run that diverged; take an earlier checkpoint")
     return tensors
 
