@@ -52,6 +52,14 @@ class Model:
     dropout: float = opt(0.0, "share of features dropped in training", low=0, high=0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     class_cond: bool = opt(False, "condition on the classes of the data", fixed=True)
+    class_dropout: float = opt(
+        0.0,
+        "share of images trained without their class, so that --guidance can be used; 0.1 is usual",
+        low=0,
+        high=0.9,
+        fixed=True,
+        only="task=images|enlarge class_cond",
+    )
     num_classes: int = opt(0, "classes the network knows", low=0, high=10**7, fixed=True, flag=False)
 
 
@@ -72,6 +80,14 @@ class Diffusion:
         "of the two fixed variances take the posterior's, not beta",
         only="task=images|enlarge noise_schedule:betas learn_sigma=False",
     )
+    snr_shift: float = opt(
+        1.0,
+        "how many times as large sigma/alpha is at every step: larger images need more noise (as 2 for twice the side)",
+        low=0.01,
+        high=100,
+        fixed=True,
+    )
+    zero_terminal_snr: bool = _chain(False, "the last step is pure noise")
     rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
     objective: str = opt(
         "auto",
@@ -150,6 +166,13 @@ class Train:
         low=-1,
     )
     timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1, high=10**7)
+    noise_candidates: int = opt(
+        1,
+        "draw so many noises for each image and train on the nearest (Wang et al. 2025, k-nearest immiscible diffusion)",
+        low=1,
+        high=64,
+        only="task=images|enlarge",
+    )
     init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
     init_reset: bool = opt(False, "layers of --init_from that do not fit start anew", fixed=True, only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
@@ -172,6 +195,23 @@ class Sample:
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
     published: bool = opt(False, "few steps begin below pure noise, as the original's commands have it", flag=False)
+    grid: str = opt("respaced", "where the levels of these steps lie", kind="grid")
+    skip_first: bool = opt(False, "save the first call of the network: at the noisiest level eps is x / sigma")
+    guidance: float = opt(
+        1.0,
+        "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)",
+        low=0,
+        high=1000,
+    )
+    guidance_kind: str = opt("cfg", "how guidance goes beyond", kind="guidance_kind")
+    guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", low=0)
+    guidance_high: float = opt(1e9, "and at most this", low=0)
+    guidance_rescale: float = opt(
+        0.0, "bring the spread of guided images back to that of unguided ones, by this share", low=0, high=1
+    )
+    dynamic_threshold: float = opt(
+        0.0, "divide the predicted image by this quantile of its values where that is above 1 (0.995); 0: clip", low=0, high=1
+    )
     consistent: bool = _enlarge(False, "at each step, also make the predicted image shrink to exactly the small one")
 
 
@@ -196,6 +236,10 @@ class Draw:
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
     classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
     classifier_scale: float = opt(1.0, "strength of the classifier's guidance", low=0)
+    autoguide: str = opt("", "a smaller run, or an earlier checkpoint of this one, to guide away from")
+    autoguidance: float = opt(
+        2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", low=0, only="autoguide"
+    )
     then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")

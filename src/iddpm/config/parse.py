@@ -58,6 +58,8 @@ def check_sampling_steps(config: Config) -> None:
     if not chain and whole(spec) is None:
         name = config.diffusion.noise_schedule
         raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {name} are only counted, as 50")
+    if config.sample.grid != "respaced" and spec != "all" and whole(spec) is None:
+        raise UserError(f"--sampling_steps {spec}: the steps of --grid {config.sample.grid} are only counted, as 50")
     total = sum(part or 0 for part in parts)
     if chain and total > config.diffusion.diffusion_steps:
         steps = config.diffusion.diffusion_steps
