@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from conftest import TINY, flags
 from iddpm import build
 from iddpm.cli.main import main
-from iddpm.config import Config
+from iddpm.config import Config, Model, fields_of
 from iddpm.config.choices import choices
 from iddpm.data import Order
 from iddpm.data.batches import make_batch, open_data
@@ -38,12 +38,20 @@ METHODS: dict[str, dict] = {
         CHAIN, parametrization="v", zero_terminal_snr=True, snr_shift=2.0, weighting="min_snr", noise_candidates=3, solver="ddim",
         grid="karras",
     ),
+    "jit": dict(
+        noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun", network="dit",
+        patch_size=2, width=32, depth=2, heads=2,
+    ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
 
 
+UNET = {k for k in BASE if fields_of(Model).get(k) and "network" in fields_of(Model)[k].only}
+
+
 def settings(name: str) -> dict:
-    return {k: v for k, v in BASE.items() if k not in CHAIN} | METHODS[name]
+    of_others = (*CHAIN, *(UNET if "network" in METHODS[name] else ()))
+    return {k: v for k, v in BASE.items() if k not in of_others} | METHODS[name]
 
 
 def tensors(run, step: int) -> dict[str, torch.Tensor]:

@@ -51,10 +51,9 @@ def network(config: Config) -> nn.Module:
     )
     made = make("network", m.network, config.numbers())
     try:
-        # ours reads the settings of a U-Net; a row with numbers of its own has them already
-        net: nn.Module = made(asked) if choices("network")[m.network].numbers or not _takes(made, "settings") else made(asked, m)
+        net: nn.Module = made(asked, m) if _takes(made, "settings") else made(asked)  # ours read the fields of Model, too
     except ValueError as e:
-        raise UserError(f"--image_size {m.image_size}: {e}") from None
+        raise UserError(f"--network {m.network}, --image_size {m.image_size}: {e}") from None
     return net
 
 
