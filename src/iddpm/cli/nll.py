@@ -7,11 +7,12 @@ from iddpm.cli.flags import Parser, Verb
 from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
+from iddpm.words import many
 
 if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
 
-BOUND = ("sampling_steps", "clip_denoised")  # all of Sample that the bound depends on: it has no solver
+BOUND = ("sampling_steps", "clip_denoised", "grid")  # all of Sample that the bound depends on: it has no solver
 
 
 def _parser(parser: Parser) -> None:
@@ -27,6 +28,10 @@ def _nll(run: str, data: str, **given: Any) -> None:
     changes = {k: v for k, v in given.items() if k in BOUND}
     if measure.curve and "sampling_steps" in changes:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
+    if flag := next((f for f in ("trace", "dequantization") if f in given and not measure.ode), ""):
+        raise UserError(f"--{flag} has no effect without --ode")
+    if flag := next((f for f in ("curve", "per_image", "against", "clip_denoised") if f in given and measure.ode), ""):
+        raise UserError(f"--{flag} is of the bound, not of --ode: give one")
     per_image, folder = _per_image(measure), place(data)
     from iddpm import build
     from iddpm.look import bounds as report
@@ -39,6 +44,9 @@ def _nll(run: str, data: str, **given: Any) -> None:
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
         out = _out(measure, runs[0])
+        if measure.ode:
+            _by_ode(measure, runs[0], folder, out)
+            return
         chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
@@ -70,6 +78,32 @@ def _nll(run: str, data: str, **given: Any) -> None:
                 state.unlink(missing_ok=True)
 
 
+def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None:
+    """The likelihood of the probability-flow ODE, told and written."""
+    import json
+
+    from iddpm.measure.likelihood import describe, open_held_out, was_trained_on
+    from iddpm.measure.ode import bits_by_ode
+    from iddpm.parallel import processes
+    from iddpm.store.remote import write_file
+
+    images = open_held_out(opened.config, folder, keep=not measure.num_samples)
+    if not processes.rank():
+        print(describe(images))
+        if was_trained_on(opened.config, images):
+            print(f"{opened.home} was trained on these images, and so knows them better than others")
+    found = bits_by_ode(opened, images, measure)
+    if processes.rank():
+        return
+    about = opened.weights.about
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, json.dumps(found | dict(step=about["step"], ema_rate=about.get("ema_rate", 0), data=str(folder)), indent=1))
+    error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
+    how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
+    how += f"; {found['trace']} trace, {found['dequantization']} dequantization"
+    print(f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}")
+
+
 def _per_image(measure: Measure) -> Path | None:
     """The file for the numbers of each image, if there is to be one."""
     if not measure.per_image:
@@ -85,7 +119,7 @@ def _per_image(measure: Measure) -> Path | None:
 def _out(measure: Measure, first: "Opened") -> Path:
     """The file for the numbers: JSON, by default in the run."""
     if not measure.out:
-        return first.home / ("nll_curve.json" if measure.curve else "nll.json")
+        return first.home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
     out = place(measure.out)
     if out.suffix not in (".json", "") or out.is_dir():
         raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
