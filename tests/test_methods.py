@@ -159,6 +159,20 @@ def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures
     assert 0.5 < json.loads(out.read_text())["bits_per_dim"] < 60
 
 
+@pytest.mark.parametrize("by", ["found_path", "found_bound"])
+@pytest.mark.parametrize("name", ["flow", "v", "v, continuous"])
+def test_a_grid_that_was_found_is_kept_and_drawn_with(trained, name, by, tmp_path, capsys):
+    command = ["sample", str(trained / name / "parted"), "--device", "cpu", "--grid", by]
+    drawn = [*command, "--solver", "ddim", "--num_samples", "2", "--out", str(tmp_path / "x.npz"), "--sampling_steps"]
+    assert main([*drawn, "5"]) == 2 and "--find_grid 5" in capsys.readouterr().err
+    assert main([*command, "--find_grid", "5"]) == 0
+    assert main([*drawn, "5"]) == 0 and main([*drawn, "4"]) == 2
+    (u,) = json.loads((trained / name / "parted" / "grids.json").read_text())[by].values()
+    assert len(u) == 5 and u == sorted(set(u)) and u[-1] == 1
+    assert main([*command, "--find_grid", "5", "--sampling_steps", "5"]) == 2
+    assert main(["train", "x", "--steps", "1", "--grid", by]) == 2
+
+
 @pytest.mark.parametrize(("name", "line"), [
     ("flow", []), ("edm", ["--grid", "karras", "--trace", "hutchinson"]), ("v", ["--dequantization", "uniform"]),
     ("iddpm hybrid", []),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iddpm.config import Config, image_size, is_chain
+from iddpm.config import FOUND, Config, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import (
     Cond,
@@ -85,6 +85,10 @@ def grid(config: Config, sampling_steps: str = "") -> Grid:
 
 def _levels(config: Config, steps: int) -> Tensor:
     """The u of so many steps on the config's grid."""
+    if config.sample.grid in FOUND:
+        if len(config.sample.found) != steps:
+            raise UserError(f"--grid {config.sample.grid} is found for a trained model: iddpm sample RUN --find_grid STEPS")
+        return torch.tensor(config.sample.found, dtype=torch.float64)
     levels: Tensor = make("grid", config.sample.grid, config.numbers())(schedule(config), steps)
     return levels
 

@@ -19,6 +19,7 @@ from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.schedule import Level
 from iddpm.errors import UserError
 from iddpm.sampling.draw import images, painter
+from iddpm.sampling.grids import with_found
 from iddpm.sampling.images import as_float
 from iddpm.sampling.job import Job, job, trained_classes
 from iddpm.sampling.open import Opened, open_weights
@@ -124,7 +125,7 @@ class Model:
         how = dict(how)
         if "steps" in how:
             how["sampling_steps"] = how.pop("steps")
-        return build.require_fit(check(self.config.updated(typed(how, Sample))))
+        return build.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
 
 
 def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Path = "", **settings: Any) -> Path:

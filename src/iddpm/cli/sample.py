@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
+from iddpm.config import FOUND, Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 from iddpm.words import many
@@ -56,6 +56,9 @@ def _sample(run: str, **given: Any) -> None:
     from iddpm.sampling.writers import draw_into, free
 
     with processes.session(build.device(which.device)):
+        if draw.find_grid:
+            _find_grid(run, draw.find_grid, given, which)
+            return
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
         ups = [open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip()]
         chain = [first, *ups]
@@ -98,13 +101,34 @@ def _sample(run: str, **given: Any) -> None:
             _compare(first.config, out, drawn, small, task)
 
 
+def _find_grid(run: str, steps: int, given: dict[str, Any], which: Which) -> None:
+    """The levels that are best for so many steps, found and kept in the run."""
+    from iddpm.parallel import processes
+    from iddpm.sampling.grids import find, keep
+    from iddpm.sampling.open import open_weights
+
+    by = given.get("grid", FOUND[0])
+    if by not in FOUND:
+        raise UserError(f"--find_grid finds a grid: --grid {' or '.join(FOUND)}, not {by}")
+    if "sampling_steps" in given:
+        raise UserError("--find_grid and --sampling_steps both say how many steps: give one")
+    own = {k: given[k] for k in given if k in settings_of(Sample) and k != "grid"}
+    opened = open_weights(place(run), which, own)
+    u = find(opened.config, opened.net, opened.device, steps, by, which.batch_size)
+    if not processes.rank():
+        file = keep(opened.home, by, u)
+        print(f"{many(len(u), 'level')}, from u = {u[0]:.4g} to 1: {file}")
+        print(f"next: iddpm sample {run} --grid {by} --sampling_steps {steps} --solver dpmpp_2m")
+
+
 def _identity(draw: Draw, chain: "list[Opened]", others: "list[Weights]", task: "Job") -> dict[str, Any]:
     """What a job is: the same one goes on where it was killed."""
     from iddpm.sampling.open import digest_of
 
     first = chain[0]
     models = [*(o.weights for o in chain), *others]
-    sampled = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
+    kept = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
+    sampled = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}  # as it comes back from JSON
     return dict(
         weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),

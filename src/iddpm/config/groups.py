@@ -7,6 +7,7 @@ from typing import Any
 from iddpm.config.fields import opt
 from iddpm.config.tasks import TASKS
 
+FOUND = ("found_path", "found_bound")  # grids of a model's own
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
 
 _unet = partial(opt, fixed=True, only="network=unet")
@@ -195,7 +196,8 @@ class Sample:
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
     published: bool = opt(False, "few steps begin below pure noise, as the original's commands have it", flag=False)
-    grid: str = opt("respaced", "where the levels of these steps lie", kind="grid")
+    grid: str = opt("respaced", "where the levels of these steps lie; found_*: as --find_grid found", kind="grid", choices=FOUND)
+    found: tuple[float, ...] = opt((), "the levels of a grid that was found", flag=False)
     skip_first: bool = opt(False, "save the first call of the network: at the noisiest level eps is x / sigma")
     guidance: float = opt(
         1.0,
@@ -244,6 +246,9 @@ class Draw:
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")
     low_res_noise: float = opt(0.0, "noise put on the small images, for a model trained with it", low=0, high=1)
+    find_grid: int = opt(
+        0, "instead: find the best levels for this many steps, by --grid found_path or found_bound", low=0, high=59
+    )
     out: str = opt("", "a grid.png, a file.npz or a folder of PNGs; empty: a grid in the run's samples/")
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, Which, check
+from iddpm.config import FOUND, Config, Which, check
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.parallel import processes
+from iddpm.sampling.grids import with_found
 from iddpm.store.files import best
 from iddpm.store.remote import fetch, remote, sha256
 from iddpm.store.weights import Weights, read_weights
@@ -36,7 +37,8 @@ def open_weights(source: Path, which: Which, changes: Mapping[str, Any] = {}) ->
     """The weights of a run, a checkpoint or a file, with `changes` to how it samples; UserError where they fail."""
     device = processes.own_device(build.device(which.device))
     weights = read_weights(source, _step(source, which), which.ema_rate if which.ema_rate >= 0 else None)
-    config = build.require_fit(check(weights.config.updated(changes)))
+    config = check(weights.config.updated(changes))
+    config = build.require_fit(with_found(config, beside(weights.path)) if config.sample.grid in FOUND else config)
     return Opened(weights, config, restore(weights, device, which.precision), device, which)
 
 
