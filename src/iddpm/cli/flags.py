@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
                 tokens += [f"--{flag}", "True"]
             else:
                 tokens.append(f"--{flag}{equals}{value}")
-        known, extra = self.parse_known_args(tokens)
+        known, extra = self.parse_known_intermixed_args(tokens)  # images may stand after flags, too
         if extra:
             flags = [s for action in self._actions for s in action.option_strings]
             near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1, cutoff=0.75)

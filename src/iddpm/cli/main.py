@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import iddpm
-from iddpm.cli import convert, data, evaluate, nll, original, plan, sample, train
+from iddpm.cli import convert, data, edit, evaluate, nll, original, plan, sample, train
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "sample": sample.VERB,
+    "edit": edit.VERB,
     "nll": nll.VERB,
     "evaluate": evaluate.VERB,
     "data": data.VERB,

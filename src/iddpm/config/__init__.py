@@ -2,7 +2,7 @@
 
 from iddpm.config.check import check
 from iddpm.config.fields import check_fields, fields_of, make, own_numbers, settings_of
-from iddpm.config.groups import ENDLESS, FOUND, Data, Diffusion, Draw, Evaluate, Measure, Model, Sample, Train, Which
+from iddpm.config.groups import ENDLESS, FOUND, Data, Diffusion, Draw, Edit, Evaluate, Measure, Model, Sample, Train, Which
 from iddpm.config.parse import (
     check_sampling_steps,
     ema_rates,
@@ -17,7 +17,7 @@ from iddpm.config.parse import (
 from iddpm.config.run import Config, every_field
 
 __all__ = [
-    "ENDLESS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Evaluate", "Measure", "Model", "Sample", "Train", "Which",
+    "ENDLESS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample", "Train", "Which",
     "check", "check_fields", "check_sampling_steps", "ema_rates", "every_field", "fields_of", "image_size", "is_chain", "make",
     "numbers", "own_numbers", "seed_list", "settings_of", "small_size", "total_steps", "whole",
 ]  # fmt: skip

@@ -253,6 +253,21 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What to make of images."""
+
+    strength: float = opt(
+        0.5, "how far back to noise: near 0 little changes, at 1 nothing of the image is left", low=0.001, high=1
+    )
+    mask: str = opt("", "a picture of the image's size: what is light in it is filled in, the rest stays as it is")
+    between: bool = opt(False, "lead one image over into another, by DDIM's inversion of both")
+    frames: int = opt(9, "images from the one to the other", low=2, high=1000)
+    seeds: str = opt("", "one result for each seed, as 0-3 or 7,9; empty: 0")
+    labels: str = opt("", "the class to draw, by name or number")
+    out: str = opt("", "a sheet or strip.png, or an animated.gif; empty: a new name in the run's samples/")
+
+
+@dataclass(frozen=True)
 class Measure:
     """What to measure."""
 

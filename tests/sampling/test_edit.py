@@ -1,0 +1,100 @@
+"""Editing: what a mask keeps, how much a strength leaves, what lies between two images, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iddpm.cli.main import main
+from iddpm.config import Which
+from iddpm.sampling.edit import noise_of, slerp, variations
+from iddpm.sampling.open import open_weights
+from iddpm.store.remote import place
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_weights(place(str(run)), Which(device="cpu"), dict(sampling_steps="all", solver="ddim"))
+
+
+IMAGE = np.full((8, 8, 1), 200, np.uint8)
+IMAGE[2:5, 3:6] = 40
+
+
+def test_what_the_mask_keeps_stays_to_the_bit(opened) -> None:
+    mask = np.zeros((8, 8), bool)
+    mask[:, :4] = True
+    found = variations(opened.config, opened.net, CPU, IMAGE, [0, 5], _y(opened), 1.0, mask)
+    assert found.shape == (2, 8, 8, 1) and (found[:, :, 4:] == IMAGE[:, 4:]).all()
+    assert (found[:, :, :4] != IMAGE[:, :4]).any() and (found[0] != found[1]).any()
+
+
+def test_little_strength_leaves_the_image_and_whole_strength_nothing_of_it(opened) -> None:
+    off = []
+    for strength in (0.05, 0.5, 1.0):
+        found = variations(opened.config, opened.net, CPU, IMAGE, [3], _y(opened), strength)
+        off.append(np.abs(found[0].astype(int) - IMAGE).mean())
+    assert off[0] < 15 and off[0] < off[1]
+    other = np.full_like(IMAGE, 7)
+    whole = [variations(opened.config, opened.net, CPU, image, [3], _y(opened), 1.0) for image in (IMAGE, other)]
+    assert np.array_equal(*whole)
+
+
+def _y(opened) -> int | None:
+    return 0 if opened.config.model.class_cond else None
+
+
+def test_the_arc_keeps_the_length_and_ends_at_its_ends() -> None:
+    a, b = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(slerp(a[None], b[None], 0.0), a[None])
+    torch.testing.assert_close(slerp(a[None], b[None], 1.0), b[None])
+    middle = slerp(a[None], b[None], 0.5)
+    assert middle.norm() == pytest.approx((a.norm() * b.norm()).sqrt().item(), rel=0.05)
+    assert torch.equal(slerp(a[None], a[None], 0.3), a[None])
+
+
+def test_an_image_is_found_again_from_its_noise(opened) -> None:
+    x = noise_of(opened.config, opened.net, CPU, IMAGE, _y(opened))
+    assert x.shape == (1, 1, 8, 8) and torch.isfinite(x).all()
+
+
+def test_the_command(run, tmp_path, capsys) -> None:
+    a, b, mask, small, empty = (tmp_path / f"{name}.png" for name in ("a", "b", "mask", "small", "empty"))
+    Image.fromarray(IMAGE[..., 0]).save(a)
+    Image.fromarray(255 - IMAGE[..., 0]).save(b)
+    light = np.zeros((8, 8), np.uint8)
+    light[:4] = 255
+    Image.fromarray(light).save(mask)
+    Image.fromarray(light[:6]).save(small)
+    Image.fromarray(0 * light).save(empty)
+    classes = ["--labels", "disc"] if "disc" in _classes(run) else []
+    command = ["edit", str(run), "--device", "cpu", "--solver", "ddim", "--sampling_steps", "5", *classes]
+    for k, line in enumerate((
+        [str(a), str(b), "--seeds", "0-2"], [str(a), "--mask", str(mask), "--strength", "1"], [str(a), str(b), "--between"],
+        ["--seeds", "3,7", "--frames", "4"],
+    )):  # fmt: skip
+        out = tmp_path / f"out_{k}.png"
+        assert main([*command, *line, "--out", str(out)]) == 0, line
+        assert Image.open(out).size[0] > 8
+        assert main([*command, *line, "--out", str(out)]) == 2  # is there already
+    assert main([*command, "--seeds", "3,7", "--out", str(tmp_path / "x.gif")]) == 0
+    with Image.open(tmp_path / "x.gif") as moving:
+        assert moving.n_frames == 16
+    capsys.readouterr()
+    for words, line in {
+        "must be alike": [str(a), "--mask", str(small)],
+        "all dark": [str(a), "--mask", str(empty)],
+        "give two, not 1": [str(a), "--between"],
+        "two seeds": [],
+        "no effect between": [str(a), str(b), "--between", "--strength", "0.4"],
+        "of --between": [str(a), "--frames", "4"],
+        "ends in .png or .gif": [str(a), "--out", str(tmp_path / "x.npz")],
+    }.items():
+        assert main([*command, *line]) == 2
+        assert words in capsys.readouterr().err
+
+
+def _classes(run) -> str:
+    return (run / "config.json").read_text()
