@@ -153,7 +153,9 @@ def test_help_of_a_verb_both_ways_and_the_codes_in_it(capsys):
 
 
 def test_no_flag_is_called_like_one_that_is_far_from_it(run, capsys):
-    assert main(["sample", str(run), "--guidance_scale", "3"]) == 2
+    assert main(["sample", str(run), "--temperature", "3"]) == 2
     assert "did you mean" not in capsys.readouterr().err
+    assert main(["sample", str(run), "--guidance_scale", "3"]) == 2
+    assert "did you mean --guidance?" in capsys.readouterr().err
     assert main(["sample", str(run), "--sampling_step", "3"]) == 2
     assert "did you mean --sampling_steps?" in capsys.readouterr().err

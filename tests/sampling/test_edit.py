@@ -77,7 +77,8 @@ def test_the_command(run, tmp_path, capsys) -> None:
     )):  # fmt: skip
         out = tmp_path / f"out_{k}.png"
         assert main([*command, *line, "--out", str(out)]) == 0, line
-        assert Image.open(out).size[0] > 8
+        with Image.open(out) as drawn:
+            assert drawn.size[0] > 8
         assert main([*command, *line, "--out", str(out)]) == 2  # is there already
     assert main([*command, "--seeds", "3,7", "--out", str(tmp_path / "x.gif")]) == 0
     with Image.open(tmp_path / "x.gif") as moving:

@@ -83,7 +83,11 @@ class Parser(argparse.ArgumentParser):
         known, extra = self.parse_known_intermixed_args(tokens)  # images may stand after flags, too
         if extra:
             flags = [s for action in self._actions for s in action.option_strings]
-            near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1, cutoff=0.75)
+            wrong = extra[0].partition("=")[0]
+            shorter = sorted((flag for flag in flags if wrong.startswith(f"{flag}_")), key=len)[
+                -1:
+            ]  # --guidance of --guidance_scale
+            near = shorter or difflib.get_close_matches(wrong, flags, n=1, cutoff=0.75)
             raise UserError(
                 f"unknown argument {extra[0]}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
             )
