@@ -243,17 +243,13 @@ def manifest(folder: Path) -> dict[str, Entry]:
     """The files of a checkpoint; UserError where it names others, FileNotFoundError where there is none."""
     entries = decode((folder / MANIFEST).read_bytes(), dict[str, Entry], MANIFEST)
     for name in entries:
-        if not _inside(folder, name):
+        path = folder / name
+        own = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        if own and not places.remote(path) and path.exists():
+            own = path.is_file() and path.resolve().is_relative_to(folder.resolve())
+        if not own:
             raise UserError(f"not to be trusted ({MANIFEST} names {name}, which is no file of it)")
     return entries
-
-
-def _inside(folder: Path, name: str) -> bool:
-    """Whether a name of a manifest is that of a regular file below the folder, or of none."""
-    path = folder / name
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return False
-    return places.remote(path) or not path.exists() or (path.is_file() and path.resolve().is_relative_to(folder.resolve()))
 
 
 def verify(folder: Path, only: str = "") -> str | None:

@@ -49,7 +49,10 @@ def place(name: str | Path) -> Path:
     if isinstance(name, PurePath):
         return name
     if "://" not in name:
-        return _home(Path(name)) if name.startswith("~") else Path(name)
+        try:
+            return Path(name).expanduser()  # for a shell leaves a ~ alone behind "--run="
+        except RuntimeError:
+            raise UserError(f"{name}: the home of that name is not known here; write the path out") from None
     scheme, _, rest = name.partition("://")
     if scheme in ("file", "local"):
         return Path(rest)
@@ -67,14 +70,6 @@ def place(name: str | Path) -> Path:
             why = f"{scheme}:// is unknown to fsspec: give a folder, s3://BUCKET/..., gs://..."
         raise UserError(f"{path}: {why}") from None
     return path
-
-
-def _home(path: Path) -> Path:
-    """A path that begins with ~, which a shell leaves alone behind "--run="."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: the home of that name is not known here; write the path out") from None
 
 
 def remote(path: PurePath) -> "TypeGuard[Remote]":
