@@ -122,7 +122,7 @@ def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | No
     return fault
 
 
-def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) -> None:
+def prune(run: Path, keep: int, keep_every: int, last: int) -> None:
     """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none) and the best.
 
     Those beyond the step `last` were passed over as damaged when the run went on: they neither count nor are deleted. What
@@ -133,7 +133,7 @@ def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) ->
     spared, left = best(run), keep
     for folder in reversed(step_dirs(run)):
         step = step_of(folder)
-        if last is not None and step > last:
+        if step > last:
             continue
         if left:
             left -= (folder / MANIFEST).exists()

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, TypeVar, cast
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 
 PATIENCE = float(os.environ.get("IDDPM_PATIENCE", "60"))  # seconds for which what fails is tried again
 DRIVERS = set("adlfs aiobotocore aiohttp azure botocore fsspec gcsfs google http requests s3fs urllib3".split())
@@ -229,8 +229,7 @@ def _lasting(error: Exception) -> bool | None:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return f"access denied ({text})" if isinstance(error, PermissionError) else text
+    return f"access denied ({reason(error)})" if isinstance(error, PermissionError) else reason(error)
 
 
 @functools.cache
@@ -258,9 +257,8 @@ def replace(path: Path, write: Callable[[Any], Any], lasting: bool = True) -> No
     try:
         with open(aside, "wb") as local:
             write(local)
-            if lasting:
-                local.flush()
-                os.fsync(local.fileno())
+        if lasting:
+            flush(aside)
         os.replace(aside, path)
         if lasting:
             flush(path.parent)
@@ -289,10 +287,8 @@ def lock(handle: int) -> bool:
     """Whether an open local file or folder is now this process's alone, until it is closed; True where there are no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # its file system knows none
-        pass
+    except OSError as e:
+        return not isinstance(e, BlockingIOError)  # or else its file system knows none
     return True
 
 
