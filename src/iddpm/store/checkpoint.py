@@ -159,16 +159,12 @@ class Folder:
         """
         before = self.settle(wait=True)
         draft = Draft(self.run, config, state, in_parts=any(map(shard.is_sharded, tensors.values())))
-        error: BaseException | None = None
-        if processes.rank() == 0:
-            try:
-                storage.fresh(draft.folder)
-            except (OSError, UserError) as e:
-                error = e
-        self._raise(draft, error)  # and no process writes before the folder is there
         groups = shards.stage(tensors, self._buffers if self.background else None)
 
         def work() -> dict[str, Entry]:  # in which no process waits for another
+            if groups:
+                draft.folder.parent.mkdir(exist_ok=True)  # not its run: one that was renamed would begin anew under its old name
+                draft.folder.mkdir(exist_ok=True)
             entries = shards.write(draft.folder, groups, processes.rank() if draft.in_parts else None, draft.about)
             groups.clear()
             if not draft.in_parts:  # the first process has written all
@@ -193,8 +189,7 @@ class Folder:
             if done < processes.world():
                 return None
             if failed:
-                self._draft = None
-                self._raise(draft, error)
+                raise self._fault(draft, error)
             if not draft.in_parts:
                 self._draft = None
                 return draft.final
@@ -220,21 +215,19 @@ class Folder:
             storage.name_best(self.run, draft.state["best"])
         storage.prune(self.run, self.keep, self.keep_every, draft.state["step"])
 
-    def _raise(self, draft: Draft, error: BaseException | None) -> None:
-        """What went wrong on any process, on all of them: UserError where a storage failed. Nothing of the draft is left."""
-        told = reason(error) if error else ""
+    def _fault(self, draft: Draft, error: BaseException | None) -> BaseException:
+        """What went wrong on any process, for all of them: UserError where a storage failed. Nothing of the draft is left."""
+        self._draft, told = None, reason(error) if error else ""
         if isinstance(error, FileNotFoundError) and not places.remote(self.run) and not self.run.exists():
             told = f"{self.run} is no longer there; if it was renamed, go on with --run and its new name"
         reasons = processes.every(told)
-        if not any(reasons):
-            return
         if processes.rank() == 0 and not isinstance(error, places.Unreachable):  # what is left there has no manifest
             storage.discard(draft.folder)
         if error and not isinstance(error, (OSError, UserError)):
-            raise error
+            return error
         why = next(f"{text} (rank {k})" if len(reasons) > 1 else text for k, text in enumerate(reasons) if text)
         before = "; the checkpoint before it is whole" if storage.step_dirs(self.run) else ""
-        raise UserError(f"{draft.final} could not be written: {why}{before}")
+        return UserError(f"{draft.final} could not be written: {why}{before}")
 
 
 # ---- reading

@@ -144,29 +144,17 @@ def prune(run: Path, keep: int, keep_every: int, last: int) -> None:
 # ---- writing
 
 
-def fresh(folder: Path) -> None:
-    """An empty folder in the place of what a crash may have left there; OSError where its run is no longer there."""
-    _delete(folder)
-    if not places.remote(folder):
-        folder.parent.mkdir(exist_ok=True)  # not its run: one that was renamed would begin anew under its old name
-        folder.mkdir()
-
-
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there and can be deleted."""
+    """Delete a folder, if it is there and can be deleted; of a link, the link alone.
+
+    Its manifest goes first: a deletion cut short must not look like damage.
+    """
     with contextlib.suppress(OSError, UserError):
-        _delete(folder)
-
-
-def _delete(folder: Path) -> None:
-    """Its manifest goes first: a deletion cut short must not look like damage. Of a link, the link alone goes."""
-    if not places.remote(folder) and folder.is_symlink():
-        folder.unlink()
-        return
-    with contextlib.suppress(FileNotFoundError):
-        (folder / MANIFEST).unlink()
-    with contextlib.suppress(FileNotFoundError):
-        folder.rmtree() if places.remote(folder) else shutil.rmtree(folder)
+        if not places.remote(folder) and folder.is_symlink():
+            folder.unlink()
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            folder.rmtree() if places.remote(folder) else shutil.rmtree(folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Entry:
