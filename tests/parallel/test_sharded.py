@@ -91,7 +91,7 @@ def assert_restored(config: Config, run: Path) -> None:
     held, _ = checkpoint.Folder(run).newest()
     state = TrainState(config, torch.device("cpu"))
     state.restore(held, config)
-    ours, stored = state.to_saved(), checkpoint.load(held.folder)
+    ours, stored = state.to_saved(), checkpoint.load(checkpoint.newest(run)[0])
     assert ours.state == stored.state
     assert ours.tensors().keys() == stored.tensors().keys()
     for name, tensor in stored.tensors().items():

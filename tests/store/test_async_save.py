@@ -108,31 +108,35 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path):
         "half": torch.arange(5).bfloat16(), "wide": torch.arange(3), "odd": torch.tensor([True, False, True]),
         "steps": torch.arange(12.0).double().reshape(3, 4).T,
     }  # fmt: skip
-    entry = storage.write_tensors(tmp_path / "a.safetensors", made, {"who": "me"}, made.__getitem__)
+    entry = storage.write_tensors(tmp_path / "a.safetensors", made, {"who": "me"})
     assert entry == storage.Entry((tmp_path / "a.safetensors").stat().st_size, storage.sha256(tmp_path / "a.safetensors"))
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == made.keys()
     assert all(read[k].dtype == t.dtype and torch.equal(read[k], t) for k, t in made.items())
-    assert storage.read_header(tmp_path / "a.safetensors")[0] == {"who": "me"}
+    assert storage.metadata(tmp_path / "a.safetensors") == {"who": "me"}
 
 
 def test_parts_in_any_layout_are_read_as_the_whole_and_as_other_parts(tmp_path):
-    whole = torch.arange(35.0).reshape(7, 5)
+    whole, entries = torch.arange(35.0).reshape(7, 5), {}
     for rank, (a, b) in enumerate([(0, 3), (3, 3), (3, 7)]):  # one is empty
-        part = shards.Part("state/x:w", whole[a:b], (a, 0), (7, 5))
-        shards.write(tmp_path, [part], rank, lambda group: {})
-    assert torch.equal(shards.load(tmp_path)["state/x:w"], whole)
-    made, used = shards.assemble(tmp_path, "state/x", {})
-    assert list(made) == ["state/x.safetensors"] and len(used) == 3
-    assert torch.equal(shards.load(tmp_path)["state/x:w"], whole)
+        parts = {"state/x": {"w": shards.Part(whole[a:b], (a, 0), (7, 5))}}
+        entries |= shards.write(tmp_path, parts, rank, lambda group: {})
+    held = shards.tensors(tmp_path, entries)["state/x:w"]
+    assert torch.equal(held[()], whole) and torch.equal(held[2:5, 1:3], whole[2:5, 1:3])
+    made = shards.assemble(tmp_path, entries, "state/x", {})
+    assert list(made) == ["state/x.safetensors"] == [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")]
+    assert torch.equal(shards.tensors(tmp_path, made)["state/x:w"], whole)
+    entries = shards.write(tmp_path, parts, 2, lambda group: {})
+    with pytest.raises(UserError, match="holds but a part of state/x:w"):
+        shards.tensors(tmp_path, entries)
 
 
-def test_what_is_not_there_or_has_another_shape_is_named(tmp_path):
-    shards.write(tmp_path, [shards.Part("weights:w", torch.zeros(2), (0,), (2,))], None, lambda group: {})
-    with pytest.raises(UserError, match="holds no v in weights"):
-        shards.fill(tmp_path, {"weights:v": torch.zeros(2)})
+def test_what_is_not_there_or_has_another_shape_is_named():
+    held = checkpoint.Saved.of({"weights:w": torch.zeros(2)}, {"step": 1})
+    with pytest.raises(UserError, match="step 1 holds no v in weights"):
+        held.fill({"weights:v": torch.zeros(2)})
     with pytest.raises(UserError, match=r"w in weights has the shape \(2,\), not \(3,\)"):
-        shards.fill(tmp_path, {"weights:w": torch.zeros(3)})
+        held.fill({"weights:w": torch.zeros(3)})
 
 
 def test_every_nth_checkpoint_and_the_best_are_kept(config, data, tmp_path):
@@ -154,8 +158,10 @@ def test_a_checkpoint_in_the_layout_before_this_one_is_read(run, config, tmp_pat
     save_file(held.averages[0.99], folder / "weights-ema-0.99.safetensors")
     save_file(held.optimizer, folder / "state" / "optimizer.safetensors")
     (folder / "state" / "state.json").write_text(json.dumps(held.state))
+    files = {p.relative_to(folder).as_posix(): [p.stat().st_size, storage.sha256(p)] for p in folder.rglob("*") if p.is_file()}
+    (folder / "manifest.json").write_text(json.dumps(files))
     state = TrainState(config, CPU)
-    state.restore(checkpoint.Held(folder, held.state), config)
+    state.restore(checkpoint.Folder(tmp_path).newest()[0], config)
     assert all(torch.equal(t, held.tensors()[name]) for name, t in state.to_saved().tensors().items())
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, never trusted blindly, never executable."""
 
+import json
 import pickle
 
 import pytest
@@ -36,6 +37,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(saved, file, damage):
         pytest.skip("the flipped bit lies in white space")
     assert found.name == "step_00000004"
     assert skipped[0].startswith("passed over step_00000006")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "state/../../step_00000004/weights.safetensors"])
+def test_a_manifest_that_names_files_elsewhere_is_no_way_to_them(saved, name):
+    path = saved / "checkpoints" / "step_00000006" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: [0, "0" * 64]}))
+    found, skipped = checkpoint.newest(saved)
+    assert found.name == "step_00000004" and "not to be trusted" in skipped[0]
 
 
 def test_weights_carry_their_config_and_where_they_come_from(run, config):

@@ -63,13 +63,13 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
             while content.read(1 << 22):
                 pass
         file.seek(info.header_offset + 26)  # in the member's own header, the lengths of its name and of what follows that
-        lengths = np.frombuffer(file.read(4), "<u2")
-        file.seek(info.header_offset + 30 + int(lengths.sum()))
+        begin = info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+        file.seek(begin)
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        if dtype.hasobject or fortran or not np.prod(shape):
+        if dtype.hasobject or fortran or not math.prod(shape):
             return None
-        if math.prod(shape) * dtype.itemsize > info.header_offset + 30 + int(lengths.sum()) + info.file_size - file.tell():
+        if math.prod(shape) * dtype.itemsize > begin + info.file_size - file.tell():
             raise ValueError("it holds less than its header says")
         return np.memmap(path, dtype, "r", file.tell(), shape)

@@ -11,8 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from iddpm.errors import UserError, reason
-from iddpm.store.remote import opened, remote
+from iddpm.errors import UserError, readable
 
 with contextlib.suppress(ImportError):  # the extra [heic]
     import pillow_heif
@@ -44,32 +43,27 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Callable[[str], ob
 
     Transparency is laid over white unless 4 channels are asked for. 16-bit grey is scaled to 0..255; float grey may span 0..1 or
     0..255. `say` is told what was taken otherwise than it lies there. Raises UserError when the file cannot be read or its range
-    is unclear; Unreachable where its storage gives no answer, which says nothing about the file.
+    is unclear.
     """
     if channels not in MODES:
         raise UserError(f"{channels} channels are not supported: use 1 (grey), 3 (RGB) or 4 (RGBA)")
-    file = opened(source) if isinstance(source, PurePath) and remote(source) else source
-    try:
-        with opened_image(file) as image:
-            if image.mode == "RGB" and ";16" in str(getattr(image, "tile", "")):
-                say("colours of 16 bits cut to 8")
-            if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's previews are no frames
-                say("the first of several frames")
-            with _large if math.prod(image.size) > LARGE else contextlib.nullcontext():
-                image.load()
-                return _convert(_upright(image), MODES[channels], say)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        # whose text repeats the path
-        why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
-        name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
-        raise UserError(f"{name} is not a readable image ({why}): repair or remove it") from error
+    name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
+    with readable(name, "is not a readable image"), opened_image(source) as image:
+        if image.mode == "RGB" and ";16" in str(getattr(image, "tile", "")):
+            say("colours of 16 bits cut to 8")
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's previews are no frames
+            say("the first of several frames")
+        with _large if math.prod(image.size) > LARGE else contextlib.nullcontext():
+            image.load()
+            return _convert(_upright(image), MODES[channels], say)
 
 
 def opened_image(file: str | Path | BinaryIO) -> Image.Image:
-    """A file of one of our formats, whose pixels are yet to be read; ValueError where it claims too many."""
-    image = Image.open(file, formats=list(ENDINGS))
+    """A file of one of our formats, whose pixels are yet to be read; ValueError where it is none, or claims too many."""
+    try:
+        image = Image.open(file, formats=list(ENDINGS))
+    except UnidentifiedImageError:  # whose text repeats the path
+        raise ValueError("of no known format") from None
     if (pixels := math.prod(image.size)) > PIXELS:
         image.close()
         raise ValueError(f"{pixels / 1e6:.0f} million pixels, the most are {PIXELS / 1e6:.0f}")
@@ -134,9 +128,7 @@ def _in_srgb(image: Image.Image, profile: bytes, say: Callable[[str], object]) -
     """The image in sRGB; as it is where its colour profile is that, or cannot be used."""
     try:
         held = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if image.mode == "P":
-            image = image.convert("RGB")
-        if image.mode == "L" and held.profile.xcolor_space.strip() == "RGB":
+        if image.mode == "P" or (image.mode == "L" and held.profile.xcolor_space.strip() == "RGB"):
             image = image.convert("RGB")
         turn = ImageCms.buildTransform(held, SRGB, image.mode, "RGB")
         if image.mode == "RGB":  # sRGB has many names, and going through it would cost a rounding

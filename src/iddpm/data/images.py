@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -80,11 +81,9 @@ class Images:
         found, data.rule = label(source, labels, classes)
         if found:
             data.labels, data.classes = number(found, classes)
-        height, width = image_size
-        if len(data) * channels * height * width <= cache_bytes:
-            data._fill()
-        if on_broken == "leave":
-            data._leave_out()
+        keep = len(data) * channels * math.prod(image_size) <= cache_bytes
+        if keep or on_broken == "leave":
+            data._decode_all(keep)
         return data
 
     def __len__(self) -> int:
@@ -173,40 +172,41 @@ class Images:
             for block in pool.map(lambda wanted: [self._load(k) for k in wanted], blocks):
                 yield from block
 
-    def _fill(self) -> None:
-        cache = np.empty((len(self), self.channels, *self.image_size), np.uint8)
+    def _decode_all(self, keep: bool) -> None:
+        """Decode all images, to keep them or only to know the broken ones: others stand in for these, or they are left out."""
+        cache = np.empty((len(self) if keep else 0, self.channels, *self.image_size), np.uint8)
         quiet = None if len(self) > PROGRESS_FROM else True  # None: a bar on a terminal only
         with closing(self._read(range(len(self)))) as read:  # so that an error stops the threads at once
             for index, pixels in enumerate(tqdm(read, "images", len(self), disable=quiet)):
                 if isinstance(pixels, UserError):
                     self._note(index, pixels)
-                else:
+                elif keep:
                     cache[index] = pixels
-        self._cache = cache
-        bad = np.flatnonzero(self._bad).tolist()
-        if bad and self.on_broken == "skip":
-            for index in bad:
+        self._cache = cache if keep else None
+        if not self._bad.any():
+            return
+        counts = f"{len(self.broken)} of {len(self)}"
+        if self.on_broken == "leave":
+            self._leave_out()
+            how = "files are broken and left out"
+        else:
+            for index in np.flatnonzero(self._bad).tolist():
                 cache[index] = cache[self._find_stand_in(index)]
-            counts = f"{len(bad)} of {len(self)} images are broken and others stand in"
-            warnings.warn(f"{counts}; the first: {self.broken[0][1]}", stacklevel=3)
+            how = "images are broken and others stand in"
+        warnings.warn(f"{counts} {how}; the first: {self.broken[0][1]}", stacklevel=3)
 
     def _leave_out(self) -> None:
-        """Forget the broken files, of which nothing can be measured; where nothing is kept this costs one decoding of all."""
-        if self._cache is None:
-            for index, pixels in enumerate(self._read(range(len(self)))):
-                if isinstance(pixels, UserError):
-                    self._note(index, pixels)
+        """Forget the broken files, of which nothing can be measured."""
         kept = np.flatnonzero(~self._bad)
         if not len(kept):
-            raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
-        if len(kept) == len(self):
-            return
-        warnings.warn(f"{len(self) - len(kept)} of {len(self)} files are broken and left out; the first: {self.broken[0][1]}")
-        self.names = [self.names[k] for k in kept]
-        self.files = [self.files[k] for k in kept]
+            raise self._none()
+        self.names, self.files = [self.names[k] for k in kept], [self.files[k] for k in kept]
         self.labels = None if self.labels is None else self.labels[kept]
         self._cache = None if self._cache is None else self._cache[kept]
         self._bad = self._bad[kept]
+
+    def _none(self) -> UserError:
+        return UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
 
     def _replace(self, index: int, error: UserError) -> np.ndarray:
         if index not in self._stand_in:  # else met before in this very batch
@@ -235,4 +235,4 @@ class Images:
                     self.labels[index] = self.labels[k]
                 return k
             self._bad[k] = True  # noted when it is asked for itself
-        raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
+        raise self._none()

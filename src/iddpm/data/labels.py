@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -168,16 +167,12 @@ def from_prefix_or_folder(source: Source, below: str) -> Found:
 
 def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as int64 (N,) ranks among `classes`, or among their own sorted values; and the class names."""
-    counts = Counter(found)
-    if classes:
-        known = tuple(classes)
-    elif all(isinstance(value, int) for value in counts):
-        known = tuple(str(value) for value in sorted(counts, key=int))
-    else:
-        known = tuple(sorted({str(value) for value in counts}))
+    distinct = set(found)
+    kind = int if all(isinstance(value, int) for value in distinct) else str
+    known = tuple(classes or dict.fromkeys(map(str, sorted(distinct, key=kind))))  # 1 and "1" are one
     rank = {normalize("NFC", name): index for index, name in enumerate(known)}
     rank |= {name: index for index, name in enumerate(known)}
-    own = {value: str(value) if str(value) in rank else normalize("NFC", str(value)) for value in counts}
+    own = {value: str(value) if str(value) in rank else normalize("NFC", str(value)) for value in distinct}
     if unknown := sorted(set(own.values()) - set(rank)):
         shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise UserError(f"class {unknown[0]!r} is not among the run's classes ({shown}): rename or remove it")

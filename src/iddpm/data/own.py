@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from iddpm.data.decode import prepare
+from iddpm.data.decode import MODES, prepare
 from iddpm.errors import UserError
 
 
@@ -58,16 +58,15 @@ class Own:
 
     def identity(self) -> dict[str, str]:
         """What tells it from another, part by part, as `Images.identity`: the length, the first image, the labels."""
-        parts = dict(
-            contents=self._pixels(0, self.data[0]).tobytes(), labels=b"" if self.labels is None else self.labels.tobytes()
-        )
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        parts = dict(contents=self._pixels(0, self.data[0]).tobytes(), labels=labels)
         return {"count": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
 
     def _pixels(self, k: int, item: Any) -> np.ndarray:
         """An image as (C, H, W) uint8 of the run's size; one of another size is scaled and cropped as files are."""
         image = item[0] if isinstance(item, (tuple, list)) else item
         if isinstance(image, Image.Image):
-            return prepare(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[self.channels]), *self.image_size)
+            return prepare(image.convert(MODES[self.channels]), *self.image_size)
         array = np.asarray(image)
         if array.dtype.kind == "f":
             if not (array.ndim == 3 and np.isfinite(array).all() and abs(array).max() <= 1.001):

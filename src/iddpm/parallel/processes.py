@@ -16,7 +16,6 @@ from iddpm.errors import UserError
 
 T = TypeVar("T")
 LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpiexec", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}  # and how they count
-
 TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
@@ -35,7 +34,8 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
     """
     device = own_device(device)
     if "RANK" not in os.environ or dist.is_initialized():
-        _refuse_to_be_alone()
+        if "RANK" not in os.environ:
+            _refuse_to_be_alone()
         yield device
         return
     if absent := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -43,11 +43,11 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=1.2 * timeout + 20)
+    joining: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         k, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=_meet(k, n, patience), rank=k, world_size=n, timeout=patience)
-    else:
-        dist.init_process_group(backend, timeout=patience)
+        joining = dict(store=_meet(k, n, patience), rank=k, world_size=n)
+    dist.init_process_group(backend, timeout=patience, **joining)
     try:
         yield device
     finally:
@@ -57,7 +57,7 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
 def _refuse_to_be_alone() -> None:
     """UserError where another launcher started several processes: each would be alone, and write the others' files."""
     for name, launcher in LAUNCHERS.items():
-        if "RANK" not in os.environ and (size := int(os.environ.get(name, 1))) > 1:
+        if (size := int(os.environ.get(name, 1))) > 1:
             raise UserError(
                 f"{launcher} started {size} processes that do not know of each other: start them by torchrun --nproc-per-node "
                 f"{size} -m -- iddpm ..., or, if each is to be alone, unset {name}"
@@ -139,9 +139,9 @@ def parts(n: int, size: int) -> list[slice]:
 
 def count(*values: bool) -> list[int]:
     """On how many processes each is true."""
-    flags = torch.tensor([float(value) for value in values])
+    flags = torch.tensor(values, dtype=torch.int64)
     sum_(flags)
-    return [int(n) for n in flags.tolist()]
+    return cast(list[int], flags.tolist())
 
 
 def every(value: Any) -> list[Any]:
@@ -176,32 +176,25 @@ def gather(rows: Tensor) -> Tensor:
     """The rows (n, ...) of every process, in the order of their ranks; n may differ."""
     if world() == 1:
         return rows
-    counts = torch.zeros(world(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
-    dist.all_reduce(counts)
-    longest = int(counts.max())
-    padded = rows.new_zeros(longest, *rows.shape[1:])
+    counts = every(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world())]
+    parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist())])
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
 
 
 def same(value: Any) -> Any:
     """Rank 0's value (anything JSON can hold), on every process."""
-    if world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    return every(value)[0]
+
+
+def of_first(work: Callable[[], T]) -> T:
+    """What work() gives (anything JSON can hold) on rank 0, on every process; a UserError of it too."""
+    return cast(T, same(together(lambda: work() if rank() == 0 else None)))
 
 
 def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         dist.barrier()
-
-
-def store() -> Any:
-    """The key-value store through which the processes met; None with one process."""
-    return dist.distributed_c10d._get_default_store() if world() > 1 else None

@@ -1,7 +1,7 @@
 """Networks on several processes: gradients averaged (DDP), or weights shared out (FSDP2)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +49,8 @@ def spread(net: nn.Module, shard: int = 0) -> nn.Module:
 
     assert processes.world() % size == 0, (processes.world(), size)
     kind = "cpu" if device.type == "meta" else device.type  # a network that is only planned is on no device
-    if size == processes.world():
-        mesh = dist.init_device_mesh(kind, (size,))
-    else:
-        mesh = dist.init_device_mesh(kind, (processes.world() // size, size), mesh_dim_names=("replicate", "shard"))
+    shape = (size,) if size == processes.world() else (processes.world() // size, size)
+    mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for stage in stages(net):
         fully_shard(stage, mesh=mesh)
     fully_shard(net, mesh=mesh)
@@ -77,16 +75,13 @@ def _sharded(net: nn.Module) -> list[Any]:
 @contextmanager
 def unsynchronised(net: nn.Module) -> Iterator[None]:
     """While it lasts, gradients of a `parallel` network stay this process's own: for all microbatches but the last."""
-    if isinstance(net, nn.parallel.DistributedDataParallel):
-        with net.no_sync():
-            yield
-        return
     roots = _sharded(net)[:1]
-    for root in roots:
-        root.set_requires_gradient_sync(False)
-    yield
-    for root in roots:
-        root.set_requires_gradient_sync(True)
+    with net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext():
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+        yield
+        for root in roots:
+            root.set_requires_gradient_sync(True)
 
 
 @contextmanager
@@ -131,23 +126,17 @@ def placed(tensor: Tensor) -> Placed:
     """This process's part of a tensor, and where it lies; of one that is not sharded, each process holds all."""
     if not is_sharded(tensor):
         return Placed(tensor, (0,) * tensor.dim(), processes.rank() == 0)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints use it
+
     sharded: Any = tensor  # a DTensor
-    own, offset, size, leads = sharded.to_local(), [0] * tensor.dim(), list(tensor.shape), True
     mesh, placements = sharded.device_mesh, sharded.placements
-    for k, n, placement in zip(mesh.get_coordinate(), mesh.shape, placements):
-        if placement.is_replicate():
-            leads = leads and k == 0
-            continue
-        d = placement.dim
-        longest = -(-size[d] // n)  # as torch.chunk cuts: the last may be shorter, or empty
-        begin = min(k * longest, size[d])
-        offset[d], size[d] = offset[d] + begin, min(longest, size[d] - begin)
-    assert tuple(own.shape) == tuple(size), (own.shape, size, placements)
-    return Placed(own, tuple(offset), leads)
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    leads = all(k == 0 for k, placement in zip(mesh.get_coordinate(), placements) if placement.is_replicate())
+    return Placed(sharded.to_local(), tuple(offset), leads)
 
 
 @torch.no_grad()
-def put(source: Tensor, target: Tensor) -> None:
-    """Write all of a tensor, known to every process, into one that may be sharded."""
+def put(source: Any, target: Tensor) -> None:
+    """Write all of a tensor, or of what is sliced as one, into one that may be sharded: each process what it holds."""
     own, offset, _ = placed(target)
     own.copy_(source[tuple(slice(a, a + n) for a, n in zip(offset, own.shape))])

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+
 from iddpm.parallel import processes
 
 Tell = Callable[[int, str], None]
+Sign = dict[str, Any]  # of life: how many there were, and what the process was at
 
 
 @contextmanager
@@ -24,11 +27,10 @@ def watch(timeout: float) -> Iterator[Tell]:
     once, with code 1: one that gives no sign at all, else the one that has made the fewest calls. Nothing milder ends a
     collective operation that waits for a process in vain.
     """
-    store = processes.store()
-    if store is None:
+    if processes.world() == 1:
         yield lambda step, doing: None
         return
-    watcher = _Watcher(store, timeout)
+    watcher = _Watcher(timeout)
     watcher.start()
     try:
         yield watcher.tell
@@ -38,13 +40,11 @@ def watch(timeout: float) -> Iterator[Tell]:
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, store: Any, timeout: float):
+    def __init__(self, timeout: float):
         super().__init__(name="watch", daemon=True)
-        self.store, self.timeout = store, timeout
-        self.ended = threading.Event()
-        self.told = time.monotonic()
-        here = dict(host=socket.gethostname(), pid=os.getpid())
-        self.sign: dict[str, Any] = dict(beats=0, calls=0, step=0, doing="starting", **here)
+        self.store: Any = dist.distributed_c10d._get_default_store()
+        self.timeout, self.ended, self.told = timeout, threading.Event(), time.monotonic()
+        self.sign: Sign = dict(beats=0, calls=0, step=0, doing="starting", host=socket.gethostname(), pid=os.getpid())
 
     def tell(self, step: int, doing: str) -> None:
         self.told = time.monotonic()
@@ -64,7 +64,7 @@ class _Watcher(threading.Thread):
         self.sign["beats"] += 1
         self.store.set(f"watch/{processes.rank()}", json.dumps(self.sign))
 
-    def _signs(self) -> dict[int, dict[str, Any]]:
+    def _signs(self) -> dict[int, Sign]:
         keys = [f"watch/{k}" for k in range(processes.world())]
         return {k: json.loads(self.store.get(key)) for k, key in enumerate(keys) if self.store.check([key])}
 
@@ -83,16 +83,12 @@ class _Watcher(threading.Thread):
         os._exit(1)
 
 
-def _guilty(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], world: int) -> tuple[dict[int, str], str]:
+def _guilty(before: dict[int, Sign], now: dict[int, Sign], world: int) -> tuple[dict[int, str], str]:
     """The processes to blame, what is known of each, and what they did, from two looks at the signs."""
-
-    def text(k: int) -> str:
-        sign = now.get(k)
-        return f"process {sign['pid']} on {sign['host']}, at step {sign['step']}, {sign['doing']}" if sign else "never seen"
-
+    known = {k: "process {pid} on {host}, at step {step}, {doing}".format_map(sign) for k, sign in now.items()}
     silent = [k for k in range(world) if k not in now or now[k]["beats"] == before.get(k, {}).get("beats")]
     if silent:
-        return {k: text(k) for k in silent}, "which gives no sign of life"
+        return {k: known.get(k, "never seen") for k in silent}, "which gives no sign of life"
     fewest = min(sign["calls"] for sign in now.values())
-    behind = [k for k in now if now[k]["calls"] == fewest]
-    return {k: text(k) for k in behind}, "which does not go on" if len(behind) < world else "which all wait in the same place"
+    behind = {k: known[k] for k in now if now[k]["calls"] == fewest}
+    return behind, "which does not go on" if len(behind) < world else "which all wait in the same place"

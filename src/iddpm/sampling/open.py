@@ -61,7 +61,7 @@ def digest_of(weights: Weights) -> str:
 
 @cache
 def _digest_as_of(weights: Path, modified: float | None) -> str:
-    return sha256(fetch(weights) or weights)
+    return sha256(fetch(weights))
 
 
 def _step(run: Path, which: Which) -> int | None:

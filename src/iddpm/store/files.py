@@ -9,7 +9,6 @@ reader compares the digests of what it fetches.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +17,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import torch
-from torch import Tensor
 
-from iddpm.errors import UserError, readable, reason
+from iddpm.errors import UserError, reason
 from iddpm.records import Count, Digest, decode, fits
 from iddpm.store import log
 from iddpm.store import remote as places
@@ -30,17 +28,17 @@ STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
 BEST = "best.json"
 MOST = 100 << 20  # bytes of a header, as in safetensors: what says more is no such file
-DTYPES = {  # by their names in safetensors
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+NAMES = {  # of types, in safetensors
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
 class Entry(NamedTuple):
     """What the manifest knows of a file: its size in bytes and the sha256 of its content."""
 
-    size: int
-    digest: str
+    size: Count
+    digest: Digest
 
 
 class Best(NamedTuple):
@@ -63,13 +61,6 @@ class BestRecord(TypedDict):
 
 class _Named(TypedDict):
     step: Count
-
-
-class Listed(NamedTuple):
-    """An `Entry` as the manifest has it."""
-
-    size: Count
-    digest: Digest
 
 
 # ---- where checkpoints lie
@@ -131,7 +122,7 @@ def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | No
     return fault
 
 
-def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) -> None:
+def prune(run: Path, keep: int, keep_every: int, last: int) -> None:
     """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none) and the best.
 
     Those beyond the step `last` were passed over as damaged when the run went on: they neither count nor are deleted. What
@@ -142,7 +133,7 @@ def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) ->
     spared, left = best(run), keep
     for folder in reversed(step_dirs(run)):
         step = step_of(folder)
-        if last is not None and step > last:
+        if step > last:
             continue
         if left:
             left -= (folder / MANIFEST).exists()
@@ -153,58 +144,39 @@ def prune(run: Path, keep: int, keep_every: int = 0, last: int | None = None) ->
 # ---- writing
 
 
-def fresh(folder: Path) -> None:
-    """An empty folder in the place of what a crash may have left there; OSError where its run is no longer there."""
-    _delete(folder)
-    if not places.remote(folder):
-        folder.parent.mkdir(exist_ok=True)  # not its run: one that was renamed would begin anew under its old name
-        folder.mkdir()
-
-
-def sweep(run: Path) -> None:
-    """Delete what saves that a crash cut short have left of themselves."""
-    for left in (run / "checkpoints").glob(".step_*"):
-        discard(left)
-
-
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there and can be deleted."""
-    with contextlib.suppress(OSError, UserError):
-        _delete(folder)
+    """Delete a folder, if it is there and can be deleted; of a link, the link alone.
 
-
-def _delete(folder: Path) -> None:
-    """Its manifest goes first: a deletion cut short must not look like damage. Of a link, the link alone goes."""
-    if not places.remote(folder) and folder.is_symlink():
-        folder.unlink()
-        return
-    with contextlib.suppress(FileNotFoundError):
-        (folder / MANIFEST).unlink()
-    with contextlib.suppress(FileNotFoundError):
-        folder.rmtree() if places.remote(folder) else shutil.rmtree(folder)
-
-
-def write_tensors(path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str], get: Callable[[str], Tensor]) -> Entry:
-    """Write a .safetensors file of the shapes and types of `like`, whose contents get(name) gives one at a time, on the CPU.
-
-    It is hashed on the way, flushed, and read back; OSError where it cannot be written or reads back differently.
+    Its manifest goes first: a deletion cut short must not look like damage.
     """
-    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # aligned, as the format wants it
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    with contextlib.suppress(OSError, UserError):
+        if not places.remote(folder) and folder.is_symlink():
+            folder.unlink()
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            folder.rmtree() if places.remote(folder) else shutil.rmtree(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Entry:
+    """Write tensors as a .safetensors file; those that are read when they are used, as tensor[()] on the CPU, one at a time.
+
+    OSError where it cannot be written or reads back differently.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # aligned, as the format wants it
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
-        begin, end = end, end + like[name].numel() * like[name].element_size()
-        header[name] = {"dtype": kinds[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [begin, end]}
+        tensor = tensors[name]
+        begin, end = end, end + tensor.shape.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
     def blocks() -> Iterator[memoryview | bytes]:
-        yield len(text).to_bytes(8, "little")
-        yield text
+        yield len(text).to_bytes(8, "little") + text
         for name in names:
-            if like[name].numel():
-                yield get(name).detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if tensors[name].shape.numel():
+                yield tensors[name][()].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     return _write(path, blocks)
 
@@ -215,27 +187,25 @@ def write_text(path: Path, text: str) -> Entry:
 
 
 def _write(path: Path, blocks: Callable[[], Iterator[memoryview | bytes]]) -> Entry:
-    entry = Entry(0, "")
+    """Write a file in blocks, which each try asks for anew, hashed on the way."""
+    digest, size = hashlib.sha256(), 0
 
     def measured() -> Iterator[memoryview | bytes]:
-        nonlocal entry
+        nonlocal digest, size
         digest, size = hashlib.sha256(), 0
         for block in blocks():
             digest.update(block)
             size += len(block)
             yield block
-        entry = Entry(size, digest.hexdigest())
 
     if places.remote(path):
         path.stream(measured)
     else:
         path.parent.mkdir(exist_ok=True)
-        with open(path, "wb", buffering=0) as file:
-            for block in measured():
-                rest = memoryview(block)
-                while rest:
-                    rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
+        with open(path, "wb") as file:
+            file.writelines(measured())
+        flush(path)
+    entry = Entry(size, digest.hexdigest())
     if places.size(path) != entry.size or (not places.remote(path) and sha256(path) != entry.digest):
         raise OSError(f"{path} reads back differently from what was written")
     return entry
@@ -257,80 +227,64 @@ def commit(folder: Path, final: Path, entries: Mapping[str, Entry]) -> None:
 # ---- reading
 
 
+def manifest(folder: Path) -> dict[str, Entry]:
+    """The files of a checkpoint; UserError where it names others, FileNotFoundError where there is none."""
+    entries = decode((folder / MANIFEST).read_bytes(), dict[str, Entry], MANIFEST)
+    for name in entries:
+        path = folder / name
+        own = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        if own and not places.remote(path) and path.exists():
+            own = path.is_file() and path.resolve().is_relative_to(folder.resolve())
+        if not own:
+            raise UserError(f"not to be trusted ({MANIFEST} names {name}, which is no file of it)")
+    return entries
+
+
 def verify(folder: Path, only: str = "") -> str | None:
     """What is wrong with a checkpoint, or None. Of a remote one, all sizes are compared, and the content of `only` this file.
 
-    What was compared of a remote one has then been fetched, and is read from this machine until `places.forget`.
+    What was compared of a remote one has then been fetched.
     """
     try:
-        manifest = decode((folder / MANIFEST).read_bytes(), dict[str, Listed], MANIFEST)
-        for name, entry in manifest.items():
-            if not _inside(folder, name):
-                return f"not to be trusted ({MANIFEST} names {name}, which is no file of it)"
-            size = places.size(folder / name)
+        for name, entry in manifest(folder).items():
+            path = folder / name
+            size = places.size(path)
             if size is None:
                 return f"incomplete ({name} is missing)"
-            if places.remote(folder):
-                whole = size == entry.size and (only not in ("", name) or places.fetch(folder / name, entry.digest))
-            else:
-                whole = entry == (size, sha256(folder / name) if size == entry.size else "")
-            if not whole:
+            compared = not places.remote(folder) or only in ("", name)
+            if size != entry.size or (compared and sha256(places.fetch(path, entry.digest)) != entry.digest):
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"incomplete (it has no {MANIFEST}: its saving was cut short)"
+    except places.Damaged:
+        return f"{name} is damaged"
     except places.Unreachable:  # no answer says nothing about the checkpoint
         raise
-    except (OSError, UserError) as e:
+    except UserError as e:
+        return str(e)
+    except OSError as e:
         return f"incomplete ({reason(e)})"
     return None
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Whether a name of a manifest is that of a regular file below the folder, or of none."""
-    path = folder / name
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return False
-    return places.remote(path) or not path.exists() or (path.is_file() and path.resolve().is_relative_to(folder.resolve()))
+def open_tensors(path: Path, digest: str = "") -> safetensors.safe_open:
+    """A .safetensors file, whose tensors are read when they are used; a remote one's copy takes room until the last is gone.
 
-
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What a .safetensors file says of its content: metadata, and the tensors' shapes and types, as tensors without content.
-
-    OSError or UserError where it has none.
+    `Damaged` where a remote one's sha256 is not `digest`; what safetensors raises for what is no such file.
     """
-    if places.remote(path):
-        length = int.from_bytes(path.read_bytes(0, 8), "little")
-        header = path.read_bytes(8, 8 + length) if length < MOST else b""
-    else:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length < MOST else b""
-    with readable(path, "is damaged, or no .safetensors file", "bring it back from a copy, or delete it"):
-        tensors = decode(header, dict[str, dict[str, Any]], path)
-        metadata = fits(tensors.pop("__metadata__", {}), dict[str, str])
-        known = {name: fits(about, Stored) for name, about in tensors.items()}
-        return metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in known.items()}
+    file = places.fetch(path, digest)
+    try:
+        return safetensors.safe_open(file, framework="pt")
+    finally:
+        if places.remote(path):
+            file.unlink()
 
 
-class Stored(TypedDict):
-    """A tensor in the header of a .safetensors file."""
-
-    dtype: str
-    shape: list[Count]
-
-
-class Reader(contextlib.ExitStack):
-    """Reads windows of tensors from .safetensors files, a copy of a remote one, that stay open while it lasts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[Path, safetensors.safe_open] = {}
-
-    def read(self, path: Path, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """The window of a tensor that begins at `offset` and has the shape `size`."""
-        with readable(path, "is damaged", "bring it back from a copy, or delete it"):
-            if path not in self.files:
-                self.files[path] = self.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
-            if not size:
-                return self.files[path].get_tensor(name)
-            return self.files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]
+def metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself; of a remote one, no more is fetched. What is raised, as in `open_tensors`."""
+    if not places.remote(path):
+        return open_tensors(path).metadata() or {}
+    length = int.from_bytes(path.read_bytes(0, 8), "little")
+    header = decode(path.read_bytes(8, 8 + length) if length < MOST else b"", dict[str, Any], path)
+    found: dict[str, str] = fits(header.get("__metadata__", {}), dict[str, str])
+    return found

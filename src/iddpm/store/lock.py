@@ -53,20 +53,21 @@ def held(run: Path, say: Say = print) -> Iterator[None]:
     That of a process that is gone from this host, or of one on another host that gave no sign for two minutes, is taken
     over, and `say` says so.
     """
-    path, mine, fault = run / ".lock", _me(), ""
+    path, mine = run / ".lock", _me()
     with contextlib.ExitStack() as stack:
-        if processes.rank() == 0:
+
+        def take() -> None:
             run.mkdir(parents=True, exist_ok=True)
-            try:
-                if places.remote(path):
-                    mine |= {"boot": _boot(), "token": secrets.token_hex(8)}  # machines share a storage, and some their names
-                    _take_remote(path, mine, say)
-                else:
-                    stack.callback(os.close, _take_local(path, mine, say))
-            except UserError as e:
-                fault = str(e)
-        if fault := processes.same(fault):
-            raise UserError(fault)
+            if places.remote(path):
+                mine.update(boot=_boot(), token=secrets.token_hex(8))  # machines share a storage, and some their names
+                holder = _take_remote(path, mine)
+            else:
+                holder, handle = _take_local(path, mine)
+                stack.callback(os.close, handle)
+            if holder:
+                say(f"took over {run} from {_name(holder)}, which is gone")
+
+        processes.of_first(take)
         if processes.rank() == 0:
             stack.callback(_release, path, mine)
             ended = threading.Event()
@@ -75,8 +76,8 @@ def held(run: Path, say: Say = print) -> Iterator[None]:
         yield
 
 
-def _take_local(path: Path, mine: Record, say: Say) -> int:
-    """The handle of RUN/.lock with this process's record in it, locked while it is open."""
+def _take_local(path: Path, mine: Record) -> tuple[Record, int]:
+    """Who held it before, and the handle of RUN/.lock with this process's record in it, locked while it is open."""
     with places.alone(path.parent):  # while another start looks, or a holder gives it back
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         holder, found = _read(path) or {}, os.fstat(handle)
@@ -88,9 +89,7 @@ def _take_local(path: Path, mine: Record, say: Say) -> int:
             raise _busy(path, holder)
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(mine).encode(), 0)
-    if holder:
-        say(f"took over {path.parent} from {_name(holder)}, which is gone")
-    return handle
+    return holder, handle
 
 
 def _silent(handle: int) -> float:
@@ -102,23 +101,22 @@ def _silent(handle: int) -> float:
     return 2 * STALE if os.fstat(handle).st_mtime == then else 0.0
 
 
-def _take_remote(path: places.Remote, mine: Record, say: Say) -> None:
+def _take_remote(path: places.Remote, mine: Record) -> Record:
+    """Who held it before."""
     ours = json.dumps(mine).encode()
     for _ in range(5):
-        if path.create(ours):
-            return
-        holder, silent = _read(path), _silence(path, mine)
-        if holder is None or silent is None:  # gone this moment
-            continue
-        if holder == mine:  # it was created, and the answer was lost
-            return
-        if not _dead(holder, mine, silent):
-            raise _busy(path, holder)
-        path.write_bytes(ours)
-        time.sleep(SETTLE)
-        if _read(path) == mine:
-            say(f"took over {path.parent} from {_name(holder)}, which is gone")
-            return
+        if path.create(ours) or (holder := _read(path)) == mine:  # the latter where it was created, and the answer was lost
+            return {}
+        with contextlib.suppress(FileNotFoundError):  # gone this moment
+            silent = _silence(path, mine)
+            if holder is None:
+                continue
+            if not _dead(holder, mine, silent):
+                raise _busy(path, holder)
+            path.write_bytes(ours)
+            time.sleep(SETTLE)
+            if _read(path) == mine:
+                return holder
     raise UserError(f"{path} cannot be taken: is another trainer starting on this run?")
 
 
@@ -159,27 +157,26 @@ def _me() -> Record:
 
 def _began(pid: int) -> str | None:
     """When a process of this host began, in ticks since boot where /proc tells; None where there is no such process."""
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return None
     try:
+        with contextlib.suppress(PermissionError):
+            os.kill(pid, 0)
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        return None if fields[0] in "ZX" else fields[19]  # a zombie trains nothing
+    except (ProcessLookupError, OverflowError):
+        return None
+    except OSError:  # there is no /proc
         return "unknown"
-    return None if fields[0] in "ZX" else fields[19]  # a zombie trains nothing
 
 
 def _boot() -> str:
     """What tells this machine, since it was started, from others of its name; nothing where the system does not say."""
-    try:
+    with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _read(path: Path) -> Record | None:
+    """The record of a holder, empty where it cannot be made out; None where there is none."""
     try:
         return dict(decode(path.read_bytes(), Holder, path))
     except FileNotFoundError:
@@ -190,10 +187,10 @@ def _read(path: Path) -> Record | None:
         return {}
 
 
-def _silence(path: places.Remote, mine: Record) -> float | None:
+def _silence(path: places.Remote, mine: Record) -> float:
     """Seconds since it was written, by the storage's own clock: that of a file written now."""
     probe = path.with_name(f".lock.{mine['host']}.{mine['pid']}")
     probe.write_bytes(b"")
-    then, now = path.modified(), probe.modified()
+    now = probe.modified()
     probe.unlink(missing_ok=True)
-    return None if then is None or now is None else now - then
+    return now - path.modified()

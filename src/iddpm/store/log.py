@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import os
 import sys
 import tempfile
 import threading
@@ -81,10 +80,8 @@ class Logger:
         self.path, self.csv = folder / "log.jsonl", folder / "progress.csv"
         self._sent: dict[Path, tuple[int, int]] = {}  # size and time of change of what was copied
         self._copying, self._copied, self._told = threading.Lock(), time.monotonic(), False
-        kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(encode(row) + b"\n" for row in kept))
-        os.replace(aside, self.path)
+        kept = b"".join(encode(row) + b"\n" for row in read_rows(run) if row.get("step", 0) <= step)
+        places.write_file(self.path, kept)
         self._columns: list[str] = []
         self._write_csv()
         self._board = _tensorboard(folder, step) if tensorboard else None
@@ -117,9 +114,9 @@ class Logger:
             return
         with self._copying:
             self._copied, folder = time.monotonic(), self.path.parent
-            for file in (p for p in sorted(folder.rglob("*")) if p.is_file()):
+            for file in sorted(folder.rglob("*")):
                 stamp = (file.stat().st_size, file.stat().st_mtime_ns)
-                if self._sent.get(file) != stamp:
+                if file.is_file() and self._sent.get(file) != stamp:
                     (self._target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
                     self._sent[file] = stamp
 

@@ -12,25 +12,26 @@ import atexit
 import contextlib
 import errno
 import fcntl
-import fnmatch
+import functools
 import hashlib
 import io
 import os
 import random
+import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, TypeVar, cast
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 
 PATIENCE = float(os.environ.get("IDDPM_PATIENCE", "60"))  # seconds for which what fails is tried again
 DRIVERS = set("adlfs aiobotocore aiohttp azure botocore fsspec gcsfs google http requests s3fs urllib3".split())
 FATAL = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
+REFUSALS = ("Invalid", "Profile", "Region", "Validation")  # in the names of drivers' errors that will not mend
 LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of this machine's disk
 T = TypeVar("T")
 
@@ -39,28 +40,36 @@ class Unreachable(UserError):
     """A storage that refuses, or gives no answer: never to be taken for something that is absent or damaged."""
 
 
+class Damaged(UserError):
+    """A file whose content is not what was written."""
+
+
 def place(name: str | Path) -> Path:
     """The place of a local name or of an address; UserError for an unknown kind of address, or one whose driver is missing."""
     if isinstance(name, PurePath):
         return name
     if "://" not in name:
-        return _home(Path(name)) if name.startswith("~") else Path(name)
+        try:
+            return Path(name).expanduser()  # for a shell leaves a ~ alone behind "--run="
+        except RuntimeError:
+            raise UserError(f"{name}: the home of that name is not known here; write the path out") from None
     scheme, _, rest = name.partition("://")
     if scheme in ("file", "local"):
         return Path(rest)
     path = Remote(name)
     if len(path.parts) < 2:
         raise UserError(f"{name} names no place: give an address such as {scheme}://BUCKET/FOLDER")
-    _system(path)
-    return path
-
-
-def _home(path: Path) -> Path:
-    """A path that begins with ~, which a shell leaves alone behind "--run="."""
     try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: the home of that name is not known here; write the path out") from None
+        _system(*path.parts[:2], os.getpid())
+    except ImportError as e:
+        hint = "pip install 'iddpm[s3]'" if scheme in ("s3", "s3a") else " ".join(str(e).split())
+        raise UserError(f"{path}: the driver of {scheme}:// is not installed: {hint}") from None
+    except ValueError as e:  # fsspec's, of a kind that it does not know, or the driver's
+        why = " ".join(str(e).split())
+        if "Protocol not known" in why:
+            why = f"{scheme}:// is unknown to fsspec: give a folder, s3://BUCKET/..., gs://..."
+        raise UserError(f"{path}: {why}") from None
+    return path
 
 
 def remote(path: PurePath) -> "TypeGuard[Remote]":
@@ -98,12 +107,9 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
     def is_dir(self) -> bool:
         return self.info().get("type") == "directory"
 
-    def modified(self) -> float | None:
-        """When it was written, by the storage's clock, in seconds; None where there is nothing."""
-        try:
-            return float(self.ask(lambda fs, key: fs.modified(key)).timestamp())
-        except FileNotFoundError:
-            return None
+    def modified(self) -> float:
+        """When it was written, by the storage's clock, in seconds."""
+        return float(self.ask(lambda fs, key: fs.modified(key)).timestamp())
 
     def iterdir(self) -> Iterator["Remote"]:
         names = self.ask(lambda fs, key: [n for n in fs.ls(key, detail=False) if n.rstrip("/") != key.rstrip("/")])
@@ -111,15 +117,13 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
         """What lies right below it, by name."""
-        try:
-            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
-        except FileNotFoundError:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            yield from (path for path in self.iterdir() if path.match(pattern))
 
     def rglob(self, pattern: str) -> Iterator["Remote"]:
         """The files at any depth, by name."""
         names = self.ask(lambda fs, key: [name[len(key) :].lstrip("/") for name in fs.find(key)])
-        return (self / name for name in sorted(names) if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern))
+        return (path for path in map(self.joinpath, sorted(names)) if path.match(pattern))
 
     def resolve(self) -> "Remote":
         return self
@@ -141,21 +145,16 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
     def create(self, content: bytes) -> bool:
         """Write it if there is nothing; of several that do so at once one succeeds, where the storage can tell (S3 can)."""
-
-        def write(fs: Any, key: str) -> bool:
-            try:
-                fs.pipe_file(key, content, mode="create")
-            except FileExistsError:
-                return False
-            return True
-
-        return self.put(write)
+        try:
+            self.put(lambda fs, key: fs.pipe_file(key, content, mode="create"))
+        except FileExistsError:
+            return False
+        return True
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a folder is there as soon as something lies in it."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        forget(self)
         try:
             self.ask(lambda fs, key: fs.rm_file(key))
         except FileNotFoundError:
@@ -164,7 +163,6 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
     def rmtree(self) -> None:
         """Delete all that lies below it."""
-        forget(self)
         with contextlib.suppress(FileNotFoundError):
             self.ask(lambda fs, key: fs.rm(key, recursive=True))
 
@@ -188,10 +186,10 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
     # ---- patience
 
-    def put(self, work: Callable[[Any, str], T]) -> T:
+    def put(self, work: Callable[[Any, str], object]) -> None:
         """As `ask`, where nothing needs to be there but the bucket."""
         try:
-            return self.ask(work)
+            self.ask(work)
         except FileNotFoundError as e:
             raise Unreachable(f"{self} cannot be written: {_reason(e)}") from e
 
@@ -203,15 +201,14 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
         began, wait = time.monotonic(), 0.5
         while True:
             try:
-                fs = _system(self)
+                fs = _system(*self.parts[:2], os.getpid())
                 return work(fs, fs._strip_protocol(str(self)))
             except Exception as e:
-                lasting = _lasting(e)
+                lasting, spent = _lasting(e), time.monotonic() - began
                 if lasting is None:
                     raise
                 if lasting:
                     raise Unreachable(f"{self}: {_reason(e)}: check the address and the credentials") from e
-                spent = time.monotonic() - began
                 if spent + wait > PATIENCE:
                     raise Unreachable(f"{self} cannot be reached, tried for {spent:.0f} s: {_reason(e)}") from e
             time.sleep(wait * random.uniform(0.5, 1))
@@ -220,45 +217,27 @@ class Remote(Path if TYPE_CHECKING else PurePosixPath):  # type: ignore[misc]
 
 def _lasting(error: Exception) -> bool | None:
     """Whether an error of a storage will stay however often one asks; None where it is no error of the storage's."""
-    kind = type(error)
+    kind, number = type(error), getattr(error, "errno", None)
+    driver = kind.__module__.partition(".")[0] in DRIVERS
     if isinstance(error, PermissionError) or "Credential" in kind.__name__:
         return True
-    if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, UserError)):
+    if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)) or number in LOCAL:
         return None
-    if isinstance(error, OSError):
-        return None if error.errno in LOCAL else error.errno in FATAL
-    if kind.__module__.partition(".")[0] in DRIVERS:
-        return any(word in kind.__name__ for word in ("Validation", "Region", "Profile", "Invalid"))
-    return False if isinstance(error, TimeoutError) or kind.__name__ == "TimeoutError" else None
+    if isinstance(error, OSError) or driver:
+        return number in FATAL or (driver and any(word in kind.__name__ for word in REFUSALS))
+    return False if kind.__name__ == "TimeoutError" else None  # asyncio's, which is an OSError only since Python 3.11
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return f"access denied ({text})" if isinstance(error, PermissionError) else text
+    return f"access denied ({reason(error)})" if isinstance(error, PermissionError) else reason(error)
 
 
-_systems: dict[tuple[int, tuple[str, ...]], Any] = {}
-_guard = threading.RLock()
+@functools.cache
+def _system(scheme: str, bucket: str, process: int) -> Any:
+    """fsspec's file system of a bucket, one for all threads of a process, with listings that are never out of date."""
+    import fsspec
 
-
-def _system(path: Remote) -> Any:
-    """fsspec's file system of an address, one for all threads, with listings that are never out of date."""
-    with _guard:
-        key = (os.getpid(), path.parts[:2])
-        if key not in _systems:
-            import fsspec
-
-            scheme = path.parts[0][:-1]
-            try:
-                _systems[key] = fsspec.core.url_to_fs(str(path), use_listings_cache=False)[0]
-            except ImportError as e:
-                hint = "pip install 'iddpm[s3]'" if scheme in ("s3", "s3a") else " ".join(str(e).split())
-                raise UserError(f"{path}: the driver of {scheme}:// is not installed: {hint}") from None
-            except ValueError as e:
-                why = f"{scheme}:// is unknown to fsspec: give a folder, s3://BUCKET/..., gs://..."
-                why = " ".join(str(e).split()) if scheme in fsspec.available_protocols() else why
-                raise UserError(f"{path}: {why}") from None
-        return _systems[key]
+    return fsspec.core.url_to_fs(f"{scheme}//{bucket}", use_listings_cache=False)[0]
 
 
 # ---- writing in one step, here or there
@@ -278,9 +257,8 @@ def replace(path: Path, write: Callable[[Any], Any], lasting: bool = True) -> No
     try:
         with open(aside, "wb") as local:
             write(local)
-            if lasting:
-                local.flush()
-                os.fsync(local.fileno())
+        if lasting:
+            flush(aside)
         os.replace(aside, path)
         if lasting:
             flush(path.parent)
@@ -309,26 +287,21 @@ def lock(handle: int) -> bool:
     """Whether an open local file or folder is now this process's alone, until it is closed; True where there are no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # its file system knows none
-        pass
+    except OSError as e:
+        return not isinstance(e, BlockingIOError)  # or else its file system knows none
     return True
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder, if it is on this machine, while others wait."""
-    if remote(folder):
+    """Hold a folder, if it is on this machine and its file system knows locks, while others wait."""
+    with contextlib.ExitStack() as stack:
+        if not remote(folder):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        while not lock(handle):
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
 
 
 def size(path: Path) -> int | None:
@@ -347,55 +320,38 @@ def opened(path: Path) -> BinaryIO:
 # ---- this machine's copies
 
 
-_scratch: list[Path] = []
-_copies: dict[Path, tuple[str, Path]] = {}  # of a remote file: the digest it was checked against, and its copy
-
-
+@functools.cache
 def scratch() -> Path:
     """A folder of this process alone, deleted when it ends; one left by a process that was killed is deleted by the next."""
-    with _guard:
-        if not _scratch:
-            for left in Path(tempfile.gettempdir()).glob("iddpm-scratch-*"):
-                with contextlib.suppress(OSError), open(left / ".holder", "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
-                    shutil.rmtree(left, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix="iddpm-scratch-"))
-            lock(os.open(folder / ".holder", os.O_CREAT | os.O_RDWR, 0o600))
-            _scratch.append(folder)
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return _scratch[0]
+    for left in Path(tempfile.gettempdir()).glob("iddpm-scratch-*"):
+        with contextlib.suppress(OSError), open(left / ".holder", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="iddpm-scratch-"))
+    lock(os.open(folder / ".holder", os.O_CREAT | os.O_RDWR, 0o600))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def fetch(path: Path, digest: str = "") -> Path | None:
-    """A copy of a file on this machine; a local file itself. None where the content has another sha256 than `digest`.
+def fetch(path: Path, digest: str = "") -> Path:
+    """A file on this machine: a local one itself, of a remote one a copy. One of a known `digest`, a sha256, is made once.
 
-    A copy once checked serves until `forget`; without a digest, others are made anew.
+    Damaged where the content has another.
     """
     if not remote(path):
         return path
-    with _guard:
-        if path in _copies and digest in ("", _copies[path][0]):
-            return _copies[path][1]
-    handle, name = tempfile.mkstemp(dir=scratch(), suffix=path.suffix)
-    os.close(handle)
-    copy = Path(name)
+    known = scratch() / f"{digest}{path.suffix}"
+    if digest and known.exists():
+        return known
+    copy = known.with_name(f"{secrets.token_hex(16)}{path.suffix}")
     for _ in range(2):  # a file that comes damaged may be whole where it lies
-        path.ask(lambda fs, key: fs.get_file(key, name))
+        path.ask(lambda fs, key: fs.get_file(key, str(copy)))
         if not digest:
             return copy
         if sha256(copy) == digest:
-            with _guard:
-                _copies[path] = (digest, copy)
-            return copy
+            return copy.rename(known)
     copy.unlink()
-    return None
-
-
-def forget(path: Path) -> None:
-    """Delete the copies of a file, or of all below a folder."""
-    with _guard:
-        for held in [p for p in _copies if p == path or path in p.parents]:
-            _copies.pop(held)[1].unlink(missing_ok=True)
+    raise Damaged(f"{path} is damaged")
 
 
 def sha256(path: Path) -> str:
@@ -404,4 +360,4 @@ def sha256(path: Path) -> str:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
-    return digest.hexdigest()
+        return digest.hexdigest()

@@ -6,58 +6,53 @@ knows by itself what it saves and what it needs: nothing is planned together, an
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.parallel import shard
 from iddpm.records import Count, decode
 from iddpm.store import files as storage
+from iddpm.store.files import Entry
 
-FILE = re.compile(r"(.+?)(?:\.rank(\d+))?\.safetensors")
+FILE = re.compile(r"(.+?)(?:\.rank\d+)?\.safetensors")
 
 
 class Part(NamedTuple):
     """A part of a tensor, on the CPU, with its place in the whole."""
 
-    name: str
     tensor: Tensor
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
 
-class Layout(NamedTuple):
-    """Where a tensor lies in the files of a folder: each chunk is a file, an offset in the whole, and a size."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: list[tuple[Path, tuple[int, ...], tuple[int, ...]]]
+Groups = dict[str, dict[str, Part]]  # by group and key
 
 
 # ---- saving
 
 
-def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None) -> list[Part]:
+def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None) -> Groups:
     """Those parts of the tensors, plain or sharded, that this process is to save: of what several hold, the first's.
 
     With `buffers` they are copies, and training may go on; the buffers keep pinned memory from one call to the next. Without,
     what is on the CPU is not copied.
     """
-    parts = []
+    groups: Groups = {}
     for name, tensor in tensors.items():
         own, offset, leads = shard.placed(tensor.detach())
         if leads and (own.numel() or not tensor.numel()):
+            group, key = name.split(":", 1)
             copy = own.cpu() if buffers is None else _copied(own, name, buffers)
-            parts.append(Part(name, copy, offset, tuple(tensor.shape)))
+            groups.setdefault(group, {})[key] = Part(copy, offset, tuple(tensor.shape))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies are made meanwhile, all at once
-    return parts
+    return groups
 
 
 def _copied(tensor: Tensor, name: str, buffers: dict[str, Tensor]) -> Tensor:
@@ -68,102 +63,75 @@ def _copied(tensor: Tensor, name: str, buffers: dict[str, Tensor]) -> Tensor:
     return buffers[name].copy_(tensor, non_blocking=True)
 
 
-def write(
-    folder: Path, parts: Iterable[Part], rank: int | None, about: Callable[[str], Mapping[str, str]]
-) -> dict[str, storage.Entry]:
+def write(folder: Path, groups: Groups, rank: int | None, about: Callable[[str], dict[str, str]]) -> dict[str, Entry]:
     """Write a process's parts, a file for each group with the metadata about(group); without a rank, they are whole tensors.
 
     Returns an entry for each file; OSError on a full disk.
     """
-    groups: dict[str, dict[str, Part]] = {}
-    for part in parts:
-        group, _, key = part.name.partition(":")
-        groups.setdefault(group, {})[key] = part
     entries = {}
-    for group, members in groups.items():
-        file = f"{group}.safetensors" if rank is None else f"{group}.rank{rank:05d}.safetensors"
-        places = {key: [part.offset, part.shape] for key, part in members.items()}
-        metadata = {**about(group), **({} if rank is None else {"parts": json.dumps(places)})}
-        tensors = {key: part.tensor for key, part in members.items()}
-        entries[file] = storage.write_tensors(folder / file, tensors, metadata, tensors.__getitem__)
+    for group, parts in groups.items():
+        file, metadata = f"{group}.safetensors", about(group)
+        if rank is not None:
+            file = f"{group}.rank{rank:05d}.safetensors"
+            metadata |= {"parts": json.dumps({key: [part.offset, part.shape] for key, part in parts.items()})}
+        entries[file] = storage.write_tensors(folder / file, {key: part.tensor for key, part in parts.items()}, metadata)
     return entries
 
 
-def assemble(folder: Path, group: str, about: Mapping[str, str]) -> tuple[dict[str, storage.Entry], list[str]]:
-    """Put the parts of a group together, a tensor at a time: what was written, and the names of the files now deleted."""
-    held = {name.partition(":")[2]: layout for name, layout in layouts(folder, group).items()}
-    used = sorted((folder / group).parent.glob(f"{Path(group).name}.rank*.safetensors"))
-    like = {key: torch.empty(layout.shape, dtype=layout.dtype, device="meta") for key, layout in held.items()}
-    file = f"{group}.safetensors"
-    with storage.Reader() as reader:
-        entry = storage.write_tensors(folder / file, like, about, lambda key: _whole(reader, key, held[key]))
-    for path in used:
-        path.unlink()
-    return {file: entry}, [path.relative_to(folder).as_posix() for path in used]
+def assemble(folder: Path, entries: Mapping[str, Entry], group: str, about: Mapping[str, str]) -> dict[str, Entry]:
+    """Put the parts of a group together in one file, a tensor at a time, and delete theirs; returns what the folder then has."""
+    used = [name for name in entries if name.startswith(f"{group}.rank")]
+    held = {name.split(":", 1)[1]: tensor for name, tensor in tensors(folder, {k: entries[k] for k in used}).items()}
+    made = storage.write_tensors(folder / f"{group}.safetensors", held, about)
+    for name in used:
+        (folder / name).unlink()
+    return {k: v for k, v in entries.items() if k not in used} | {f"{group}.safetensors": made}
 
 
 # ---- loading
 
 
-def layouts(folder: Path, only: str = "") -> dict[str, Layout]:
-    """The tensors of a folder, or of one of its groups, by name."""
-    found: dict[str, Layout] = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        match = FILE.fullmatch(path.relative_to(folder).as_posix())
-        assert match
-        if only not in ("", match[1]):
-            continue
-        metadata, tensors = storage.read_header(path)
-        places = decode(metadata.get("parts", "{}"), dict[str, tuple[list[Count], list[Count]]], path)
-        for key, tensor in tensors.items():
-            offset, shape = places.get(key, ([0] * tensor.dim(), list(tensor.shape)))
-            layout = found.setdefault(f"{match[1]}:{key}", Layout(tensor.dtype, tuple(shape), []))
-            if tensor.numel():
-                layout.chunks.append((path, tuple(offset), tuple(tensor.shape)))
-    return found
+class Parts:
+    """A tensor that lies in files in parts: tensor[()], or tensor[a slice for each dimension], reads those that it needs."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.parts: list[tuple[tuple[int, ...], Tensor]] = []  # with where each begins in the whole
+
+    def __getitem__(self, window: tuple[slice, ...]) -> Tensor:
+        spans = [range(n)[cut] for n, cut in zip(self.shape, window or [slice(None)] * len(self.shape))]
+        out = torch.empty([len(span) for span in spans], dtype=self.dtype)
+        for offset, part in self.parts:
+            shared = [range(max(w.start, a), min(w.stop, a + n)) for w, a, n in zip(spans, offset, part.shape)]
+            if all(shared):
+                there = tuple(slice(both.start - a, both.stop - a) for both, a in zip(shared, offset))
+                out[tuple(slice(both.start - w.start, both.stop - w.start) for both, w in zip(shared, spans))] = part[there]
+        return out
 
 
-def fill(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Read tensors, plain or sharded in any way, in place; each process reads what it needs, by itself.
+def tensors(folder: Path, entries: Mapping[str, Entry] | None = None) -> dict[str, Tensor | Parts]:
+    """The tensors of a checkpoint, or of some of its files, by name: maps of the files, which are read when they are used.
 
-    UserError where one is not there or has another shape.
+    UserError where a file is damaged, or a part is missing.
     """
-    held = layouts(folder)
-    for name, target in targets.items():
-        group, _, key = name.partition(":")
-        if name not in held:
-            raise UserError(f"{folder} holds no {key} in {group}")
-        if held[name].shape != target.shape:
-            shapes = f"{held[name].shape}, not {tuple(target.shape)}"
-            raise UserError(f"{folder}: {key} in {group} has the shape {shapes}")
-    with storage.Reader() as reader:
-        for name, target in targets.items():
-            own, offset, _ = shard.placed(target.detach())
-            _read(reader, name.partition(":")[2], held[name], own, offset)
-
-
-def load(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, whole."""
-    with storage.Reader() as reader:
-        return {name: _whole(reader, name.partition(":")[2], layout) for name, layout in layouts(folder).items()}
-
-
-def _whole(reader: storage.Reader, key: str, layout: Layout) -> Tensor:
-    whole = torch.empty(layout.shape, dtype=layout.dtype)
-    _read(reader, key, layout, whole, (0,) * whole.dim())
-    return whole
-
-
-def _read(reader: storage.Reader, key: str, layout: Layout, target: Tensor, offset: tuple[int, ...]) -> None:
-    """Fill a target that begins at an offset in the whole from the chunks that it overlaps; they must cover it."""
-    missing = target.numel()
-    for path, begin, size in layout.chunks:
-        low = [max(a, b) for a, b in zip(offset, begin)]
-        high = [min(a + n, b + m) for a, n, b, m in zip(offset, target.shape, begin, size)]
-        shape = tuple(b - a for a, b in zip(low, high))
-        if all(n > 0 for n in shape) and target.numel():
-            window = reader.read(path, key, tuple(a - b for a, b in zip(low, begin)), shape)
-            target[tuple(slice(a - b, a - b + n) for a, b, n in zip(low, offset, shape))].copy_(window)
-            missing -= math.prod(shape)
-    if missing > 0:
-        raise UserError(f"the files beside {layout.chunks[0][0] if layout.chunks else key} hold but a part of {key}")
+    whole: dict[str, Tensor] = {}
+    parts: dict[str, Parts] = {}
+    for name, entry in (storage.manifest(folder) if entries is None else entries).items():
+        if not (match := FILE.fullmatch(name)):
+            continue
+        with readable(folder / name, "is damaged", "bring it back from a copy, or delete it"):
+            file = storage.open_tensors(folder / name, entry.digest)
+            places = decode((file.metadata() or {}).get("parts", "{}"), dict[str, tuple[list[Count], list[Count]]], name)
+            for key in file.keys():  # noqa: SIM118
+                tensor, full = file.get_tensor(key), f"{match[1]}:{key}"
+                if key not in places:
+                    whole[full] = tensor
+                    continue
+                offset, shape = map(tuple, places[key])
+                if not all(a + n <= most for a, n, most in zip(offset, tensor.shape, shape, strict=True)):
+                    raise ValueError(f"a part of {key} lies outside")
+                parts.setdefault(full, Parts(shape, tensor.dtype)).parts.append((offset, tensor))
+    for full, held in parts.items():
+        if sum(part.numel() for _, part in held.parts) < held.shape.numel():
+            raise UserError(f"{folder} holds but a part of {full}")
+    return {**whole, **parts}

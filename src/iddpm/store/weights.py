@@ -7,13 +7,13 @@ import safetensors
 import torch
 from torch import Tensor
 
-from iddpm.config import Config
+from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError
 from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store.checkpoint import newest
-from iddpm.store.files import Listed, verify
+from iddpm.store.files import verify
 
 
 class _Known(TypedDict):
@@ -67,14 +67,13 @@ def _read_weights(source: Path, step: int | None, ema_rate: float | None) -> Wei
         path = _weights_file(source if own else _checkpoint_of(source, step, ema_rate), ema_rate)
         if own and places.remote(source) and (fault := verify(source, path.name)):
             raise UserError(f"{source}: {fault}")
-        if not own:  # the run's, which was verified just now
-            digest = decode((path.parent / storage.MANIFEST).read_bytes(), dict[str, Listed], path)[path.name].digest
+        if (not own or places.remote(path)) and (entry := storage.manifest(path.parent).get(path.name)):
+            digest = entry.digest  # which was compared just now
     elif not source.exists():
         raise UserError(f"{source}: there is no such run or file")
     try:
-        with safetensors.safe_open(places.fetch(path), framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        file = storage.open_tensors(path, digest)
+        meta, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or no .safetensors file ({e})") from None
     if not {"iddpm", "config"} <= set(meta):
@@ -107,23 +106,21 @@ def _checkpoint_of(run: Path, step: int | None, rate: float | None) -> Path:
         if fault := check(folder):
             raise UserError(f"{folder}: {fault}; take another with --checkpoint_step")
         return folder
-    folder_, skipped = newest(run, check)
-    if folder_ is None:
+    found, skipped = newest(run, check)
+    if found is None:
         raise UserError(f"{run} holds no complete checkpoint{'; ' + skipped[0] if skipped else ''}")
-    return folder_
+    return found
 
 
 def _weights_file(folder: Path, rate: float | None) -> Path:
-    if rate == 0:
-        return folder / "weights.safetensors"
     path = folder / "weights.safetensors"
+    if rate == 0:
+        return path
     try:
-        metadata, _ = storage.read_header(path)
-        config = Config.from_json(metadata["config"], str(folder))
-    except (OSError, ValueError, KeyError) as e:
+        rates = ema_rates(Config.from_json(storage.metadata(path)["config"], str(folder)).train)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path} is damaged or missing ({e})") from None
-    rates = [float(r) for r in config.train.ema_rate.split(",") if r.strip()]
     if rate is not None and rate not in rates:
         raise UserError(f"--ema_rate {rate}: this run kept {', '.join(map(str, rates)) or 'none'}, and 0 for the raw weights")
-    chosen = rate if rate is not None else rates[0] if rates else 0
-    return folder / (f"weights-ema-{chosen}.safetensors" if chosen else "weights.safetensors")
+    chosen = rate if rate is not None else next(iter(rates), 0)
+    return folder / f"weights-ema-{chosen}.safetensors" if chosen else path

@@ -17,11 +17,12 @@ from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
 from iddpm.store import checkpoint
-from iddpm.store.checkpoint import Diverged, Saves, Store
+from iddpm.store.checkpoint import Store
 from iddpm.store.log import Logger
 from iddpm.store.remote import place
 from iddpm.store.weights import read_weights
 from iddpm.training import preview
+from iddpm.training.saves import Diverged, Saves
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
 from iddpm.words import duration, rate

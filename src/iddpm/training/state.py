@@ -119,7 +119,7 @@ class TrainState:
         """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
         return checkpoint.Saved.of(self.tensors(), self.numbers())
 
-    def restore(self, saved: checkpoint.Saved | checkpoint.Held, config: Config) -> None:
+    def restore(self, saved: checkpoint.Saved, config: Config) -> None:
         """Become what was saved, by any number of processes. Rates and decays come from the config, not from the checkpoint.
 
         UserError where the checkpoint holds weights alone, or not those of this network.
@@ -127,8 +127,7 @@ class TrainState:
         if saved.state.get("weights_only"):  # as imports write them
             raise UserError("this run holds weights alone, nothing to go on from: train a new one from them with --init_from")
         # AdamW makes its averages in its first step; here they must be there to be filled, as whole or as sharded as the weights.
-        kept = saved.names()
-        for name in kept:
+        for name in saved.tensors():
             param, _, slot = name.removeprefix(checkpoint.OPTIMIZER).rpartition(".")
             if name.startswith(checkpoint.OPTIMIZER) and param in self.params:
                 p = self.params[param]

@@ -60,9 +60,6 @@ class Archive(Source):
         require_small(what, len(content))
         return content
 
-    def open_file(self, name: str) -> BinaryIO:
-        return io.BytesIO(self.read(name))
-
     def has(self, name: str) -> bool:
         return name in self._members
 
@@ -78,11 +75,8 @@ def _zipped(file: BinaryIO) -> dict[str, Member]:
             name = name.replace("\\", "/")
         if not name.endswith("/"):
             link = stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096
-            out[_clean(name)] = Member(
-                info.file_size,
-                partial(held.open, info),
-                _leads(name, held.read(info).decode("utf-8", "surrogateescape")) if link else "",
-            )
+            target = _leads(name, held.read(info).decode("utf-8", "surrogateescape")) if link else ""
+            out[_clean(name)] = Member(info.file_size, partial(held.open, info), target)
     return out
 
 
@@ -105,7 +99,7 @@ def _leads(name: str, target: str) -> str:
 
 def _followed(held: dict[str, Member], name: str) -> Member | None:
     """The file that a name stands for; None for a link that leads to no file in the archive, and for what lies outside."""
-    member: Member | None = None if name.startswith("../") else held[name]
+    member = None if name.startswith("../") else held[name]
     for _ in range(LINKS):
         if not (member and member.link):
             return member

@@ -34,9 +34,7 @@ def find(given: str, environment: str, file_name: str, address: str, what: str, 
             path = place(name)
             if not path.is_file():
                 raise UserError(f"{source} {name}: no such file; {what}'s weights are at {address}")
-            found = fetch(path)
-            assert found is not None  # without a digest a copy is always made
-            return found
+            return fetch(path)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in (file_name, *aliases):
         if (folder / name).is_file():

@@ -30,7 +30,7 @@ from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shap
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved
-from iddpm.store.files import Listed
+from iddpm.store.files import Entry
 from iddpm.store.remote import flush, sha256
 from iddpm.store.weights import Weights, require_finite
 
@@ -176,7 +176,7 @@ def recorded(record: Path) -> Config:
 class Record(TypedDict):
     """Our own file beside the original's."""
 
-    files: dict[str, Listed]
+    files: dict[str, Entry]
     state: RunState
     config: dict[str, Any]
 
