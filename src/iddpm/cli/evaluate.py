@@ -31,7 +31,7 @@ def _evaluate(samples: str, **given: Any) -> None:
             "which images are compared? iddpm evaluate SAMPLES --reference DATA: folders, .npz files or archives, or a run"
         )
     path, run = place(samples), _is_run(place(samples))
-    of_a_run = (settings_of(Sample, Which) | {"labels", "draws"}) - {"device", "batch_size"}
+    of_a_run = {*settings_of(Sample, Which), "labels", "draws"} - {"device", "batch_size"}
     if not run and (useless := next((k for k in given if k in of_a_run), None)):
         raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
     if settings.save_statistics:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from iddpm.config import every_field, fields_of, own_numbers
-from iddpm.config.choices import choices
-from iddpm.config.fields import Field, conditions
+from iddpm.config.choices import Field, choices
+from iddpm.config.fields import conditions
 from iddpm.errors import UserError
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
@@ -39,17 +39,17 @@ class Parser(argparse.ArgumentParser):
         for name, f in fields_of(group).items():
             if not f.flag or (only and name not in only) or name in without:
                 continue
-            self._add(section, name, f, inherited, conditions(f, every_field()) if f.only else "")
+            self._add(section, name, f, inherited)
             for number, own in own_numbers(group).items():
                 if name in own.rows and number not in self.known:
-                    owners = " or ".join(f"{chooser} {'|'.join(rows)}" for chooser, rows in own.rows.items())
-                    self._add(section, number, Field(*own.number), inherited, owners)
+                    self._add(section, number, own, inherited)
             if f.kind and f.kind not in self.shown:
                 self.shown[f.kind] = listed({row: choice.help for row, choice in choices(f.kind).items()})
 
-    def _add(self, section: Any, name: str, f: Field, inherited: bool, owners: str) -> None:
-        """A flag; `owners` are the choices that it belongs to, if it is not everybody's."""
+    def _add(self, section: Any, name: str, f: Field, inherited: bool) -> None:
+        """A flag; its help ends in what it belongs to, if it is not everybody's, and in its default."""
         self.known.add(name)
+        owners = conditions(f, every_field())
         shown = "the run's" if inherited else "none" if f.default == "" else f.default
         text = f"{f.help}{f' ({owners})' if owners else ''} [{shown}]".replace("%", "%%")
         if f.type is bool:

@@ -5,7 +5,6 @@ from typing import Any
 
 from iddpm.config.choices import choices
 from iddpm.config.groups import Diffusion, Model, Train
-from iddpm.config.run import Config
 from iddpm.errors import UserError
 
 
@@ -37,21 +36,6 @@ def _size(text: str, name: str, low: int) -> tuple[int, int]:
     if len(parts) > 2 or not all(p.isdigit() and low <= int(p) <= 1024 for p in parts):
         raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
     return int(parts[0]), int(parts[-1])
-
-
-def check_sampling_steps(config: Config) -> None:
-    """Raise UserError where the spec of sampling steps asks for more than there are (the strides of ddimN come later)."""
-    spec, chain = config.sample.sampling_steps, is_chain(config.diffusion)
-    text = spec.removeprefix("ddim")
-    if not (spec == "all" or (text and all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")))):
-        raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
-    if not chain and not spec.isdigit():
-        name = config.diffusion.noise_schedule
-        raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {name} are only counted, as 50")
-    total = 0 if spec == "all" else sum(int(part) for part in text.split(","))
-    if chain and total > config.diffusion.diffusion_steps:
-        steps = config.diffusion.diffusion_steps
-        raise UserError(f"--sampling_steps {spec}: the chain has only {steps} steps (--diffusion_steps)")
 
 
 def is_chain(d: Diffusion) -> bool:
