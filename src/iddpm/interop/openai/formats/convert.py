@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,32 +20,26 @@ from iddpm.store.checkpoint import Saved, Weights
 # ---- import
 
 
-class Imported(NamedTuple):
-    """What a run is made of, and how its config came about."""
-
-    saved: Saved
-    config: Config
-    notes: list[str]
-
-
-def imported(path: Path, given: Mapping[str, Any], published: str = "", classes: str = "", alone: bool = False) -> Imported:
-    """The state in a model's or an average's file and, unless `alone`, the files beside it.
+def imported(
+    path: Path, given: Mapping[str, Any], published: str = "", classes: str = "", alone: bool = False
+) -> tuple[Saved, Config, list[str]]:
+    """The state in a model's or an average's file and, unless `alone`, the files beside it; its config, and how that came about.
 
     `given` holds flags, the original's and ours alike; `published` names the published file that it is; `classes` names what
     the labels mean (see `_named`). UserError where the files do not belong together, or where something has to be asked.
     """
     weights, record = files.read(path), files.record_of(path)
     if record and published:
-        raise UserError(f"--published: {path} was written by iddpm, which kept its config in {record.name}")
+        raise UserError(f"--published: {path} was written by iddpm, which kept its config in {record.path.name}")
     config, notes = _stored(record, given) if record else _settled(weights, given, path, published)
     # An average that lies alone is weights by themselves; with a part of its run beside it, it stands for the run.
-    average = files.AVERAGE.match(path.name)
-    beside = [path.parent / f"{kind}{average[2]}.pt" for kind in ("model", "opt")] if average else [path]
+    name = files.name_of(path)
+    beside = [path.with_name(f"{kind}{name['digits']}.pt") for kind in ("model", "opt")] if name["rate"] else [path]
     kin = files.family(path) if not alone and any(p.exists() for p in beside) else None
     if record and kin:
-        return Imported(files.load_run(path, config)[0], _named(config, classes), notes)
+        return files.load_run(path, config)[0], _named(config, classes), notes
 
-    rates = _rates(kin, average, config, given) if kin else []
+    rates = _rates(kin, float(name["rate"] or 0), config, given) if kin else []
     config = config.updated({"ema_rate": ",".join(map(str, rates))})
     if kin and kin.optimizer:
         saved = files.load_run(path, config)[0]
@@ -53,26 +47,25 @@ def imported(path: Path, given: Mapping[str, Any], published: str = "", classes:
             saved.state["images"] = 0
     else:
         # A file's number is all that is known of how long it was trained, where no optimizer counted.
-        number = files.number_of(path) or (row_of(published).steps if published else 0)
+        number = int(name["digits"] or 0) or (row_of(published).steps if published else 0)
         weights = files.read(kin.model) if kin else weights
         kept = files.read_averages(kin, rates) if kin else {}
         saved = Saved(number, weights, kept, {}, dict(step=number, images=0, weights_only=True))
     averages = {f"average {rate}": average for rate, average in saved.averages.items()}
-    for name, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
-        check_fit(shapes_of(tensors), config, f"{path.parent / name}")
-    return Imported(saved, _named(config, classes), notes)
+    for part, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
+        check_fit(shapes_of(tensors), config, f"{path.parent / part}")
+    return saved, _named(config, classes), notes
 
 
-def _stored(record: Path, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
+def _stored(record: files.Record, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The config that iddpm kept, with flags that do not contradict it."""
-    config = files.recorded(record)
-    fields, now = every_field(), config.flat()
+    fields, now = every_field(), record.config.flat()
     for name, value in given.items():
         if name not in fields:
-            raise UserError(f"--{name}: {record} holds the config; change it by our names, if at all")
+            raise UserError(f"--{name}: {record.path} holds the config; change it by our names, if at all")
         if fields[name].fixed and value != now.get(name):
-            raise UserError(f"--{name} {value} contradicts {record}, which says {now.get(name, 'none')}")
-    return build.require_fit(check(config.updated(given))), [f"config: {record}"]
+            raise UserError(f"--{name} {value} contradicts {record.path}, which says {now.get(name, 'none')}")
+    return build.require_fit(check(record.config.updated(given))), [f"config: {record.path}"]
 
 
 def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:
@@ -89,8 +82,8 @@ def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path
     return settled.config, notes
 
 
-def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, Any]) -> list[float]:
-    """The averages to take along: those asked for, or all, the one whose file was given first."""
+def _rates(kin: files.Family, first: float, config: Config, given: Mapping[str, Any]) -> list[float]:
+    """The averages to take along: those asked for, or all, first that whose file was given: it is the one sampled from."""
     if "ema_rate" in given:
         return list(ema_rates(config.train))
     if not kin.averages and not config.task.classifies and kin.optimizer:
@@ -98,7 +91,6 @@ def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, 
             f"ema_RATE_{kin.digits}.pt is missing beside {kin.model}: training would go on without averages; "
             f"for the weights by themselves give --alone"
         )
-    first = float(average[1]) if average else None  # the first rate of a run is the one that is sampled from
     return sorted(kin.averages, key=lambda rate: (rate != first, -rate))
 
 
@@ -145,9 +137,10 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str]
         saved = checkpoint.load(weights.path.parent)
         averages = {rate: padded(average) for rate, average in saved.averages.items()}
         saved = saved._replace(weights=padded(saved.weights), averages=averages, optimizer=padded(saved.optimizer))
-        kin = files.family(files.save_run(folder, config, saved))
-        written = [p.name for p in (kin.model, *kin.averages.values(), kin.optimizer, kin.record) if p]
-        best = next((kin.averages[rate] for rate in ema_rates(config.train) if rate in kin.averages), kin.model)
+        model = files.save_run(folder, config, saved)
+        kin = files.family(model)
+        written = [*kin.record.files, kin.record.path.name] if kin.record else []
+        best = next((kin.averages[rate] for rate in ema_rates(config.train) if rate in kin.averages), model)
     else:
         step, rate = weights.about["step"], weights.about.get("ema_rate")
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
