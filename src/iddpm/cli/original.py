@@ -3,7 +3,7 @@
 from typing import Any
 
 from iddpm.cli.flags import Parser, Verb, boolean
-from iddpm.interop.openai.formats.flags import COMMANDS
+from iddpm.interop.openai.formats.flags import ADDED, COMMANDS
 
 HELP = {
     "image_train": "the original's training of a model of images",
@@ -14,8 +14,7 @@ HELP = {
     "classifier_train": "guided-diffusion's training of a classifier of noisy images",
     "classifier_sample": "guided-diffusion's sampling, guided by a classifier",
 }
-GUIDED = dict(num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False, use_fp16=False)
-ADDED = dict(  # flags of ours that the original's commands take as well
+OURS = dict(  # flags of ours that the original's commands take as well
     seed=(0, "seed of everything random"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: the best there is"),
     steps=(0, "end training after so many steps; 0: as the original's flags say"),
@@ -34,10 +33,10 @@ def _verb(name: str) -> Verb:
     program = "guided" if name.startswith("classifier") else "improved"
     defaults: dict[str, Any] = dict(COMMANDS[program][name])
     if program == "improved":
-        defaults |= {k: v for k, v in GUIDED.items() if k not in defaults}
+        defaults = ADDED | defaults
     if name != "classifier_train":
         defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
-    added = {k: v for k, v in ADDED.items() if k != "steps" or name.endswith("_train")}
+    added = {k: v for k, v in OURS.items() if k != "steps" or name.endswith("_train")}
 
     def parser(p: Parser) -> None:
         for flag, (value, text) in {**{k: (v, "") for k, v in defaults.items()}, **added}.items():
