@@ -2,63 +2,80 @@
 
 import argparse
 import difflib
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from iddpm.config import every_field, fields_of, own_numbers
-from iddpm.config.choices import Field, choices
+from iddpm.config.choices import choices
 from iddpm.config.fields import conditions
 from iddpm.errors import UserError
+from iddpm.store.remote import place, remote
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+WIDTH = 118  # of the help
+
+
+class Verb(NamedTuple):
+    """A command: what runs it, what adds its flags, and how the help shows it."""
+
+    run: Callable[..., None]
+    parser: Callable[["Parser"], None]
+    usage: str
+    help: str
+    resumes: bool = False  # whether the same command goes on with what an interrupted one has done
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are a UserError, with flags made from dataclass fields."""
 
     def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+        help_of = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=WIDTH)
+        super().__init__(allow_abbrev=False, formatter_class=help_of, **settings)
         self.booleans: set[str] = set()
-        self.known: set[str] = set()  # names of the flags added
         self.shown: dict[str, str] = {}  # kinds of choice, and what their rows are
         self.sections: dict[str, Any] = {}  # of the help, by title
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see iddpm {self.prog.split()[-1]} --help)")
 
-    def add_fields(
-        self, group: type, title: str = "", inherited: bool = False, only: Sequence[str] = (), without: Sequence[str] = ()
-    ) -> None:
-        """A flag for each field a user may set, or for `only` these; what is not given is absent from the result.
+    def add_fields(self, group: type, title: str = "", inherited: bool = False, only: Sequence[str] = ()) -> None:
+        """A flag for each field a user may set, or for `only` these, that has none yet; what is not given is not in the result.
 
         Groups of the same title share a section of the help.
         """
         title = title or (group.__doc__ or "").rstrip(".")
-        section = self.sections.setdefault(title, self.add_argument_group(title))
         for name, f in fields_of(group).items():
-            if not f.flag or (only and name not in only) or name in without:
+            if not f.flag or (only and name not in only):
                 continue
-            self._add(section, name, f, inherited)
-            for number, own in own_numbers(group).items():
-                if name in own.rows and number not in self.known:
-                    self._add(section, number, own, inherited)
-            if f.kind and f.kind not in self.shown:
+            own = {number: about for number, about in own_numbers(group).items() if name in about.rows}
+            for flag, about in ({name: f} | own).items():
+                if not self.has(flag):
+                    shown = "the run's" if inherited else "none" if about.default == "" else about.default
+                    owners = f" ({told})" if (told := conditions(about, every_field())) else ""
+                    metavar = ("," if about.many else "|").join(about.allowed())
+                    self.add_flag(flag, about.type, f"{about.help}{owners} [{shown}]".replace("%", "%%"), title, metavar)
+            if f.kind:
                 self.shown[f.kind] = listed({row: choice.help for row, choice in choices(f.kind).items()})
 
-    def _add(self, section: Any, name: str, f: Field, inherited: bool) -> None:
-        """A flag; its help ends in what it belongs to, if it is not everybody's, and in its default."""
-        self.known.add(name)
-        owners = conditions(f, every_field())
-        shown = "the run's" if inherited else "none" if f.default == "" else f.default
-        text = f"{f.help}{f' ({owners})' if owners else ''} [{shown}]".replace("%", "%%")
-        if f.type is bool:
+    def has(self, flag: str) -> bool:
+        return f"--{flag}" in self._option_string_actions
+
+    def add_flag(
+        self, name: str, kind: type, help: str = "", title: str = "", metavar: str = "", default: Any = argparse.SUPPRESS
+    ) -> None:
+        """A flag, in a section of the help where it has a title; without a default it is absent from the result if not given."""
+        if kind is bool:
             self.booleans.add(name)
-            section.add_argument(f"--{name}", type=boolean, metavar="BOOL", default=argparse.SUPPRESS, help=text)
-        else:
-            metavar = ",".join(f.allowed()) if f.many else "|".join(f.allowed())
-            metavar = metavar or {int: "N", float: "X"}.get(f.type, "TEXT")
-            section.add_argument(f"--{name}", type=f.type, metavar=metavar, default=argparse.SUPPRESS, help=text)
+        if title and title not in self.sections:
+            self.sections[title] = self.add_argument_group(title)
+        metavar = metavar or {bool: "BOOL", int: "N", float: "X"}.get(kind, "TEXT")
+        self.sections.get(title, self).add_argument(
+            f"--{name}", type=boolean if kind is bool else kind, metavar=metavar, default=default, help=help
+        )
 
     def format_help(self) -> str:
         """The help, with a line on each row of the choices at its end."""
@@ -90,19 +107,11 @@ class Parser(argparse.ArgumentParser):
         return vars(known)
 
 
-WIDTH = 118  # of the help
-
-
 def listed(rows: Mapping[str, str]) -> str:
     """Names and what they are, in two columns."""
     wide = max(map(len, rows)) + 4
     lines = (textwrap.wrap(f"  {name:{wide - 2}}{text}", WIDTH, subsequent_indent=" " * wide) for name, text in rows.items())
     return "\n".join(line for parts in lines for line in parts)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=WIDTH)
 
 
 def boolean(text: str) -> bool:
@@ -111,11 +120,19 @@ def boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
-class Verb(NamedTuple):
-    """A command: what runs it, what adds its flags, and how the help shows it."""
-
-    run: Callable[..., None]
-    parser: Callable[[Parser], None]
-    usage: str
-    help: str
-    resumes: bool = False  # whether the same command goes on with what an interrupted one has done
+def file_to_write(name: str | Path, flag: str, *endings: str) -> Path:
+    """The place of a file that is to be written, whose folder is made; UserError where it cannot be, or has another ending."""
+    path = place(name)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder, and what is written one file: give a name that ends in {endings[0]}")
+    if path.suffix not in endings:
+        raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(filter(None, endings))}")
+    if remote(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}): give another {flag}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written (its folder is read-only): give another {flag}")
+    return path

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
@@ -27,7 +27,9 @@ def _nll(run: str, data: str, **given: Any) -> None:
     changes = {k: v for k, v in given.items() if k in BOUND}
     if measure.curve and "sampling_steps" in changes:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
-    per_image, folder = _per_image(measure), place(data)
+    if measure.curve and measure.per_image:
+        raise UserError("--per_image is of one chain, and --curve of several: give one")
+    folder = place(data)
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
@@ -38,22 +40,20 @@ def _nll(run: str, data: str, **given: Any) -> None:
     with processes.session(build.device(which.device)):
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
-        out = _out(measure, runs[0])
+        beside = runs[0].home / ("nll_curve.json" if measure.curve else "nll.json")
+        out = file_to_write(measure.out or beside, "--out", ".json", "")
+        per_image = file_to_write(measure.per_image, "--per_image", ".csv", ".npz") if measure.per_image else None
         chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
         leads = processes.rank() == 0
         if leads:
             print(describe(images[0]))
-            for path in filter(None, (out, per_image)):
-                path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []
         states: list[Path] = []  # a file for each run on each chain, from which the same command goes on
         for name, chain in chains.items():
             own = [out.with_name(f"{out.name}{name}{end}.partial") for end in ("", ".against")]
-            done = [
-                report.Measured(o, i, bound_of(o, grid, i, measure, state)) for (o, grid), i, state in zip(chain, images, own)
-            ]
+            done = [report.Measured(o, i, bound_of(o, grid, i, measure, s)) for (o, grid), i, s in zip(chain, images, own)]
             points.append(done)
             states += own
             if leads:
@@ -65,28 +65,6 @@ def _nll(run: str, data: str, **given: Any) -> None:
                 report.write(points[0], out, folder, per_image)
             for state in states:
                 state.unlink(missing_ok=True)
-
-
-def _per_image(measure: Measure) -> Path | None:
-    """The file for the numbers of each image, if there is to be one."""
-    if not measure.per_image:
-        return None
-    path = place(measure.per_image)
-    if path.suffix not in (".csv", ".npz") or path.is_dir():
-        raise UserError(f"--per_image {path}: give a name that ends in .csv or .npz")
-    if measure.curve:
-        raise UserError("--per_image is of one chain, and --curve of several: give one")
-    return path
-
-
-def _out(measure: Measure, first: "Opened") -> Path:
-    """The file for the numbers: JSON, by default in the run."""
-    if not measure.out:
-        return first.home / ("nll_curve.json" if measure.curve else "nll.json")
-    out = place(measure.out)
-    if out.suffix not in (".json", "") or out.is_dir():
-        raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
-    return out
 
 
 def _require_same_images(runs: "list[Opened]") -> None:

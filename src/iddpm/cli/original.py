@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb, boolean
+from iddpm.cli.flags import Parser, Verb
 from iddpm.interop.openai.formats.flags import ADDED, COMMANDS
 
 HELP = {
@@ -21,14 +21,6 @@ OURS = dict(  # flags of ours that the original's commands take as well
 )
 
 
-def add_flag(parser: Parser, section: Any, name: str, like: Any, **settings: Any) -> None:
-    """Add a flag of the type of `like` to a section of the parser's help."""
-    if isinstance(like, bool):
-        parser.booleans.add(name)
-    kind, metavar = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X")}.get(type(like), (str, "TEXT"))
-    section.add_argument(f"--{name}", type=kind, metavar=metavar, **settings)
-
-
 def _verb(name: str) -> Verb:
     program = "guided" if name.startswith("classifier") else "improved"
     defaults: dict[str, Any] = dict(COMMANDS[program][name])
@@ -40,7 +32,7 @@ def _verb(name: str) -> Verb:
 
     def parser(p: Parser) -> None:
         for flag, (value, text) in {**{k: (v, "") for k, v in defaults.items()}, **added}.items():
-            add_flag(p, p, flag, value, default=value, help=f"{text} [{value if value != '' else 'none'}]")
+            p.add_flag(flag, type(value), f"{text} [{value if value != '' else 'none'}]", default=value)
 
     def run(**given: Any) -> None:
         from iddpm.interop.openai import commands

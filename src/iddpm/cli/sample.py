@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,7 @@ def _sample(run: str, **given: Any) -> None:
 
     with processes.session(build.device(which.device)):
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
-        ups = [open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip()]
-        chain = [first, *ups]
+        chain = [first, *(open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip())]
         _check(draw, chain)
         guide = _guide(draw, first, which) if draw.classifier else None
         small = inputs(draw, first.config) if first.config.task.enlarges else None
@@ -54,26 +54,25 @@ def _sample(run: str, **given: Any) -> None:
         grids = [build.grid(o.config) for o in chain]
         step, rate = first.weights.about["step"], first.weights.about.get("ema_rate", 0)
         out = place(draw.out) if draw.out else first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+
+        def drawing(rest: "Job", tick: Callable[[], Any]) -> "Iterator[np.ndarray]":
+            painters = []
+            for o in chain:
+                noise = draw.low_res_noise if o.config.model.low_res_noise else 0.0  # only for a model trained with it
+                painters.append(painter(o.config, o.net, o.device, tick, guide if o is first else None, noise))
+            return images(painters, rest, which.batch_size)
+
         drawn = draw_into(
-            out,
-            chain[-1].config,
-            task,
-            _identity(draw, chain, task),
-            draw=lambda rest, tick: images(
-                [painter(o.config, o.net, o.device, tick, guide if o is first else None, _noise(draw, o.config)) for o in chain],
-                rest,
-                which.batch_size,
-            ),
+            out, chain[-1].config, task, _identity(draw, chain, task), drawing, keep=bool(small),
             ticks=lambda n: sum(g.steps for g in grids) * -(-n // (which.batch_size * processes.world())),
-            keep=bool(small),
-        )
+        )  # fmt: skip
         if processes.rank():
             return
         whose = f"average {rate}" if rate else "raw weights"
         how = f"{first.config.sample.solver}, {' + '.join(str(g.steps) for g in grids)} steps, {whose}"
         print(f"{len(task.seeds)} images of step {step} ({how}): {out}")
         if small and drawn is not None:
-            _compare(first.config, out, drawn, small, task)
+            _compare(first.config, out, drawn, small, list(task.seeds))
 
 
 def _identity(draw: Draw, chain: "list[Opened]", task: "Job") -> dict[str, Any]:
@@ -85,11 +84,6 @@ def _identity(draw: Draw, chain: "list[Opened]", task: "Job") -> dict[str, Any]:
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
         **{k: getattr(draw, k) for k in SHAPING}, **sampled,
     )  # fmt: skip
-
-
-def _noise(draw: Draw, config: Config) -> float:
-    """The noise on small images: only for a model trained with it."""
-    return draw.low_res_noise if config.model.low_res_noise else 0.0
 
 
 def _check(draw: Draw, chain: "list[Opened]") -> None:
@@ -139,24 +133,23 @@ def _guide(draw: Draw, first: "Opened", which: Which) -> "Guide":
     return Guide(theirs, judge.net, draw.classifier_scale)
 
 
-def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", task: "Job") -> None:
+def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", seeds: list[int]) -> None:
     """Beside the enlarged images: how faithful they are, and a sheet of the first of them."""
     from iddpm.measure.fidelity import fidelity
     from iddpm.sampling.sheets import comparison_file
 
-    seeds = list(task.seeds)
     small, originals = given.low_res[seeds], None if given.originals is None else given.originals[seeds]
-    sheet, few = out.with_name(f"{out.stem}_compared.png"), slice(0, 16)
-    comparison_file(config, sheet, drawn[few], small[few], None if originals is None else originals[few])
+    sheet, record = (out.with_name(f"{out.stem}_compared.{ending}") for ending in ("png", "json"))
+    comparison_file(config, sheet, drawn[:16], small[:16], None if originals is None else originals[:16])
     print(f"beside the small images and their bicubic enlargement: {sheet}")
     if originals is None:
         return
     result = fidelity(config, drawn, small, originals)
-    record = out.with_name(f"{out.stem}_compared.json")
     record.write_text(json.dumps(result, indent=1))
-    for name, unit, text in (("psnr", " dB", "PSNR"), ("ssim", "", "SSIM")):
+    for name, unit in (("psnr", " dB"), ("ssim", "")):
         if f"{name}_model" in result:
-            print(f"{text} {result[f'{name}_model']:.3f}{unit} (bicubic {result[f'{name}_bicubic']:.3f}{unit})")
+            model, bicubic = (f"{result[f'{name}_{by}']:.3f}{unit}" for by in ("model", "bicubic"))
+            print(f"{name.upper()} {model} (bicubic {bicubic})")
     print(f"the numbers: {record}")
 
 

@@ -116,10 +116,9 @@ def _named(config: Config, text: str) -> Config:
 # ---- export
 
 
-def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str], list[str]]:
-    """Write the whole checkpoint that weights belong to, or, where there are only weights, these.
+def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
+    """Write the whole checkpoint that weights belong to, or, where there are only weights, these; returns what to tell of it.
 
-    Returns the names of the files, and what there is to say of them.
     `label_rows` is how many rows label_emb is to have, the further ones zeros; 0: as many as trained.
     """
     config, notes = _padded_config(weights.config, label_rows)
@@ -146,7 +145,7 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str]
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
         files.write_weights(best, padded(weights.tensors), config)
         written = [best.name]
-    return written, [*notes, f"next: {_command(config, best)}"]
+    return [f"wrote in {folder}: {', '.join(written)}", *notes, f"next: {_command(config, best)}"]
 
 
 def _padded_config(config: Config, rows: int) -> tuple[Config, list[str]]:

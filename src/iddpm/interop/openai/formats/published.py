@@ -85,7 +85,8 @@ PUBLISHED: dict[str, Published] = {
     "128_512_upsampler": Published(
         "guided", "enlarge", "ImageNet-512, after a guided base model: FID 3.85, precision 0.84, recall 0.53",
         dict(_UP, large_size=512, small_size=128, num_head_channels=64, attention_resolutions="32,16")),
-    "64x64_classifier": Published("guided", "classify", UNKNOWN, dict(image_size=64, classifier_depth=4, noise_schedule="cosine")),
+    "64x64_classifier": Published(
+        "guided", "classify", UNKNOWN, dict(image_size=64, classifier_depth=4, noise_schedule="cosine")),
     "128x128_classifier": Published("guided", "classify", UNKNOWN, dict(image_size=128)),
     "256x256_classifier": Published("guided", "classify", UNKNOWN, dict(image_size=256)),
     "512x512_classifier": Published("guided", "classify", UNKNOWN, dict(image_size=512)),
