@@ -29,7 +29,11 @@ def _evaluate(samples: str, **given: Any) -> None:
         raise UserError(
             "which images are compared? iddpm evaluate SAMPLES --reference DATA: folders, .npz files or archives, or a run"
         )
-    path, run = place(samples), _is_run(place(samples))
+    from iddpm.store.files import MANIFEST, STEP_DIR
+
+    path = place(samples)
+    run = path.suffix == ".safetensors" or (path / "checkpoints").is_dir()
+    run = run or (bool(STEP_DIR.search(path.name)) and (path / MANIFEST).exists())  # or one of its checkpoints
     of_a_run = {*settings_of(Sample, Which), "labels", "draws"} - {"device", "batch_size"}
     if not run and (useless := next((k for k in given if k in of_a_run), None)):
         raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
@@ -51,13 +55,6 @@ def _evaluate(samples: str, **given: Any) -> None:
             report.tell(found, settings, out)
             if run:
                 report.next_steps(samples, found.samples, out, named=bool(settings.out))
-
-
-def _is_run(path: Path) -> bool:
-    from iddpm.store.files import MANIFEST, STEP_DIR
-
-    checkpoint = bool(STEP_DIR.search(path.name)) and (path / MANIFEST).exists()
-    return path.suffix == ".safetensors" or (path / "checkpoints").is_dir() or checkpoint
 
 
 def _draws(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":

@@ -85,25 +85,22 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments given, by name. Underscores and hyphens are alike; --flag and --no-flag mean True and False."""
         tokens: list[str] = []
-        for k, token in enumerate(argv):
+        for token, following in zip(argv, [*argv[1:], ""]):
+            flag, equals, value = token.removeprefix("--").partition("=")
+            flag = flag.replace("-", "_")
             if not token.startswith("--") or token == "--":
                 tokens.append(token)
-                continue
-            flag, equals, value = token[2:].partition("=")
-            flag = flag.replace("-", "_")
-            if flag.removeprefix("no_") in self.booleans and flag.startswith("no_"):
-                tokens += [f"--{flag.removeprefix('no_')}", "False"]
-            elif flag in self.booleans and not equals and (k + 1 == len(argv) or argv[k + 1].lower() not in TRUE + FALSE):
-                tokens += [f"--{flag}", "True"]
+            elif flag.startswith("no_") and flag.removeprefix("no_") in self.booleans:
+                tokens.append(f"--{flag.removeprefix('no_')}=False")
+            elif flag in self.booleans and not equals and following.lower() not in TRUE + FALSE:
+                tokens.append(f"--{flag}=True")
             else:
                 tokens.append(f"--{flag}{equals}{value}")
         known, extra = self.parse_known_args(tokens)
         if extra:
-            flags = [s for action in self._actions for s in action.option_strings]
-            near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1)
-            raise UserError(
-                f"unknown argument {extra[0]}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
-            )
+            near = difflib.get_close_matches(extra[0].partition("=")[0], self._option_string_actions, n=1)
+            hint = f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
+            raise UserError(f"unknown argument {extra[0]}{hint}")
         return vars(known)
 
 

@@ -25,7 +25,7 @@ def _verb(name: str) -> Verb:
     program = "guided" if name.startswith("classifier") else "improved"
     defaults: dict[str, Any] = dict(COMMANDS[program][name])
     if program == "improved":
-        defaults = ADDED | defaults
+        defaults |= {k: v for k, v in ADDED.items() if k not in defaults}
     if name != "classifier_train":
         defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
     added = {k: v for k, v in OURS.items() if k != "steps" or name.endswith("_train")}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from iddpm.errors import UserError
 
@@ -136,24 +136,19 @@ def _read(node: Any) -> Choice:
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and ast.unparse(part.annotation).startswith("Annotated["):
             kind, *about = part.annotation.slice.elts  # type: ignore[attr-defined]
-            values = [ast.literal_eval(value) for value in (part.value, *about)]
-            numbers[ast.unparse(part.target)] = Field(TYPES[ast.unparse(kind)], *values)
+            numbers[ast.unparse(part.target)] = Field(TYPES[kind.id], *map(ast.literal_eval, (part.value, *about)))
     methods = frozenset(part.name for part in node.body if isinstance(part, ast.FunctionDef))
     return Choice(_first_line(ast.get_docstring(node)), numbers, methods)
 
 
 def _described(row: Any) -> Choice:
     """The same of a program's row, which is at hand."""
-    numbers = {}
-    if isinstance(row, type):
-        for name, hint in get_type_hints(row, include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                kind, *about = get_args(hint)
-                numbers[name] = Field(kind, getattr(row, name), *about)
-        knows = frozenset(name for name in dir(row) if callable(getattr(row, name)))
-    else:
-        knows = frozenset(inspect.signature(row).parameters)
-    return Choice(_first_line(inspect.getdoc(row)), numbers, knows)
+    if not isinstance(row, type):
+        return Choice(_first_line(inspect.getdoc(row)), {}, frozenset(inspect.signature(row).parameters))
+    hints = {name: hint for name, hint in get_type_hints(row, include_extras=True).items() if hasattr(hint, "__metadata__")}
+    numbers = {name: Field(hint.__origin__, getattr(row, name), *hint.__metadata__) for name, hint in hints.items()}
+    methods = frozenset(name for name in dir(row) if callable(getattr(row, name)))
+    return Choice(_first_line(inspect.getdoc(row)), numbers, methods)
 
 
 def _first_line(text: str | None) -> str:

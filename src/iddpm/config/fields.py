@@ -53,9 +53,8 @@ def settings_of(*groups: Any) -> dict[str, Field]:
     return own_numbers(*groups) | fields_of(*groups)
 
 
-def is_read(number: Field, *groups: Any) -> bool:
-    """Whether a row that the groups choose has a number."""
-    fields, now = fields_of(*groups), values_of(*groups)
+def is_read(number: Field, fields: Mapping[str, Field], now: Mapping[str, Any]) -> bool:
+    """Whether a row that is chosen now has a number."""
     return any(set(fields[chooser].chosen(now[chooser])) & set(rows) for chooser, rows in number.rows.items())
 
 
@@ -72,13 +71,13 @@ def make(group: type, given: Mapping[str, Any]) -> Any:
 
 def check_groups(groups: Sequence[Any], own: Mapping[str, Any]) -> None:
     """Raise UserError for the first value that is not allowed, and for a number, of those of `own`, that no chosen row has."""
-    now = values_of(*groups)
-    for name, f in fields_of(*groups).items():
+    fields, now = fields_of(*groups), values_of(*groups)
+    for name, f in fields.items():
         _check(name, now[name], f)
     for name, f in own_numbers(*groups).items():
         if name not in own:
             continue
-        if own[name] != f.default and not is_read(f, *groups):
+        if own[name] != f.default and not is_read(f, fields, now):
             chosen = " and ".join(f"--{chooser} {now[chooser]}" for chooser in f.rows)
             able = dict.fromkeys(row for rows in f.rows.values() for row in rows)
             raise UserError(f"--{name} has no effect with {chosen}: it belongs to {', '.join(able)}")
@@ -128,8 +127,9 @@ def conditions(f: Field, fields: Mapping[str, Field]) -> str:
     """When a field has an effect, in short, as "task enlarge"; not what every value of the other field meets."""
     told = [f"{chooser} {'|'.join(rows)}" for chooser, rows in f.rows.items()]
     for key, asked in map(_asked, f.only.split()):
+        beside = fields[key].choices if fields[key].kind else ()  # auto
         if not asked:
             told.append(f"with {key}")
-        elif len(asked) < len(fields[key].allowed() or ("True", "False")):
-            told.append(f"{key} {'|'.join(asked)}")
+        elif len(beside) + len(asked) < len(fields[key].allowed() or ("True", "False")):
+            told.append(f"{key} {'|'.join((*beside, *asked))}")
     return (" or " if f.rows else ", ").join(told)

@@ -9,8 +9,9 @@ from iddpm.config.tasks import TASKS
 
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
 
+_fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet")
-_enlarge = partial(opt, only="task=enlarge")
+_enlarge = partial(opt, fixed=True, only="task=enlarge")
 _draws = partial(opt, fixed=True, only="task=images|enlarge")  # for models of images, not for classifiers
 _chain = partial(opt, fixed=True, only="noise_schedule:betas")  # for discrete chains: schedules that have betas
 _measured = partial(opt, only="eval_every")
@@ -20,14 +21,12 @@ _measured = partial(opt, only="eval_every")
 class Model:
     """The network."""
 
-    task: str = opt("images", f"what to train: {'; '.join(t.help for t in TASKS.values())}", choices=tuple(TASKS), fixed=True)
-    network: str = opt("unet", "the architecture that learns it", kind="network", fixed=True)
-    image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
-    small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH", fixed=True)
-    low_res_noise: float = _enlarge(
-        0.0, "largest deviation of noise on the small image in training (conditioning augmentation)", 0, 1, fixed=True
-    )
-    image_channels: int = opt(3, "1 grey, 3 colour, 4 with transparency", 1, 4, fixed=True)
+    task: str = _fixed("images", f"what to train: {'; '.join(t.help for t in TASKS.values())}", choices=tuple(TASKS))
+    network: str = _fixed("unet", "the architecture that learns it", kind="network")
+    image_size: str = _fixed("64", "pixels, or HEIGHTxWIDTH")
+    small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH")
+    low_res_noise: float = _enlarge(0.0, "noise up to this deviation on the small image in training, told to the network", 0, 1)
+    image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
     num_channels: int = _unet(128, "channels of the first level", 1)
     num_res_blocks: int = _unet(2, "residual blocks per level", 1)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
@@ -44,15 +43,15 @@ class Model:
     use_scale_shift_norm: bool = _unet(True, "time and class scale and shift the normalised features")
     dropout: float = opt(0.0, "share of features dropped in training", 0, 0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
-    class_cond: bool = opt(False, "condition on the classes of the data", fixed=True)
-    num_classes: int = opt(0, "classes the network knows", 0, fixed=True, flag=False)
+    class_cond: bool = _fixed(False, "condition on the classes of the data")
+    num_classes: int = _fixed(0, "classes the network knows", 0, flag=False)
 
 
 @dataclass(frozen=True)
 class Diffusion:
     """The process, and what is learned of it."""
 
-    noise_schedule: str = opt("linear", "how the noise grows with time", kind="noise_schedule", fixed=True)
+    noise_schedule: str = _fixed("linear", "how the noise grows with time", kind="noise_schedule")
     diffusion_steps: int = _chain(1000, "steps T of the chain", 1)
     parametrization: str = _draws("eps", "what the network predicts", kind="parametrization")
     learn_sigma: bool = _chain(
@@ -65,10 +64,8 @@ class Diffusion:
     )  # fmt: skip
     rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
     objective: str = _draws("auto", "the loss; auto: hybrid with learn_sigma, else simple", kind="objective", choices=("auto",))
-    weighting: str = opt(
-        "uniform", "weight of the squared error at each noise level", kind="weighting", fixed=True, only="objective:weighting"
-    )
-    noised: bool = opt(True, "learn from images of every noise level, not from clean ones", fixed=True, only="task=classify")
+    weighting: str = _fixed("uniform", "weight of the squared error at each level", kind="weighting", only="objective:weighting")
+    noised: bool = _fixed(True, "learn from images of every noise level, not from clean ones", only="task=classify")
     schedule_sampler: str = opt(
         "uniform", "how training draws its noise levels (the law of t)", kind="schedule_sampler", fixed=True, only="noised=True"
     )
@@ -112,12 +109,12 @@ class Train:
     weight_decay: float = opt(0.0, "AdamW's decay", 0)
     adam_beta2: float = opt(0.999, "AdamW's second-moment rate", 0, 0.999999)
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)
-    ema_rate: str = opt("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from", fixed=True)
+    ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
     precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
     fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    seed: int = opt(0, "seed of everything random", 0, 2**63 - 1, fixed=True)
+    seed: int = _fixed(0, "seed of everything random", 0, 2**63 - 1)
     log_interval: int = opt(50, "steps between log lines", 1)
     validation_interval: int = opt(100, "steps between measurements on --validation", 1)
     save_interval: int = opt(1000, "steps between checkpoints", 1)
@@ -127,10 +124,10 @@ class Train:
     async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
     shard: int = opt(0, "how many processes divide one copy of the weights (FSDP2); 0: none do (DDP), -1: all", -1)
     timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1)
-    init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
-    init_reset: bool = opt(False, "layers of --init_from that do not fit start anew", fixed=True, only="init_from")
+    init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
+    init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
-    eval_every: int = opt(0, "steps between measurements of drawn samples; the best is kept. 0: never", 0, only="task=images")
+    eval_every: int = opt(0, "steps between measurements of samples, of which the best stays; 0: never", 0, only="task=images")
     eval_samples: int = _measured(256, "how many samples such a measurement draws", 4)
     eval_reference: str = _measured("", "the real images compared with; empty: those of --validation, else of training")
     eval_extractor: str = _measured("lite0-128", "the network whose features are compared", kind="extractor")
@@ -144,7 +141,7 @@ class Sample:
     solver: str = opt("ancestral", "how to walk from noise to image", kind="solver")
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
-    consistent: bool = _enlarge(False, "at each step, also make the predicted image shrink to exactly the small one")
+    consistent: bool = opt(False, "at each step, also make the predicted image shrink to the small one", only="task=enlarge")
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,12 @@ class Config:
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the rows chosen: as given, else their defaults."""
-        given, fields, found = dict(self.own), fields_of(*self.parts), {}
+        given, fields, now, found = dict(self.own), fields_of(*self.parts), values_of(*self.parts), {}
         for name, f in own_numbers(*self.parts).items():
             if name in fields:  # only a program's row can have it
-                rows = conditions(f, fields)
-                raise UserError(f"{name!r}, a number of --{rows}, is a setting's name already: give it another name")
-            if is_read(f, *self.parts):
+                owner = conditions(f, fields)
+                raise UserError(f"{name!r}, a number of --{owner}, is a setting's name already: give it another name")
+            if is_read(f, fields, now):
                 found[name] = given.get(name, f.default)
         return found
 
@@ -116,9 +116,9 @@ class Config:
             if name not in fields:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
             kind = get_origin(fields[name].type) or fields[name].type
-            if (as_kept := _as(kind, value)) is None:
+            flat[name] = _as(kind, value)
+            if flat[name] is None:
                 raise UserError(f"{source}: {name} is {value!r}, where {WORDS[kind]} must be: mend it, or restore the file")
-            flat[name] = as_kept
         config = Config().updated(flat)
         return config.effective() if version == 1 else config
 
@@ -142,13 +142,11 @@ def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
             near = difflib.get_close_matches(name, fields, n=1)
             raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         kind = fields[name].type
-        if kind is str and isinstance(value, (list, tuple)):
-            value = ",".join(map(str, value))
-        if kind is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
-            value = str(value)
-        if (found_as := _as(kind, value)) is None:
+        written = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        written = str(written) if isinstance(value, (int, float, Path)) and not isinstance(value, bool) else written
+        found[name] = _as(kind, written if kind is str else value)
+        if found[name] is None:
             raise UserError(f"{name}={value!r}: give {WORDS[kind]}")
-        found[name] = found_as
     return found
 
 

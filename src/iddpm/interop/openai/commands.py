@@ -59,12 +59,12 @@ class _Log:
     """The rows of a run in the original's columns and files; the terms of a classifier's loss begin with train_."""
 
     def __init__(self, config: Config):
-        self.renamed = ("loss", "acc@") if config.task.classifies else ()
+        self.terms = ("loss", "acc@") if config.task.classifies else ()
 
     def row(self, **values: Any) -> None:
         for name, value in values.items():
             if name not in OURS:
-                logger.logkv(f"train_{name}" if name.startswith(self.renamed) else name, value)
+                logger.logkv(f"train_{name}" if name.startswith(self.terms) else name, value)
         logger.logkv("samples", values["images"])
         logger.dumpkvs()
 
@@ -76,10 +76,9 @@ class _Log:
 
 
 def _train(config: Config, given: Given, device: torch.device) -> None:
-    if given["steps"]:
-        config = config.updated({"steps": given["steps"]})
-    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # the original then ends at its first checkpoint
-        config = config.updated({"steps": config.train.save_interval})
+    # with this variable the original ends at its first checkpoint
+    if steps := config.train.save_interval if os.environ.get("DIFFUSION_TRAINING_TEST") else given["steps"]:
+        config = config.updated({"steps": steps})
     _path(given, "data_dir", "images")
     logger.configure()
     folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
@@ -126,13 +125,10 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
     # Batches and devices do not change the images: a stopped job goes on with others.
     draw_into(
-        out,
-        config,
-        job,
-        {k: v for k, v in given.items() if k not in ("batch_size", "device")},
+        out, config, job, {k: v for k, v in given.items() if k not in ("batch_size", "device")},
         draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
-    )
+    )  # fmt: skip
     if processes.rank() == 0:
         print(f"{n} images: {out}")
 

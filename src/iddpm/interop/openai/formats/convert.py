@@ -73,13 +73,9 @@ def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path
     settled = settle(shapes_of(weights), given, str(path), published)
     if published:
         return settled.config, [f"config: that of the published {published.removesuffix('.pt')}"]
-    notes = []
-    if settled.assumed:
-        text = line(settled.assumed, {})
-        notes.append(f"its shapes do not tell these, taken as by default in {settled.program}-diffusion: {text}")
-    if settled.alike:
-        notes.append(f"its shapes are those of a published file; if it is that: --published {' or '.join(settled.alike)}")
-    return settled.config, notes
+    taken = f"its shapes do not tell these, taken as by default in {settled.program}-diffusion: {line(settled.assumed, {})}"
+    alike = f"its shapes are those of a published file; if it is that: --published {' or '.join(settled.alike)}"
+    return settled.config, [taken] * bool(settled.assumed) + [alike] * bool(settled.alike)
 
 
 def _rates(kin: files.Family, first: float, config: Config, given: Mapping[str, Any]) -> list[float]:
@@ -102,15 +98,12 @@ def _named(config: Config, text: str) -> Config:
     if not m.class_cond:
         raise UserError("--classes: this network knows no classes")
     if Path(text).is_dir():
-        found = Images.open(text, image_size(m), m.image_channels, labels=config.data.labels, cache_bytes=0)
-        names = tuple(found.classes)
-    elif text.isdigit():
-        names = tuple(map(str, range(int(text))))
+        names = Images.open(text, image_size(m), m.image_channels, labels=config.data.labels, cache_bytes=0).classes
     else:
-        names = tuple(part.strip() for part in text.split(","))
+        names = tuple(map(str, range(int(text))) if text.isdigit() else (part.strip() for part in text.split(",")))
     if len(names) > m.num_classes:
         raise UserError(f"--classes {text}: the network has room for {m.num_classes}")
-    return config.updated({"classes": names})
+    return config.updated({"classes": tuple(names)})
 
 
 # ---- export
@@ -121,41 +114,33 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
 
     `label_rows` is how many rows label_emb is to have, the further ones zeros; 0: as many as trained.
     """
-    config, notes = _padded_config(weights.config, label_rows)
+    config, notes, have = weights.config, [], weights.config.model.num_classes
+    if config.model.class_cond and not config.task.classifies and label_rows not in (0, have):
+        if label_rows < have:
+            raise UserError(f"--label_rows {label_rows}: the network has {have}")
+        config = config.updated({"num_classes": label_rows})
+        zeros = f"those from {have} on are zeros (--label_rows 0 leaves them out)"
+        notes = [f"label_emb has {label_rows} rows, as the original's: {zeros}"]
 
     def padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With zeros for the rows of label_emb that are not there: its weights, and AdamW's moments of them."""
-        out = dict(tensors)
-        for name, value in tensors.items():
-            if name.startswith("label_emb.weight") and value.ndim == 2:
-                more = value.new_zeros(config.model.num_classes - len(value), value.shape[1])
-                out[name] = torch.cat([value, more])
-        return out
+        more = config.model.num_classes - have
+        rows = {name: t for name, t in tensors.items() if name.startswith("label_emb.weight") and t.ndim == 2}
+        return {**tensors, **{name: torch.cat([t, t.new_zeros(more, t.shape[1])]) for name, t in rows.items()}}
 
     if (weights.path.parent / "state").is_dir():  # a run's checkpoint, and no lone file: its optimizer goes along
         saved = checkpoint.load(weights.path.parent)
         averages = {rate: padded(average) for rate, average in saved.averages.items()}
         saved = saved._replace(weights=padded(saved.weights), averages=averages, optimizer=padded(saved.optimizer))
-        model = files.save_run(folder, config, saved)
-        kin = files.family(model)
+        kin = files.family(files.save_run(folder, config, saved))
         written = [*kin.record.files, kin.record.path.name] if kin.record else []
-        best = next((kin.averages[rate] for rate in ema_rates(config.train) if rate in kin.averages), model)
+        best = next((kin.averages[rate] for rate in ema_rates(config.train) if rate in kin.averages), kin.model)
     else:
         step, rate = weights.about["step"], weights.about.get("ema_rate")
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
         files.write_weights(best, padded(weights.tensors), config)
         written = [best.name]
     return [f"wrote in {folder}: {', '.join(written)}", *notes, f"next: {_command(config, best)}"]
-
-
-def _padded_config(config: Config, rows: int) -> tuple[Config, list[str]]:
-    have = config.model.num_classes
-    if not config.model.class_cond or config.task.classifies or not rows or rows == have:
-        return config, []
-    if rows < have:
-        raise UserError(f"--label_rows {rows}: the network has {have}")
-    said = f"label_emb has {rows} rows, as the original's: those from {have} on are zeros (--label_rows 0 leaves them out)"
-    return config.updated({"num_classes": rows}), [said]
 
 
 def _command(config: Config, file: Path) -> str:

@@ -165,7 +165,6 @@ def objective(flags: Mapping[str, Any]) -> str:
 
 # ---- and back
 
-SCHEDULES = ("linear", "cosine")
 SUPPORTED: dict[str, dict[str, tuple[int, ...]]] = {  # sizes without --channel_mult
     "improved": {"images": (32, 64, 256), "enlarge": (64, 256)},
     "guided": {"images": (64, 128, 256, 512), "enlarge": (64, 256, 512), "classify": (64, 128, 256, 512)},
@@ -214,7 +213,7 @@ def _unsupported(program: str, task: str, flags: Mapping[str, Any]) -> str | Non
         return f"--image_size {size} ({program}-diffusion knows {', '.join(map(str, sizes))})"
     if any(m % 1 for m in mult):
         return f"--channel_mult {flags['channel_mult']} (it takes whole numbers)"
-    if flags["noise_schedule"] not in SCHEDULES:
+    if flags["noise_schedule"] not in ("linear", "cosine"):
         return f"--noise_schedule {flags['noise_schedule']}"
     attention = flags.get("classifier_attention_resolutions", flags.get("attention_resolutions"))
     return None if attention else "--attention_resolutions none"
