@@ -2,15 +2,9 @@
 
 from typing import Any
 
+_TINY = dict(num_channels=32, num_res_blocks=2, channel_mult="1,2,2,2", attention_resolutions="8")
+_IDDPM = dict(num_channels=128, num_res_blocks=3, diffusion_steps=4000, learn_sigma=True, batch_size=128, lr=1e-4)
 _V = dict(noise_schedule="cosine", parametrization="v", schedule_sampler="stratified", solver="ddim")
-_TINY = dict(
-    _V, image_size="32", num_channels=32, num_res_blocks=2, channel_mult="1,2,2,2", attention_resolutions="8", precision="bf16",
-    diffusion_steps=1000, batch_size=32, lr=1e-3, lr_warmup_steps=200, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999",
-    random_flip=True,
-)  # fmt: skip
-_IDDPM = dict(
-    num_channels=128, num_res_blocks=3, noise_schedule="cosine", diffusion_steps=4000, learn_sigma=True, batch_size=128, lr=1e-4
-)
 
 # name: (what it is for and the number it reproduces or got, its settings)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,24 +24,27 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cifar10-up": (
         "CIFAR-10 from 16 to 32 pixels in 15 minutes on two CPU cores: PSNR 26.61 dB, bicubic 26.56",
-        dict(_TINY, task="enlarge", small_size="16", steps=1200, save_interval=400, sample_interval=400, sampling_steps="3",
-             consistent=True),
+        dict(_TINY, **_V, task="enlarge", image_size="32", small_size="16", diffusion_steps=1000, batch_size=32,
+             lr=1e-3, lr_warmup_steps=200, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True,
+             precision="bf16", steps=1200, save_interval=400, sample_interval=400, sampling_steps="3", consistent=True),
     ),
     "cifar10-tiny": (
         "CIFAR-10 in 15 minutes on two CPU cores: coherent colour and texture",
-        dict(_TINY, steps=1500, save_interval=500, sample_interval=500, sampling_steps="50"),
+        dict(_TINY, **_V, image_size="32", diffusion_steps=1000, batch_size=32, lr=1e-3, lr_warmup_steps=200,
+             lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True, precision="bf16", steps=1500,
+             save_interval=500, sample_interval=500, sampling_steps="50"),
     ),
     "cifar10": (
         "Nichol & Dhariwal 2021, table 2, L_hybrid: FID 3.19, 3.17 bits/dim after 500K steps (not run here)",
-        dict(_IDDPM, image_size="32", dropout=0.3, steps=500_000, sampling_steps="all"),
+        dict(_IDDPM, image_size="32", noise_schedule="cosine", dropout=0.3, steps=500_000, sampling_steps="all"),
     ),
     "cifar10-vlb": (
         "Nichol & Dhariwal 2021, table 2, L_vlb: FID 11.47, 2.94 bits/dim after 500K steps (not run here)",
-        dict(_IDDPM, image_size="32", dropout=0.3, objective="vlb", schedule_sampler="loss-second-moment", steps=500_000,
-             sampling_steps="all"),
+        dict(_IDDPM, image_size="32", noise_schedule="cosine", dropout=0.3, objective="vlb",
+             schedule_sampler="loss-second-moment", steps=500_000, sampling_steps="all"),
     ),
     "imagenet64": (
         "Nichol & Dhariwal 2021, table 1, L_hybrid: 3.57 bits/dim, FID 19.2 (10K) after 1.5M steps (not run here)",
-        dict(_IDDPM, image_size="64", steps=1_500_000),
+        dict(_IDDPM, image_size="64", noise_schedule="cosine", steps=1_500_000),
     ),
 }  # fmt: skip

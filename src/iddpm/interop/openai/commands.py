@@ -31,11 +31,10 @@ Given = dict[str, Any]  # the original's flags, all of them
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
 
 
-def run(name: str, given: Given) -> None:
-    """Do what the command of that name does."""
-    task, program, work = COMMANDS[name]
+def run(work: str, task: str, program: str, given: Given) -> None:
+    """Train, sample or measure (`work`) for one of our tasks, by the flags of one of the two programs."""
     with processes.session(build.device(given["device"])):  # first: the batch of a config depends on how many there are
-        work(_config(task, program, given), given, processes.own_device(build.device(given["device"])))
+        WORK[work](_config(task, program, given), given, processes.own_device(build.device(given["device"])))
 
 
 def _config(task: str, program: str, given: Given) -> Config:
@@ -190,13 +189,4 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")
 
 
-Work = Callable[[Config, Given, torch.device], None]
-COMMANDS: dict[str, tuple[str, str, Work]] = {  # the task, the program whose flags these are, and what is done
-    "image_train": ("images", "improved", _train),
-    "image_sample": ("images", "improved", _sample),
-    "image_nll": ("images", "improved", _nll),
-    "super_res_train": ("enlarge", "improved", _train),
-    "super_res_sample": ("enlarge", "improved", _sample),
-    "classifier_train": ("classify", "guided", _train),
-    "classifier_sample": ("images", "guided", _sample),
-}
+WORK: dict[str, Callable[[Config, Given, torch.device], None]] = {"train": _train, "sample": _sample, "nll": _nll}
