@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
                     owners = f" ({told})" if (told := conditions(about, every_field())) else ""
                     metavar = ("," if about.many else "|").join(about.allowed())
                     self.add_flag(flag, about.type, f"{about.help}{owners} [{shown}]".replace("%", "%%"), title, metavar)
-            if f.kind:
-                self.shown[f.kind] = listed({row: choice.help for row, choice in choices(f.kind).items()})
+            if f.kind and len(rows := choices(f.kind)) > 1:
+                self.shown[f.kind] = listed({row: choice.help for row, choice in rows.items()})
 
     def has(self, flag: str) -> bool:
         return f"--{flag}" in self._option_string_actions
@@ -79,8 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, with a line on each row of the choices at its end."""
-        parts = [f"--{kind}:\n{rows}" for kind, rows in self.shown.items() if len(choices(kind)) > 1]
-        return super().format_help() + ("\n" + "\n\n".join(parts) + "\n" if parts else "")
+        return super().format_help() + "".join(f"\n--{kind}:\n{rows}\n" for kind, rows in self.shown.items())
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments given, by name. Underscores and hyphens are alike; --flag and --no-flag mean True and False."""

@@ -141,7 +141,7 @@ class Sample:
     solver: str = opt("ancestral", "how to walk from noise to image", kind="solver")
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
-    consistent: bool = opt(False, "at each step, also make the predicted image shrink to the small one", only="task=enlarge")
+    consistent: bool = opt(False, "at each step, make the predicted image shrink to exactly the small one", only="task=enlarge")
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,10 @@ def load(path: Path) -> Any:
 
     UserError where there is no such file, it is cut short, no file of torch.save, or holds objects of other kinds.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(OLD))
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}") from e
+    if not path.is_file():
+        raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}")
+    with open(path, "rb") as file:
+        start = file.read(len(OLD))
     if not start:
         raise UserError(f"{path} is empty")
     if not start.startswith(ZIP) and start != OLD[: len(start)]:
