@@ -177,7 +177,7 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     updates times the config's batch. UserError naming what is missing or damaged: nothing is left out or begun anew.
     """
     kin = family(path)
-    record, weights, law = kin.record, read(kin.model), dict[str, Tensor]()
+    record, law = kin.record, dict[str, Tensor]()
     if record:
         for name, known in record.files.items():
             file = record.path.with_name(name)
@@ -186,7 +186,7 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
             if [file.stat().st_size, sha256(file)] != known:
                 raise UserError(f"{file} is damaged")
         law = load_file(record.path.with_suffix(".safetensors")) if record.state.get("law") else {}
-    slots, updates = dict[str, Tensor](), 0
+    weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
     if kin.optimizer:
         slots, updates = read_optimizer(kin.optimizer, shapes_of(weights))
     elif not (record and record.state.get("weights_only")):
@@ -195,11 +195,9 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     settled = config or (record.config if record else None)
     averages = read_averages(kin, ema_rates(settled.train) if settled else kin.averages)
     # What the original's files do not tell is as if the run had been at these settings all along.
-    images = updates * config.train.batch_size if config else 0
-    state: dict[str, Any] = dict(
-        step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[]
-    )
-    state = record.state if record else state
+    counts = dict(step=updates, images=updates * config.train.batch_size if config else 0, ema_updates=updates)
+    rest = dict[str, Any](skipped=0, skipped_in_a_row=0, lg_loss_scale=0.0, law=[])
+    state = record.state if record else rest | counts
     slots |= {f"law.{name}": value for name, value in law.items()}
     return Saved(state["step"], weights, averages, slots, state), record.config if record else None
 

@@ -66,7 +66,7 @@ def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[in
         steps = {float(slots.get(f"{name}.step", -1)) for name in names}
         if len(steps) > 1:
             raise UserError("these parameters were not all stepped together: they cannot be one flat parameter")
-        if steps == {-1.0}:  # never, for want of a gradient
+        if steps <= {-1.0}:  # never, for want of a gradient
             continue
         state[k] = {"step": torch.tensor(steps.pop())}
         for slot in MOMENTS:
