@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +56,12 @@ def tell(shapes: Shapes, source: str) -> Told:
             raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
     # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
-    blocks = _blocks(shapes)
-    depth, levels = _levels(shapes, blocks, source)
+    depth, strided, levels = _levels(shapes, source)
     # With scale and shift, the embedding gives two numbers for each channel, else one.
     emb, out = shapes["input_blocks.1.0.emb_layers.1.weight"], shapes["input_blocks.1.0.in_layers.2.weight"]
     fields = dict(num_channels=width, num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
     if len(levels) > 1:  # a single level changes no size, either way
-        fields["resblock_updown"] = not any(block.strided for block in blocks)
+        fields["resblock_updown"] = not strided
     draws = any(k.startswith("output_blocks.") for k in shapes)
     fields |= _ends(shapes, first) if draws else _judge(shapes, first, len(levels))
     attention = tuple(k for k, level in enumerate(levels) if level.attention)
@@ -77,33 +76,29 @@ class Block(NamedTuple):
     strided: bool = False  # a convolution that halves the size, and no residual block
 
 
-def _blocks(shapes: Shapes) -> list[Block]:
-    """The stages of the way down but for the first convolution."""
-    blocks = []
-    for k in range(1, 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))):
-        strided = shapes.get(f"input_blocks.{k}.0.op.weight")
-        out, attention = strided or shapes.get(f"input_blocks.{k}.0.in_layers.2.weight", (0,)), f"input_blocks.{k}.1.qkv.weight"
-        blocks.append(Block(out[0], attention in shapes, strided is not None))
-    return blocks
-
-
-def _levels(shapes: Shapes, blocks: Sequence[Block], source: str) -> tuple[int, list[Block]]:
-    """Residual blocks per level, and one of each level.
+def _levels(shapes: Shapes, source: str) -> tuple[int, bool, list[Block]]:
+    """Residual blocks per level, whether strided convolutions part the levels, and a block of each.
 
     A level is `depth` residual blocks alike and, but for the last, a stage that halves the size. Where several depths fit, they
     are wide alike: then the fewest levels. Where residual blocks also double the size, the first stage of the way up that has
     two of them tells: a level ends there in one, beside its depth + 1 others.
     """
+    blocks = []
+    for k in range(1, 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))):
+        name = f"input_blocks.{k}"
+        strided = shapes.get(f"{name}.0.op.weight")
+        out = strided or shapes.get(f"{name}.0.in_layers.2.weight", (0,))
+        blocks.append(Block(out[0], f"{name}.1.qkv.weight" in shapes, strided is not None))
     double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
     doubling = [int(match[1]) for k in shapes if (match := double.match(k))]
-    strided = any(block.strided for block in blocks)
+    parted = any(block.strided for block in blocks)
     for depth in [min(doubling)] if doubling else range(len(blocks), 0, -1):
         found = [blocks[k : k + depth + 1] for k in range(0, len(blocks), depth + 1)]
         levels = [group[0] for group in found]
-        whole = [[Block(x.width, x.attention)] * depth + [Block(x.width, False, strided)] for x in levels]
+        whole = [[Block(x.width, x.attention)] * depth + [Block(x.width, False, parted)] for x in levels]
         whole[-1].pop()
         if found == whole:
-            return depth, levels
+            return depth, parted, levels
     raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks do not form levels")
 
 
