@@ -115,7 +115,7 @@ def read(flags: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("flags", re.findall(r"^\| [^`|]* \| `(--[^`]*)`", METHODS.read_text(), re.MULTILINE))
 def test_a_method_is_a_config_that_works(flags):
-    given = {k: v for k, v in read(flags).items() if k not in ("data", "preset", "run", "dry_run")}
+    given = {k: v for k, v in read(flags).items() if k not in ("data", "preset", "config", "run", "dry_run")}
     build.require_fit(check(Config().updated(given)))
 
 

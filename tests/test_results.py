@@ -24,7 +24,7 @@ def trains(command):
     parser = Parser(prog="iddpm train")
     VERB.parser(parser)
     given = parser.read(["DATA", *command.split()])
-    preset, others = given["preset"], {k: v for k, v in given.items() if k not in ("preset", "data", "run", "dry_run")}
+    preset, others = given["preset"], {k: v for k, v in given.items() if k not in ("preset", "data", "config", "run", "dry_run")}
     return check(Config().updated({**PRESETS[preset][1], **others}))
 
 

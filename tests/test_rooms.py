@@ -8,26 +8,32 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iddpm"
 KNOWS = {  # a room, and the others that it may import; from the bottom up, so that nothing points up or in a circle
     "errors": set(),
+    "records": {"errors"},
+    "words": set(),
     "rng": set(),
     "diffusion": set(),
     "nn": set(),
-    "config": {"errors"},
-    "parallel": {"errors"},
-    "store": {"config", "errors", "parallel"},
-    "data": {"config", "errors", "parallel", "rng", "store"},
+    "config": {"errors", "records"},
+    "parallel": {"errors", "records"},
+    "store": {"config", "errors", "parallel", "records"},
+    "data": {"config", "errors", "parallel", "records", "rng", "store", "words"},
     "build": {"config", "diffusion", "errors", "nn"},
-    "sampling": {"build", "config", "data", "diffusion", "errors", "parallel", "rng", "store"},
-    "measure": {"build", "config", "data", "diffusion", "errors", "parallel", "rng", "sampling", "store"},
-    "training": {
-        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "rng", "sampling", "store",
+    "sampling": {"build", "config", "data", "diffusion", "errors", "parallel", "records", "rng", "store", "words"},
+    "measure": {
+        "build", "config", "data", "diffusion", "errors", "parallel", "records", "rng", "sampling", "store", "words",
     },
-    "look": {"config", "data", "errors", "measure", "sampling", "store"},
+    "training": {
+        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "records", "rng", "sampling", "store",
+        "words",
+    },
+    "look": {"config", "data", "errors", "measure", "sampling", "store", "words"},
     "interop": {
-        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "rng", "sampling", "store", "training",
+        "build", "config", "data", "diffusion", "errors", "measure", "nn", "parallel", "records", "rng", "sampling", "store",
+        "training", "words",
     },
     "library": {"build", "config", "diffusion", "errors", "measure", "rng", "sampling", "store", "training"},
     "cli": {
-        "build", "config", "data", "errors", "interop", "look", "measure", "parallel", "sampling", "store", "training",
+        "build", "config", "data", "errors", "interop", "look", "measure", "parallel", "sampling", "store", "training", "words",
     },
     "__init__": {"config", "errors", "library"},
     "__main__": {"cli"},

@@ -13,8 +13,9 @@ from iddpm import build
 from iddpm.cli.main import main
 from iddpm.data import Images, Order
 from iddpm.data.batches import make_batch
-from iddpm.data.super_res import consistent, psnr, shrink, ssim
+from iddpm.data.super_res import consistent, shrink
 from iddpm.diffusion.solvers import Ddim, ancestral, run
+from iddpm.measure.fidelity import psnr, ssim
 
 SMALL = dict(TINY, task="enlarge", image_size="16", small_size="8", sampling_steps="3", learn_sigma=False)
 

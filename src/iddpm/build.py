@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iddpm.config import Config, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import Denoiser, Network, clip, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.grid import Chain, Grid, respace, walk
+from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, walk
 from iddpm.diffusion.law import Uniform
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
 from iddpm.diffusion.parametrization import Scalings, previous, v
@@ -26,6 +26,8 @@ from iddpm.nn import Asked
 def network(config: Config) -> nn.Module:
     """The untrained network of a config; UserError where the sizes do not fit together."""
     m, task = config.model, config.task
+    if m.num_head_channels == 0:
+        raise UserError("--num_head_channels 0: give a number of channels, or -1 to have --num_heads decide")
     asked = Asked(
         image_size(m),
         in_channels=m.image_channels,
@@ -62,7 +64,8 @@ def grid(config: Config, sampling_steps: str = "") -> Grid:
     if not is_chain(d):
         return walk(schedule(config), 1000 if spec == "all" else int(spec))
     try:
-        return _chain(config, respace(d.diffusion_steps, "" if spec == "all" else spec))
+        kept = respace(d.diffusion_steps, "" if spec == "all" else spec)
+        return _chain(config, kept if config.sample.published else from_noise(kept, _chain(config, None).table.alpha))
     except ValueError as e:
         raise UserError(f"--sampling_steps {spec}: {e}") from None
 
@@ -171,7 +174,7 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()  # which a device without memory, "meta", cannot give back
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
     return found

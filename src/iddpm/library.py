@@ -127,20 +127,21 @@ class Model:
         return build.require_fit(check(self.config.updated(typed(how, Sample))))
 
 
-def train(data: Any, *, run: str | Path = "", preset: str = "", **settings: Any) -> Path:
+def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Path = "", **settings: Any) -> Path:
     """Train a model, or go on with its run, to its end; returns the run's folder, for `load`.
 
     `data` is a folder or archive of images, or a data set of the program's own: len(data) and data[k] -> (image, label).
-    `settings` are flags of `iddpm train`; in the place of a name, a choice may be the program's own: objective=my_loss.
-    UserError where it cannot be done, saying what to change.
+    `config` is the config.json of a run to begin as. `settings` are flags of `iddpm train`; in the place of a name, a choice may
+    be the program's own: objective=my_loss. UserError where it cannot be done, saying what to change.
     """
     from iddpm.training.start import default_run, start
 
     path = data if isinstance(data, (str, Path)) else ""
     if not path and not run and not preset:
         raise UserError("run='runs/NAME': a data set of the program's own names no folder")
-    folder = place(run or default_run(str(path), preset))
-    start(folder, str(path), preset, typed(settings), own=None if path else data)
+    settings = typed(settings)
+    folder = place(run) if run else default_run(str(path), preset, settings)[0]
+    start(folder, str(path), preset, settings, own=None if path else data, recipe=str(config))
     return folder
 
 

@@ -15,7 +15,8 @@ NOISE, TIME, FLIP, SAMPLE, LIKELIHOOD, DROPOUT, LOW_RES, UPSAMPLE, CROP = range(
 
 def stream(seed: int, purpose: int, step: int, index: int) -> np.random.Generator:
     """The generator of one example; seed, step and index are any non-negative integers below 2**64."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, index, step]))
+    key, counter = (np.array(words, np.uint64) for words in ([seed, purpose], [0, 0, index, step]))  # a list would be floats
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def normal(seed: int, purpose: int, step: int, indices: Iterable[int], shape: Sequence[int]) -> Tensor:

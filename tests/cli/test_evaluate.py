@@ -178,7 +178,7 @@ def test_an_extraction_that_is_cut_goes_on_where_it_was(tmp_path, monkeypatch, c
         return whole._replace(network=network)
 
     monkeypatch.setitem(ADDED, ("extractor", "pixels"), cut)
-    assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 2
+    assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 75
     monkeypatch.setitem(ADDED, ("extractor", "pixels"), pixels)
     capsys.readouterr()
     assert evaluate(tmp_path / "s.npz", tmp_path / "r.npz", out=tmp_path / "a.json", **settings) == 0
@@ -295,7 +295,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, pictures, tmp_path
     began = time.monotonic()
 
     def done() -> int:
-        return sum(features._done(folder, real_extractor()) for folder in (tmp_path / "run").glob(".iddpm/*"))
+        return sum(features._done(folder, real_extractor())[0] for folder in (tmp_path / "run").glob(".iddpm/*"))
 
     with subprocess.Popen(
         [sys.executable, "-c", program, *line], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE

@@ -37,7 +37,7 @@ def refused(capsys, *argv) -> str:
         (["train", "DATA", "--class_cond=perhaps", "--steps", "1"], "neither True nor False"),
         (["train", "DATA", "--dropout", "1.5", "--steps", "1"], "from 0 to 0.999"),
         (["train", "DATA", "--lr", "nan", "--steps", "1"], "out of range"),
-        (["train", "DATA", "--num_channels", "0", "--steps", "1"], "1 or more"),
+        (["train", "DATA", "--num_channels", "0", "--steps", "1"], "from 1 to 65536"),
         (["train", "DATA", "--noise_schedule", "sigmoid", "--steps", "1"], "linear, cosine"),
         (["train", "DATA", "--image_size", "12x", "--steps", "1"], "height x width"),
         (["train", "DATA", "--image_size", "4", "--steps", "1"], "from 8 to 1024"),

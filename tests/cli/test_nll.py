@@ -14,6 +14,7 @@ from conftest import TINY, flags
 from iddpm.cli.main import main
 from iddpm.measure.likelihood import open_held_out
 from iddpm.store import checkpoint
+from iddpm.store.weights import read_weights
 from iddpm.training.state import TrainState
 
 
@@ -111,7 +112,7 @@ def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, confi
     settings = dict(against=other, batch_size=4)
     assert nll(run, pictures, out=tmp_path / "whole.json", **settings) == 0
     monkeypatch.setattr(measuring.Progress, "add", broken)
-    assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 2
+    assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 75
     monkeypatch.setattr(measuring.Progress, "add", add)
     capsys.readouterr()
     assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 0
@@ -187,7 +188,7 @@ def test_a_curve_broken_off_keeps_its_points_and_goes_on_in_the_midst_of_one(
     monkeypatch.setattr(measuring.Progress, "add", broken)
     (tmp_path / "a").mkdir()
     out = tmp_path / "a" / "c.json"
-    assert curve(run, pictures, out=out, batch_size=4) == 2
+    assert curve(run, pictures, out=out, batch_size=4) == 75
     assert [f["steps"] for f in json.loads((tmp_path / "a" / "metrics.json").read_text())["figures"]] == [3, 3, 3]
     seen.clear()
     counting = lambda self, images, rows: (seen.append(rows.shape[0] * rows.shape[2]), add(self, images, rows))  # noqa: E731
@@ -246,7 +247,7 @@ def test_classes_are_those_of_the_run_and_the_whole_chain_is_named(run, pictures
     assert nll(run, one, out=tmp_path / "n.json", sampling_steps="all") == 0
     assert " bits/dim (2 images" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["kept_steps"] == list(range(20))
-    alone = open_held_out(checkpoint.read_weights(run).config, one)
+    alone = open_held_out(read_weights(run).config, one)
     assert alone.labels.tolist() == [2, 2]
 
 
@@ -301,7 +302,6 @@ def test_images_of_another_size_are_scaled_and_it_says_so(run, pictures, tmp_pat
         (["RUN", "DATA", "--per_image", "each.txt"], ".csv or .npz"),
         (["RUN", "FLAT"], "no classes"),
         (["RUN", "STRANGE"], "'sideways' is not among"),
-        (["RUN", "BROKEN"], "torn.png"),
         (["NAMELESS", "NUMBERED"], "the label 9, and this model knows 0 to 4"),
         (["NAMELESS", "DATA"], "has 3 classes (across ...)"),
         (["CLASSIFIER", "DATA"], "is a classifier"),
@@ -334,13 +334,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     )  # fmt: skip
     for name in set(argv) & set(makers):
         places[name] = untrained(config, tmp_path / name.lower(), **makers[name])
-    for name, path in dict(FLAT="x.png", STRANGE="sideways/x.png", NUMBERED="9/x.png", BROKEN="down/good.png").items():
+    for name, path in dict(FLAT="x.png", STRANGE="sideways/x.png", NUMBERED="9/x.png").items():
         if name in argv:
             places[name] = tmp_path / name.lower()
             (tmp_path / name.lower() / path).parent.mkdir(parents=True)
             Image.new("L", (8, 8)).save(tmp_path / name.lower() / path)
-    if "BROKEN" in argv:
-        (tmp_path / "broken" / "down" / "torn.png").write_bytes(b"\x89PNG and no more")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "metrics.json").write_text('{"accuracy": 0.5}')
     before = sorted(tmp_path.rglob("*"))
@@ -348,3 +346,27 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, monkeypatch, tmp
     err = capsys.readouterr().err.strip()
     assert words in err and len(err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_broken_image_is_left_out_and_counted_and_the_rest_measured(run, pictures, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "d")
+    (tmp_path / "d" / "down" / "torn.png").write_bytes(b"\x89PNG and no more")
+    with pytest.warns(UserWarning, match=r"1 of 23 files are broken and left out; the first: .*torn\.png"):
+        assert nll(run, tmp_path / "d", out=tmp_path / "n.json", sampling_steps=2) == 0
+    assert "1 unreadable file, left out" in capsys.readouterr().out
+    assert nll(run, pictures, out=tmp_path / "m.json", sampling_steps=2) == 0
+    one, other = (json.loads((tmp_path / f"{k}.json").read_text())["bits_per_dim"] for k in "nm")
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_images_of_the_training_are_told(run, pictures, tmp_path, capsys):
+    assert nll(run, pictures / "down", out=tmp_path / "n.json", sampling_steps=2) in (0, 2)
+    assert nll(run, pictures, out=tmp_path / "n.json", sampling_steps=2) == 0
+    assert "was trained on these images" in capsys.readouterr().out
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "other" / "down").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "other" / "down" / "a.png")
+    assert nll(run, tmp_path / "other", out=tmp_path / "o.json", sampling_steps=2) == 0
+    assert "was trained on" not in capsys.readouterr().out

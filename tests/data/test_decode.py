@@ -1,12 +1,15 @@
 """Decoding and preparing single images, against the reference's goldens and closed forms."""
 
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from iddpm.data import EXTENSIONS, decode, prepare
 from iddpm.errors import UserError
@@ -217,3 +220,145 @@ def test_an_unreadable_file_is_named(damage: str, tmp_path: Path) -> None:
 def test_an_unsupported_number_of_channels_is_refused() -> None:
     with pytest.raises(UserError, match="2 channels"):
         decode(saved(Image.new("L", (2, 2)), "PNG"), 2)
+
+
+# ---- what Pillow would refuse, or do on its own
+
+
+def test_a_text_that_unpacks_to_megabytes_is_no_damage() -> None:
+    text = PngImagePlugin.PngInfo()
+    for name in "abc":
+        text.add_text(name, "x" * 30_000_000, zip=True)
+    file = saved(Image.new("RGB", (8, 8), (1, 2, 3)), "PNG", pnginfo=text)
+    assert np.all(np.asarray(decode(file, 3)) == (1, 2, 3))
+
+
+def png(width: int, height: int, rows: bytes) -> io.BytesIO:
+    """A grey PNG of one bit a pixel, without Pillow, which would need the memory of it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def test_a_large_photo_is_no_damage_and_an_endless_one_is_told() -> None:
+    rows = (b"\0" + bytes(14_000 // 8)) * 14_000  # 196 million pixels, above twice Pillow's own limit
+    assert decode(png(14_000, 14_000, rows), 1).size == (14_000, 14_000)
+    with pytest.raises(UserError, match="10000 million pixels, the most are 537"):
+        decode(png(100_000, 100_000, b""), 1)
+
+
+@pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1), (3, 20_000)])
+def test_a_thin_picture_is_cut_before_it_is_enlarged(size: tuple[int, int]) -> None:
+    ramp = np.arange(size[0] * size[1]).reshape(size[::-1]) * 2.0
+    middle = np.round((ramp.min() + ramp.max()) / 2)
+    grey = np.clip(ramp - middle + 128, 0, 255).astype(np.uint8)
+    pixels = prepare(Image.fromarray(grey), 256, 256)
+    assert pixels.shape == (1, 256, 256)
+    assert abs(float(pixels.mean()) - 128) < 6 and pixels.max() - pixels.min() < 30  # the middle, and no more of it
+
+
+def test_cutting_first_changes_nothing_that_is_seen() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (4, 240), np.uint8)
+    image = Image.fromarray(grey)
+    whole = np.asarray(image.resize((240 * 8, 32), Image.Resampling.BICUBIC))[:, (240 * 8 - 32) // 2 :][:, :32]
+    long = Image.fromarray(np.pad(grey, ((0, 0), (200, 200))))  # now above the limit of length
+    assert np.abs(prepare(long, 32, 32)[0].astype(int) - whole).max() <= 1
+
+
+def test_postscript_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UserError, match="of no known format"):
+        decode(tmp_path / "x.png", 3)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- colours
+
+
+def profile(space: bytes, **tags: bytes) -> bytes:
+    """An ICC profile of version 2.1 (ICC.1:2001-04): a header of 128 bytes, a table, and the tags."""
+    at, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        content += b"\0" * (-len(content) % 4)
+        table += name.encode() + struct.pack(">II", at + len(body), len(content))
+        body += content
+    white = struct.pack(">3i", *(round(x * 65536) for x in (0.9642, 1, 0.8249)))
+    head = struct.pack(">I", at + len(body)) + b"test\x02\x10\0\0mntr" + space + b"XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return (head + white + bytes(48)).ljust(128, b"\0") + table + body
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+
+def curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+DESCRIPTION = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
+COMMON = dict(desc=DESCRIPTION, cprt=b"text\0\0\0\0none\0", wtpt=xyz(0.9642, 1, 0.8249))
+PRIMARIES = xyz(0.4361, 0.2225, 0.0139), xyz(0.3851, 0.7169, 0.0971), xyz(0.1431, 0.0606, 0.7141)  # sRGB's, under D50
+
+
+def rgb_profile(red: int, green: int, blue: int, gamma: float) -> bytes:
+    columns = {f"{name}XYZ": PRIMARIES[k] for name, k in zip("rgb", (red, green, blue))}
+    return profile(b"RGB ", **COMMON, **columns, **{f"{name}TRC": curve(gamma) for name in "rgb"})
+
+
+def said(image: Image.Image, channels: int, icc: bytes) -> tuple[Image.Image, list[str]]:
+    notes: list[str] = []
+    return decode(saved(image, "PNG", icc_profile=icc), channels, notes.append), notes
+
+
+def test_a_colour_profile_is_used() -> None:
+    swapped = rgb_profile(1, 0, 2, 2.2)
+    image, notes = said(Image.new("RGB", (4, 4), (220, 30, 30)), 3, swapped)
+    assert np.abs(np.array(image.getpixel((0, 0))) - (30, 220, 30)).max() <= 6 and notes == ["another colour profile, made sRGB"]
+    image, _ = said(Image.new("RGBA", (4, 4), (220, 30, 30, 77)), 4, swapped)
+    assert np.abs(np.array(image.getpixel((0, 0))) - (30, 220, 30, 77)).max() <= 6
+    image, _ = said(Image.new("P", (4, 4)), 3, swapped)
+    assert image.mode == "RGB"
+
+
+def test_a_darker_gamma_is_used_for_grey_too() -> None:
+    grey = profile(b"GRAY", **COMMON, kTRC=curve(1.0))  # 128 is half the light, which sRGB writes as 188
+    for image in (Image.new("L", (4, 4), 128), Image.new("LA", (4, 4), (128, 255))):
+        found, notes = said(image, 1, grey)
+        assert abs(found.getpixel((0, 0)) - 188) <= 1 and notes
+
+
+def test_srgb_by_its_numbers_changes_nothing() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    for icc in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),):
+        image, notes = said(Image.fromarray(pixels), 3, icc)
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert notes == []
+
+
+@pytest.mark.parametrize("icc", [b"nonsense", rgb_profile(0, 1, 2, 2.2)[:150]])
+def test_a_profile_that_cannot_be_used_is_told(icc: bytes) -> None:
+    image, notes = said(Image.new("RGB", (4, 4), (220, 30, 30)), 3, icc)
+    assert image.getpixel((0, 0)) == (220, 30, 30) and notes == ["a colour profile that cannot be used"]
+
+
+def test_what_is_taken_otherwise_is_told() -> None:
+    notes: list[str] = []
+    decode(saved(Image.fromarray(np.array([[0, 65535]], np.uint16)), "PNG"), 1, notes.append)
+    decode(saved(Image.fromarray(np.array([[0.0, 1.0]], np.float32)), "TIFF"), 1, notes.append)
+    decode(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 9)), "PNG"), 3, notes.append)
+    decode(saved(Image.new("L", (2, 2)), "GIF", save_all=True, append_images=[Image.new("L", (2, 2), 9)]), 1, notes.append)
+    decode(saved(Image.new("RGB", (2, 2)), "PNG"), 3, notes.append)  # of which nothing is to be said
+    assert notes == [
+        "grey of 16 bits, 0..65535 scaled to 0..255",
+        "grey of floats, 0..1 scaled to 0..255",
+        "transparency laid over white",
+        "the first of several frames",
+    ]

@@ -100,7 +100,7 @@ class Evil:
 def test_a_pickle_that_calls_a_function_is_refused(protocol: int, tmp_path: Path) -> None:
     trap = pickle.dumps({"data": Evil(str(tmp_path / "trapped")), "labels": [0]}, protocol)
     path = pack(tmp_path / "a.tar.gz", {f"cifar-10-batches-py/{name}": trap for name in NAMES})
-    with pytest.raises(UserError, match="mkdir, which CIFAR-10 does not need"):
+    with pytest.raises(UserError, match="mkdir, which no array of numbers needs"):
         cifar10(tmp_path / "out", path)
     assert not (tmp_path / "trapped").exists()
 
@@ -175,9 +175,18 @@ def test_a_leftover_and_an_empty_folder_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits.partial/train/0").mkdir(parents=True)
     (tmp_path / "digits.partial/train/0/old.png").write_text("left over")
+    (tmp_path / "digits.partial/.iddpm").touch()
     digits(tmp_path / "digits")
     assert not (tmp_path / "digits.partial").exists()
     assert not (tmp_path / "digits/train/0/old.png").exists()
+
+
+def test_a_folder_of_the_users_that_is_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "digits.partial").mkdir()
+    (tmp_path / "digits.partial/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"digits\.partial is in the way"):
+        digits(tmp_path / "digits")
+    assert (tmp_path / "digits.partial/thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", DATASETS)

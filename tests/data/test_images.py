@@ -1,6 +1,9 @@
 """Folders as data sets: what is found, how it is labelled, and what happens to broken files."""
 
 import json
+import os
+import subprocess
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -231,7 +234,7 @@ def test_a_class_that_the_run_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 def test_many_classes_are_abbreviated(tmp_path: Path) -> None:
-    text = opened(fill(tmp_path, *(f"{c}/1.png" for c in "abcdefghij"))).describe()
+    text = opened(fill(tmp_path, *(f"{c}/{k}.png" for c in "abcdefghij" for k in "12"))).describe()
     assert "10 classes (a, b, c, d, ..., j)" in text
 
 
@@ -277,6 +280,179 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path: Path, cache_bytes: int) 
         (tmp_path / name).write_text("broken")
     with pytest.raises(UserError, match="none of the 2 images is readable"):
         opened(tmp_path, cache_bytes=cache_bytes).batch([0])
+
+
+@CACHES
+def test_broken_files_can_be_left_out(tmp_path: Path, cache_bytes: int) -> None:
+    fill(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png")
+    (tmp_path / "cat/1.png").write_text("broken")
+    with pytest.warns(UserWarning, match="1 of 3 files are broken and left out"):
+        data = opened(tmp_path, cache_bytes=cache_bytes, on_broken="leave")
+    assert data.names == ["cat/2.png", "dog/1.png"] and data.labels is not None and data.labels.tolist() == [0, 1]
+    assert greys(data, 0, 1) == [10, 20]
+    assert "1 unreadable file, left out" in data.describe()
+
+
+@CACHES
+def test_many_broken_files_are_replaced_in_order(tmp_path: Path, cache_bytes: int) -> None:
+    names = [f"{c}/{k:03}.png" for c in ("cat", "dog") for k in range(100)]
+    fill(tmp_path, *names[:1])
+    for k, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("broken")
+        if k % 10 == 5:
+            Image.new("L", (6, 5), k).save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        data, seen = opened_and_read(tmp_path, cache_bytes, *range(200))
+    good = [k for k in range(200) if k % 10 == 5]
+    wanted = [next((g for g in good if g >= k and g // 100 == k // 100), 5 + 100 * (k // 100)) for k in range(200)]
+    assert seen == wanted
+    assert len(data.broken) == 180
+
+
+# ---- what is hardly classes
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        ("train/cat.png train/dog.png test/cat.png test/dog.png", "test and train look like splits"),
+        ("Training/1.png Validation/1.png Training/2.png Validation/2.png", "look like splits"),
+        ("IMG_1.png IMG_2.png DSC_3.png DSC_4.png", "begin with DSC_"),
+        ("20240101_1.png 20240101_2.png 20240102_1.png 20240102_2.png", "begin with 20240101_"),
+        ("cat_1.png cat_2.png cat_3.png cat_4.png", "one class"),
+        ("0_a.png 1_a.png 2_a.png 3_a.png", "differ for every image"),
+        ("a/1.png b/1.png c/1.png d/1.png", "differ for every image"),
+    ],
+)
+def test_what_is_hardly_classes_is_left_unless_asked_for(names: str, why: str, tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, *names.split()))
+    assert data.labels is None and why in data.rule and why in data.describe()
+    asked = data.rule.partition("--labels ")[2].split()[0]
+    assert opened(tmp_path, labels=asked).labels is not None
+
+
+def test_splits_are_told_whatever_the_labels_are(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "train/cat_1.png", "test/cat_2.png", "train/dog_1.png"))
+    assert data.classes == ("cat", "dog")
+    assert f"test and train look like parts of one set, and all are used: give {tmp_path / 'test'} to use one" in data.describe()
+
+
+def test_folders_around_all_images_are_looked_into(tmp_path: Path) -> None:
+    names = fill(tmp_path, "d/images/cat/1.png", "d/images/cat/2.png", "d/images/dog/1.png")
+    data = opened(names / "d")
+    assert data.classes == ("cat", "dog") and data.rule == "sub-folder names below images/"
+    assert opened(tmp_path).rule == "sub-folder names below d/images/"
+    assert opened(tmp_path, labels="folder").classes == ("d",)
+    assert opened(tmp_path / "d" / "images" / "cat", classes=["cat", "dog"]).labels is None
+    (tmp_path / "d" / "images" / "labels.csv").write_text("cat/1.png,x\ncat/2.png,y\ndog/1.png,y")
+    assert opened(tmp_path).classes == ("x", "y")
+
+
+def test_a_folder_of_a_class_of_the_run_is_that_class(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "dog/1.png", "dog/2.png"), classes=["cat", "dog"])
+    assert data.labels is not None and data.labels.tolist() == [1, 1]
+
+
+def test_folders_of_programs_hold_no_images(tmp_path: Path) -> None:
+    data = opened(fill(tmp_path, "a/1.png", "a/@eaDir/1.png/thumb.jpg", "__MACOSX/a/1.png", "$RECYCLE.BIN/2.png", "a/2.png"))
+    assert data.names == ["a/1.png", "a/2.png"]
+
+
+def test_what_is_left_out_is_counted_by_ending(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    for name in ("c.XYZ", "d.xyz", "e.mov", "README"):
+        (tmp_path / name).write_text("")
+    assert "left out: 1 mov, 1 without an ending, 2 xyz" in opened(tmp_path).describe()
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_in_either_form_are_one_name(form: str, tmp_path: Path) -> None:
+    other = "NFD" if form == "NFC" else "NFC"
+    fill(tmp_path, unicodedata.normalize(form, "café/é.png"), "the/1.png")
+    data = opened(tmp_path, classes=[unicodedata.normalize(other, "café"), "the"])
+    assert data.labels is not None and data.labels.tolist() == [0, 1]
+    name = unicodedata.normalize(other, "café/é.png")
+    (tmp_path / "labels.csv").write_text(f"{name},x\nthe/1.png,y", encoding="utf-8")
+    assert opened(tmp_path).classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "classes"),
+    [
+        ("labels.csv", b'a.png,"red, round"\nb.png,"two\nlines"', ("red, round", "two\nlines")),
+        ("labels.csv", "a.png,x\u2028y\nb.png,z".encode(), ("x\u2028y", "z")),
+        ("labels.csv", "a.png,é\nb.png,z".encode("utf-16"), ("z", "é")),
+        ("labels.json", b'{"a.png": "dog/cat", "b.png": "../x"}', ("../x", "dog/cat")),
+    ],
+)
+def test_classes_may_have_any_name(name: str, content: bytes, classes: tuple[str, ...], tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / name).write_bytes(content)
+    assert opened(tmp_path).classes == classes
+
+
+def test_a_label_file_that_says_two_things_of_an_image_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / "labels.csv").write_text("a.png,x\nb.png,y\na.png,y")
+    with pytest.raises(UserError, match=r"says 'x' and 'y' of a\.png: remove one"):
+        opened(tmp_path)
+
+
+def test_a_label_file_without_end_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png")
+    (tmp_path / "labels.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"labels\.json: "):
+        opened(tmp_path)
+
+
+# ---- whose images these are
+
+
+def test_the_identity_tells_which_part_is_another(tmp_path: Path) -> None:
+    def parts() -> dict[str, str]:
+        return opened(tmp_path).identity()
+
+    def changed() -> set[str]:
+        nonlocal now
+        before, now = now, parts()
+        return {part for part in now if now[part] != before[part]}
+
+    fill(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png")
+    now = parts()
+    assert changed() == set()
+    Image.new("L", (6, 5), 99).save(tmp_path / "cat/1.png")
+    assert "contents" in changed()
+    (tmp_path / "cat/2.png").rename(tmp_path / "dog/2.png")
+    assert changed() >= {"names", "labels"}
+    fill(tmp_path, "cat/3.png")
+    assert changed() >= {"count", "names"}
+
+
+# ---- odd files
+
+
+def test_fifos_sockets_and_loops_are_no_images(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "sub/b.png")
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "null.png").symlink_to("/dev/zero")
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    (tmp_path / "sub/up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to("self")
+    assert opened(tmp_path).names == ["a.png", "sub/b.png"]
+
+
+def test_folders_deeper_than_the_stack_are_read(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(1100):
+        deep = deep / "d"
+        deep.mkdir()
+    fill(deep, "a.png")
+    try:
+        assert opened(tmp_path).names == ["d/" * 1100 + "a.png"]
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # which shutil.rmtree cannot
 
 
 def test_good_folders_open_without_warnings(tmp_path: Path) -> None:

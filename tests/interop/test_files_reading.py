@@ -193,3 +193,15 @@ def test_importing_500_mb_needs_at_most_1_3_times_as_much_memory(tmp_path):
     assert peak("import", path, "--run", tmp_path / "run", "--published", path.stem) <= 1.3 * size
     path.unlink()
     shutil.rmtree(tmp_path / "run")
+
+
+def test_weights_saved_from_a_wrapper_of_several_devices_are_taken(tmp_path):
+    torch.save({f"module.{k}": torch.ones(2) for k in "ab"}, tmp_path / "w.pt")
+    assert list(files.read(tmp_path / "w.pt")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)], ids=["sparse", "complex"])
+def test_a_tensor_that_no_network_has_is_named(tmp_path, odd):
+    torch.save({"a": torch.ones(2), "b": odd}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="'b' is sparse, quantised or complex"):
+        files.read(tmp_path / "w.pt")

@@ -19,6 +19,7 @@ from iddpm.sampling import draw, job
 from iddpm.sampling.images import as_uint8
 from iddpm.sampling.open import restore
 from iddpm.store import checkpoint
+from iddpm.store.weights import read_weights
 from iddpm.training.state import TrainState
 from interop.written import FLAGS, network, same, write
 
@@ -39,7 +40,7 @@ def command(capsys):
 
 
 def drawn(source: Path, rate: float | None = None, count: int = 3) -> np.ndarray:
-    weights = checkpoint.read_weights(source, ema_rate=rate)
+    weights = read_weights(source, ema_rate=rate)
     painter = draw.painter(weights.config, restore(weights, CPU), CPU)
     return np.concatenate(list(draw.images([painter], job.job(weights.config, range(count)))))
 
@@ -128,7 +129,7 @@ def test_a_lone_average_is_the_weights(tmp_path, command, alone):
     run = tmp_path / "run"
     given = typed(**FLAGS) + ["--alone"] * alone
     assert command("import", source.folder / "ema_0.99_000010.pt", "--run", run, *given)[0] == 0
-    weights = checkpoint.read_weights(run)
+    weights = read_weights(run)
     assert all(torch.equal(weights.tensors[k], v) for k, v in source.averages[0.99].items())
     assert weights.about["step"] == 10
     assert [p.name for p in weights.path.parent.glob("*.safetensors")] == ["weights.safetensors"]
@@ -137,7 +138,7 @@ def test_a_lone_average_is_the_weights(tmp_path, command, alone):
 def test_the_average_that_is_given_is_the_one_sampled_from(tmp_path, command):
     source = write(tmp_path / "files")
     command("import", source.folder / "ema_0.9_000010.pt", "--run", tmp_path / "run", *typed(**FLAGS))
-    assert checkpoint.read_weights(tmp_path / "run").about["ema_rate"] == 0.9
+    assert read_weights(tmp_path / "run").about["ema_rate"] == 0.9
 
 
 @pytest.mark.parametrize(
@@ -194,15 +195,15 @@ def test_trained_classes_are_named_or_counted_or_those_of_a_folder(tmp_path, com
     source = write(tmp_path / "files", settings=FLAGS | {"class_cond": True})
     line = ["import", source.model, "--alone", *typed(**FLAGS, class_cond=True)]
     assert command(*line, "--run", tmp_path / "a", "--classes", "cat, dog")[0] == 0
-    config = checkpoint.read_weights(tmp_path / "a").config
+    config = read_weights(tmp_path / "a").config
     assert (config.data.classes, config.model.num_classes) == (("cat", "dog"), 1000)
     assert job.job(config, range(3)).labels == [0, 1, 0]
     assert command(*line, "--run", tmp_path / "b", "--classes", "10")[0] == 0
-    assert job.trained_classes(checkpoint.read_weights(tmp_path / "b").config) == 10
+    assert job.trained_classes(read_weights(tmp_path / "b").config) == 10
     assert command(*line, "--run", tmp_path / "c")[0] == 0
-    assert job.trained_classes(checkpoint.read_weights(tmp_path / "c").config) == 1000
+    assert job.trained_classes(read_weights(tmp_path / "c").config) == 1000
     assert command(*line, "--run", tmp_path / "e", "--classes", pictures)[0] == 0
-    assert checkpoint.read_weights(tmp_path / "e").config.data.classes == ("across", "disc", "down")
+    assert read_weights(tmp_path / "e").config.data.classes == ("across", "disc", "down")
     assert "room for 1000" in command(*line, "--run", tmp_path / "d", "--classes", "1001")[2]
 
 
@@ -219,7 +220,7 @@ def test_upsamplers_and_classifiers_are_imported_too(tmp_path, command, kind, pr
     source = write(tmp_path / "files", settings=settings, kind=kind, program=program, rates=rates, updates=2)
     code, out, _ = command("import", source.model, "--run", tmp_path / "run", *typed(**settings, **heads))
     assert (code, "the optimizer after 2 steps" in out) == (0, True)
-    weights = checkpoint.read_weights(tmp_path / "run", ema_rate=0)
+    weights = read_weights(tmp_path / "run", ema_rate=0)
     assert weights.config.model == original.to_config(kind, settings, program).model
     assert all(torch.equal(weights.tensors[k], v) for k, v in source.weights.items())
 
@@ -236,7 +237,7 @@ def test_the_originals_whole_recipe_is_taken(tmp_path, command):
     recipe = "--lr 1e-4 --batch_size 128 --schedule_sampler uniform --use_kl False --rescale_learned_sigmas True --use_fp16 False"
     words = recipe.split() + ["--timestep_respacing", "ddim10", "--use_ddim", "True", "--dropout", "0.3"]
     assert command("import", source.model, "--run", tmp_path / "run", *typed(**FLAGS), *words)[0] == 0
-    config = checkpoint.read_weights(tmp_path / "run").config
+    config = read_weights(tmp_path / "run").config
     assert (config.sample.solver, config.sample.sampling_steps) == ("ddim", "ddim10")
     assert (config.diffusion.objective, config.train.batch_size, config.model.dropout) == ("hybrid", 128, 0.3)
 
@@ -270,7 +271,7 @@ def test_exported_files_are_the_originals(run, exported):
     """Plain torch reads them into a network of a thousand classes, and into its AdamW."""
     names = sorted(p.name for p in exported.iterdir())
     assert names == ["ema_0.99_000004.pt", "ema_0.9_000004.pt", "iddpm000004.json", "model000004.pt", "opt000004.pt"]
-    net = build.network(checkpoint.read_weights(run).config.updated({"num_classes": 1000}))
+    net = build.network(read_weights(run).config.updated({"num_classes": 1000}))
     weights = torch.load(exported / "ema_0.9_000004.pt", weights_only=True)
     assert list(weights) == list(net.state_dict())
     net.load_state_dict(weights)
@@ -285,7 +286,7 @@ def test_without_further_rows_the_export_is_bit_for_bit(run, tmp_path, command):
     assert (code, "zeros" in out) == (0, False)
     before = checkpoint.load(run / "checkpoints" / "step_00000004")
     after, config = files.load_run(tmp_path / "out" / "model000004.pt")
-    assert config == checkpoint.read_weights(run).config
+    assert config == read_weights(run).config
     assert all(torch.equal(before.optimizer[k], v) for k, v in after.optimizer.items())
     assert set(before.optimizer) == set(after.optimizer)
     assert all(torch.equal(before.weights[k], v) for k, v in after.weights.items())
@@ -331,7 +332,7 @@ def test_a_file_of_ours_takes_flags_that_do_not_contradict_it(exported, tmp_path
     assert (code, "--diffusion_steps 50 contradicts" in err) == (2, True)
     assert command(*line, "--published", "lsun_cat")[0] == 2
     assert command(*line, "--sampling_steps", 3, "--diffusion_steps", 20)[0] == 0
-    assert checkpoint.read_weights(tmp_path / "run").config.sample.sampling_steps == "3"
+    assert read_weights(tmp_path / "run").config.sample.sampling_steps == "3"
 
 
 def test_the_help_answers_without_torch(command):

@@ -17,7 +17,7 @@ from iddpm.errors import UserError
 from iddpm.measure import bound as nll
 from iddpm.measure.bound import Progress, bits_per_dim, summary, write_original_tables, write_tables
 from iddpm.sampling.open import restore
-from iddpm.store import checkpoint
+from iddpm.store.weights import read_weights
 
 CPU = torch.device("cpu")
 LOOPS = {
@@ -42,7 +42,7 @@ def trained(config, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(run):
-    return restore(checkpoint.read_weights(run), CPU)
+    return restore(read_weights(run), CPU)
 
 
 class Golden:
@@ -125,7 +125,7 @@ def second_computation(config, net, x0, y, place, seed, kept):
 
 @pytest.mark.parametrize(("spec", "kept"), [("all", list(range(20))), ("6", [0, 4, 8, 11, 15, 19])])
 def test_the_bound_of_a_trained_model_is_a_second_computations(trained, config, data, spec, kept):
-    weights = checkpoint.read_weights(trained)
+    weights = read_weights(trained)
     config = weights.config.updated(dict(sampling_steps=spec))
     bound = bits_per_dim(config, restore(weights, CPU), data, CPU, num_samples=5, batch_size=2, seed=3, say=quiet)
     net = build.network(config).eval()
@@ -167,7 +167,7 @@ def test_training_lowers_the_bound(trained, config, data):
 
     config = config.updated(dict(sampling_steps="all"))
     untrained = build.in_precision(TrainState(config, CPU).net.eval(), CPU, "fp32")
-    better = restore(checkpoint.read_weights(trained), CPU)
+    better = restore(read_weights(trained), CPU)
     before, after = (bits_per_dim(config, n, data, CPU, say=quiet).total.mean() for n in (untrained, better))
     assert after < 0.9 * before
 

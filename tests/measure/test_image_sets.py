@@ -17,9 +17,10 @@ from iddpm.data.sources import archive
 from iddpm.errors import UserError
 from iddpm.measure import image_sets
 from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
+from iddpm.sampling import open as opening
 from iddpm.sampling.job import job
 from iddpm.sampling.open import Opened, restore
-from iddpm.store.checkpoint import Weights, read_weights
+from iddpm.store.weights import Weights, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +276,7 @@ def test_the_weights_of_many_draws_are_read_once_and_again_when_they_change(draw
     path = tmp_path / "weights.safetensors"
     shutil.copy(read_weights(run).path, path)
     read = []
-    monkeypatch.setattr(image_sets, "sha256", lambda path: read.append(path) or str(len(read)))
+    monkeypatch.setattr(opening, "sha256", lambda path: read.append(path) or str(len(read)))
     one, two = (draw(weights=read_weights(path)).digest([0]) for _ in range(2))
     assert read == [path] and one == two
     os.utime(path, (1, 1))

@@ -8,6 +8,7 @@ import torch
 from iddpm.errors import UserError
 from iddpm.store import checkpoint
 from iddpm.store import files as storage
+from iddpm.store.weights import read_weights
 from iddpm.training.loop import train
 
 
@@ -38,7 +39,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(saved, file, damage):
 
 
 def test_weights_carry_their_config_and_where_they_come_from(run, config):
-    weights = checkpoint.read_weights(run)
+    weights = read_weights(run)
     assert weights.path.name == "weights-ema-0.9.safetensors"
     assert weights.config.model == config.model
     assert weights.about["step"] == 4
@@ -47,16 +48,16 @@ def test_weights_carry_their_config_and_where_they_come_from(run, config):
 
 @pytest.mark.parametrize(("rate", "file"), [(0.99, "weights-ema-0.99"), (0, "weights")])
 def test_the_average_asked_for_is_read(run, rate, file):
-    assert checkpoint.read_weights(run, ema_rate=rate).path.stem == file
+    assert read_weights(run, ema_rate=rate).path.stem == file
 
 
 def test_what_is_missing_is_said_with_what_there_is(run, tmp_path):
     with pytest.raises(UserError, match="it has: 4"):
-        checkpoint.read_weights(run, step=3)
+        read_weights(run, step=3)
     with pytest.raises(UserError, match=r"0\.9, 0\.99"):
-        checkpoint.read_weights(run, ema_rate=0.5)
+        read_weights(run, ema_rate=0.5)
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.read_weights(tmp_path)
+        read_weights(tmp_path)
 
 
 class Bomb:
@@ -68,7 +69,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_executed(tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="damaged or no"):
-        checkpoint.read_weights(file)
+        read_weights(file)
 
 
 def test_a_foreign_safetensors_file_is_named(tmp_path):
@@ -76,7 +77,7 @@ def test_a_foreign_safetensors_file_is_named(tmp_path):
 
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="not written by iddpm"):
-        checkpoint.read_weights(tmp_path / "w.safetensors")
+        read_weights(tmp_path / "w.safetensors")
 
 
 def test_a_save_that_fails_leaves_nothing_behind(saved, config, monkeypatch):
@@ -90,3 +91,35 @@ def test_a_save_that_fails_leaves_nothing_behind(saved, config, monkeypatch):
     with pytest.raises(UserError, match="No space"):
         checkpoint.save(saved, config, held._replace(step=8, state=held.state | dict(step=8)))
     assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == before
+
+
+def test_deleting_a_checkpoint_that_is_a_link_leaves_what_it_leads_to(tmp_path):
+    from iddpm.store.files import discard
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("years of work")
+    (tmp_path / "step_00000001").symlink_to("mine")
+    discard(tmp_path / "step_00000001")
+    assert not (tmp_path / "step_00000001").is_symlink()
+    assert (tmp_path / "mine" / "manifest.json").read_text() == "years of work"
+
+
+def test_a_run_is_read_while_its_trainer_deletes_the_checkpoint_that_is_being_read(run, tmp_path, monkeypatch):
+    import shutil
+
+    from iddpm.store import weights
+
+    folder = next((run / "checkpoints").glob("step_*"))
+    for step in (4, 5):
+        shutil.copytree(folder, tmp_path / "r" / "checkpoints" / f"step_{step:08d}")
+    checked = weights.verify
+
+    def verify(found, *only):
+        fault = checked(found, *only)
+        if found.name == "step_00000005":
+            shutil.rmtree(found)
+            shutil.copytree(folder, found.with_name("step_00000006"))
+        return fault
+
+    monkeypatch.setattr(weights, "verify", verify)
+    assert weights.read_weights(tmp_path / "r").path.parent.name == "step_00000006"

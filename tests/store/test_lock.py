@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -156,3 +157,19 @@ def test_a_second_trainer_is_one_line_and_the_first_goes_on(pictures, tmp_path):
     _, err = first.communicate(timeout=60)
     assert "all is saved" in err and first.returncode == 75
     assert not (tmp_path / "r" / ".lock").exists()
+
+
+@pytest.mark.parametrize("hours", [5, 500_000])
+def test_a_lock_dated_in_the_future_does_not_keep_a_run_for_ever(tmp_path, monkeypatch, hours):
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    (tmp_path / ".lock").write_text('{"host": "another", "pid": 7, "began": "1"}')
+    os.utime(tmp_path / ".lock", (time.time() + 3600 * hours,) * 2)
+    said = []
+    with lock.held(tmp_path, said.append):
+        assert said == [f"took over {tmp_path} from process 7 on another, which is gone"]
+
+
+def test_an_empty_lock_is_nobodys(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"")
+    with lock.held(tmp_path):
+        pass

@@ -24,6 +24,7 @@ from iddpm.store import checkpoint, lock, log, shards
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store.remote import Unreachable, place
+from iddpm.store.weights import read_weights
 from iddpm.training.loop import train
 
 pytest.importorskip("s3fs")
@@ -194,8 +195,8 @@ def test_a_run_killed_amid_an_upload_ends_as_an_undisturbed_local_one(bucket, pr
     proxy.reset()
     assert (run / "checkpoints" / "step_00000004" / "weights.safetensors").exists()
     with pytest.raises(UserError, match="step_00000004: incomplete"):
-        checkpoint.read_weights(run, step=4)
-    assert checkpoint.read_weights(run).about["step"] == 2
+        read_weights(run, step=4)
+    assert read_weights(run).about["step"] == 2
     again = start("train", data, "--run", run)
     out, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
@@ -361,7 +362,7 @@ def test_samples_are_those_of_a_local_run_in_every_form(both, proxy, capsys):
     with np.load(local / "a" / "x.npz") as a, np.load(places.opened(there / "a" / "x.npz")) as b:
         assert a.files == b.files and all(np.array_equal(a[k], b[k]) for k in a.files)
     names = sorted(p.name for p in (local / "a" / "z").iterdir())
-    assert sorted(p.name for p in (there / "a" / "z").iterdir()) == names and len(names) == 6
+    assert sorted(p.name for p in (there / "a" / "z").iterdir()) == names and len(names) == 7
     for name in ["y.png", *(f"z/{name}" for name in names if name != "job.json")]:
         assert (there / "a" / name).read_bytes() == (local / "a" / name).read_bytes(), name
     assert sorted(p.name for p in (there / "a").iterdir()) == ["x.npz", "y.png", "z"]

@@ -15,6 +15,7 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.store import checkpoint
 from iddpm.store.log import Logger, Meter, read_rows
+from iddpm.store.weights import read_weights
 from iddpm.training.ema import EMA
 from iddpm.training.loop import train
 from iddpm.training.state import LossScale, TrainState, initialise
@@ -118,8 +119,8 @@ def test_fifty_bad_steps_in_a_row_end_the_run(config, data, tmp_path):
 
 def test_the_rate_is_warmed_up_and_annealed(config):
     config = config.updated(dict(lr=1.0, lr_warmup_steps=4, lr_anneal_steps=-1, steps=10))
-    assert [learning_rate(config, s) for s in (0, 1, 3, 5, 9)] == pytest.approx([0.25, 0.45, 0.7, 0.5, 0.1])
-    assert learning_rate(config.updated(dict(lr_anneal_steps=0)), 9) == 1.0
+    assert [learning_rate(config, s, 10) for s in (0, 1, 3, 5, 9)] == pytest.approx([0.25, 0.45, 0.7, 0.5, 0.1])
+    assert learning_rate(config.updated(dict(lr_anneal_steps=0)), 9, 10) == 1.0
 
 
 def test_averages_follow_their_closed_form():
@@ -195,7 +196,7 @@ def test_a_dry_run_tells_and_writes_nothing(config, data, tmp_path, monkeypatch)
 
 def test_fine_tuning_takes_what_fits_and_names_what_does_not(config, run):
     wider = TrainState(config.updated(dict(num_classes=5)), CPU)
-    weights = checkpoint.read_weights(run)
+    weights = read_weights(run)
     with pytest.raises(UserError, match=r"label_emb\.weight: --init_reset"):
         initialise(wider, weights, reset=False)
     assert initialise(wider, weights, reset=True) == ["label_emb.weight"]

@@ -75,9 +75,9 @@ def _export_parser(parser: Parser) -> None:
 def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
     from iddpm.interop.openai.formats.convert import exported
     from iddpm.sampling.open import beside
-    from iddpm.store import checkpoint
+    from iddpm.store.weights import read_weights
 
-    weights = checkpoint.read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
+    weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
     folder = Path(out) if out else beside(weights.path) / "openai"
     print("\n".join(exported(weights, folder, label_rows)))
 

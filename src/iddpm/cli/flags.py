@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
                 tokens.append(f"--{flag}{equals}{value}")
         known, extra = self.parse_known_args(tokens)
         if extra:
-            near = difflib.get_close_matches(extra[0].partition("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(extra[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
             hint = f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
             raise UserError(f"unknown argument {extra[0]}{hint}")
         return vars(known)

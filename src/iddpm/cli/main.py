@@ -2,8 +2,12 @@
 
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import iddpm
 from iddpm.cli import convert, data, evaluate, nll, original, plan, sample, train
@@ -23,14 +27,29 @@ VERBS: dict[str, Verb] = {
 }
 
 
+CODES = (
+    "exit codes: 0 done; 2 one line says what to mend; 75 stopped (Ctrl-C, SIGTERM, SIGHUP), the same command goes on;\n"
+    "130, 143 or 129 stopped where nothing is kept to go on from"
+)
+STOPPED = 75  # EX_TEMPFAIL: "preempted, start me again"
+MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+
+
+class Signalled(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, treated as Ctrl-C is; its argument is the signal's number."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 2 after one line on what to mend, 75 where a run was stopped and saved."""
+    """Run a command line; returns the exit code, one of `CODES`, after one line on what to mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin cost 3x on a shared machine
+    if len(argv) == 2 and argv[0] == "help":
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("iddpm: train, sample and measure diffusion models of images\n")
         print("usage: iddpm VERB ... (iddpm VERB --help says more)\n")
         print("\n".join(f"  {name:18} {verb.help}" for name, verb in VERBS.items()))
+        print(f"\n{CODES}")
         return 0
     if argv[0] in ("-V", "--version"):
         print(iddpm.__version__)
@@ -43,20 +62,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = VERBS[argv[0]]
         parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help, usage=f"iddpm {argv[0]} {verb.usage} [--flag value ...]")
         verb.parser(parser)
-        verb.run(**parser.read(argv[1:]))
+        parser.epilog = f"{parser.epilog}\n\n{CODES}" if parser.epilog else CODES
+        with _signals():
+            verb.run(**parser.read(argv[1:]))
     except UserError as e:
         return _say(str(e), getattr(e, "code", 2))
-    except KeyboardInterrupt:
-        return _say("interrupted" + ("; the same command goes on from here" if VERBS[argv[0]].resumes else ""))
+    except KeyboardInterrupt as e:
+        if VERBS[argv[0]].resumes:
+            return _say("interrupted; the same command goes on from here", STOPPED)
+        return _say("interrupted", 128 + (e.args[0] if isinstance(e, Signalled) else signal.SIGINT))
     except OSError as e:
         return _say(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
-    except RuntimeError as e:
-        if "out of memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, MemoryError) and not any(words in str(e) for words in MEMORY):
             raise
         return _say(
-            "out of memory: train with a smaller --microbatch or --use_checkpoint True, sample with a smaller --batch_size"
+            "out of memory: train with a smaller --microbatch, --batch_size or --cache_gb, or with --use_checkpoint True; sample "
+            "with a smaller --batch_size"
         )
     return 0
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """In here SIGTERM and SIGHUP interrupt as Ctrl-C does; what is ignored, as SIGHUP under nohup, stays so."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Signalled(number)
+
+    before = {}
+    with suppress(ValueError):  # not in the main thread, as where a program calls `main`
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str, code: int = 2) -> int:
@@ -64,8 +107,49 @@ def _say(line: str, code: int = 2) -> int:
     return code
 
 
+class _Stream:
+    """A standard stream whose reader may go away (`iddpm train ... | head`), which is no reason to stop."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return int(self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")  # noqa: SIM115  # or what it holds would fail again and again
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _streams() -> None:
+    """Make the standard streams last, and take any text: names of files need not be in the terminal's encoding."""
+    for number in (0, 1, 2):  # a closed one's number would be given to the next file opened, and be printed into
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Stream(stream))
+
+
+def _warn(message: Any, *where: Any, **more: Any) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
 def entry() -> None:
     """Run the process's command line and end it."""
+    _streams()
+    warnings.showwarning = _warn
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -33,7 +33,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
-    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out
+    from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out, was_trained_on
     from iddpm.parallel import processes
     from iddpm.sampling.open import open_weights
 
@@ -49,6 +49,9 @@ def _nll(run: str, data: str, **given: Any) -> None:
         leads = processes.rank() == 0
         if leads:
             print(describe(images[0]))
+            for opened in runs:
+                if was_trained_on(opened.config, images[0]):
+                    print(f"{opened.home} was trained on these images, and so knows them better than others")
         points: list[list[report.Measured]] = []
         states: list[Path] = []  # a file for each run on each chain, from which the same command goes on
         for name, chain in chains.items():

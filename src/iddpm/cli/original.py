@@ -38,7 +38,7 @@ def _verb(name: str, task: str, program: str, help: str) -> Verb:
 
         commands.run(work, task, program, given)
 
-    return Verb(run, parser, "", help)
+    return Verb(run, parser, "", help, resumes=work in ("sample", "nll"))
 
 
 VERBS = {name: _verb(name, *row) for name, row in ROWS.items()}

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, check, fields_of, image_size, make
+from iddpm.config import Config, check, ema_rates, fields_of, image_size, make
 from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
+from iddpm.words import duration, size
 
 if TYPE_CHECKING:
     from iddpm.training.plan import Plan
 
 MIB, GIB = 2**20, 2**30
+CLASSES = {"digits": 10, "digits-classifier": 10}  # of the data that a preset is for
 PARTS = {  # of iddpm.training.plan.Need, and how the table calls them
     "weights": "weights",
     "gradients": "gradients",
@@ -92,12 +94,13 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         facts["speed"] = _speed(planned, config, devices, seconds)
         _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     else:
-        _say("speed: give --device_tflops X (and --bandwidth_gbs B), or --measure")
+        _say("time         not known: --measure times steps here; --device_tflops X (and --bandwidth_gbs B) works it out")
     if devices.json:
         Path(devices.json).write_text(json.dumps(facts, indent=1))
         _say("", f"wrote {devices.json}")
     fitting = {"microbatch": micro} if micro < planned.micro else {}
-    _say("", f"next: {_next(preset, run, flags | fitting, devices.processes)}")
+    ends = bool(config.train.steps or config.train.images)
+    _say("", f"next: {_next(preset, run, flags | fitting, devices.processes, ends)}")
 
 
 def _say(*lines: str) -> None:
@@ -133,10 +136,12 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         record = Path(run) / "config.json"
         if not record.exists():
             raise UserError(f"{run} is no run of iddpm: it has no config.json")
-        return start.resumed(Config.from_json(record.read_text(), str(record)), given, run)[0]
+        return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
     config = build.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
-        raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")
+        if preset not in CLASSES:
+            raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")
+        config = config.updated({"num_classes": CLASSES[preset]})
     if num_classes and not config.model.class_cond:
         raise UserError(f"--num_classes {num_classes} has no effect without --class_cond True")
     return config
@@ -154,6 +159,9 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
+    averages = len(ema_rates(settings))
+    disk = size(4 * planned.parameters * (3 + averages))
+    yield f"checkpoint   {disk} on the disk: weights, {averages} averages, AdamW's two; --keep {settings.keep} of them stay"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
 
 
@@ -233,8 +241,8 @@ def _pace(speed: dict[str, Any], said: str) -> Iterator[str]:
     hidden = " (communication not hidden behind arithmetic, and hidden)" if talk else ""
     yield f"             {low}{rate['hidden']:,.4g} images/s{hidden}"
     if days:
-        high = f" to {days['not_hidden']:,.3g}" if talk else ""
-        yield f"run          {speed['total_images']:,} images: {days['hidden']:,.3g}{high} days"
+        ends = [duration(86400 * days[k]) for k in ("hidden", *(["not_hidden"] if talk else []))]
+        yield f"run          {speed['total_images']:,} images: {' to '.join(ends)}"
     else:
         yield "run          give --steps N or --images N to know how long it takes"
 
@@ -263,8 +271,9 @@ def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:
     }
 
 
-def _next(preset: str, run: str, flags: dict[str, Any], processes: int) -> str:
+def _next(preset: str, run: str, flags: dict[str, Any], processes: int, ends: bool) -> str:
     what = f"--run {run}" if run else f"DATA --preset {preset}" if preset else "DATA"
+    what += "" if ends else " --steps N"
     command = " ".join(["iddpm train", what, *(f"--{k} {v}" for k, v in flags.items())])
     if processes == 1:
         return command
@@ -279,4 +288,6 @@ def _si(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
-VERB = Verb(_plan, _parser, "--preset NAME", "what a run needs (memory, time, communication) on any number of devices")
+VERB = Verb(
+    _plan, _parser, "--preset NAME", "what a run needs (memory, disk, communication; with a speed, time) on any number of devices"
+)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, Draw, Sample, Which, fields_of, image_size, make, settings_of, small_size
+from iddpm.config import Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
 from iddpm.errors import UserError
 from iddpm.store.remote import place
+from iddpm.words import many
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
 
 # What decides the images beside weights, seeds and classes: a job is only continued by the same one.
+FEW = 100  # steps below which the fixed large variance leaves noise in the images
 SHAPING = ("classifier", "classifier_scale", "low_res", "high_res", "low_res_noise")
 
 
@@ -42,7 +44,7 @@ def _sample(run: str, **given: Any) -> None:
     from iddpm.sampling.draw import images, painter
     from iddpm.sampling.job import asked, inputs
     from iddpm.sampling.open import open_weights
-    from iddpm.sampling.writers import draw_into
+    from iddpm.sampling.writers import draw_into, free
 
     with processes.session(build.device(which.device)):
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
@@ -53,7 +55,9 @@ def _sample(run: str, **given: Any) -> None:
         task = asked(draw, first.config, guide.config if guide else first.config, small)
         grids = [build.grid(o.config) for o in chain]
         step, rate = first.weights.about["step"], first.weights.about.get("ema_rate", 0)
-        out = place(draw.out) if draw.out else first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+        identity = _identity(draw, chain, guide, task)
+        default = first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
+        out = place(draw.out) if draw.out else free(default, identity)
 
         def drawing(rest: "Job", tick: Callable[[], Any]) -> "Iterator[np.ndarray]":
             painters = []
@@ -63,27 +67,43 @@ def _sample(run: str, **given: Any) -> None:
             return images(painters, rest, which.batch_size)
 
         drawn = draw_into(
-            out, chain[-1].config, task, _identity(draw, chain, task), drawing, keep=bool(small),
+            out, chain[-1].config, task, identity, drawing, keep=bool(small),
             ticks=lambda n: sum(g.steps for g in grids) * -(-n // (which.batch_size * processes.world())),
         )  # fmt: skip
         if processes.rank():
             return
         whose = f"average {rate}" if rate else "raw weights"
+        if why := _too_few(first.config, grids[0].steps):
+            print(why)
         how = f"{first.config.sample.solver}, {' + '.join(str(g.steps) for g in grids)} steps, {whose}"
-        print(f"{len(task.seeds)} images of step {step} ({how}): {out}")
+        print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
         if small and drawn is not None:
             _compare(first.config, out, drawn, small, list(task.seeds))
 
 
-def _identity(draw: Draw, chain: "list[Opened]", task: "Job") -> dict[str, Any]:
+def _identity(draw: Draw, chain: "list[Opened]", guide: "Guide | None", task: "Job") -> dict[str, Any]:
     """What a job is: the same one goes on where it was killed."""
+    from iddpm.sampling.open import digest_of
+
     first = chain[0]
+    models = [*(o.weights for o in chain), *([guide.weights] if guide else [])]
     sampled = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
     return dict(
-        weights=[str(o.weights.path) for o in chain], step=first.weights.about["step"],
+        weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
         **{k: getattr(draw, k) for k in SHAPING}, **sampled,
     )  # fmt: skip
+
+
+def _too_few(config: Config, steps: int) -> str:
+    """That the steps are too few for the solver, where they are."""
+    chain = config.diffusion
+    if config.sample.solver != Sample.solver or chain.learn_sigma or chain.sigma_small or steps >= FEW or not is_chain(chain):
+        return ""
+    return (
+        f"{steps} steps are too few for --solver ancestral with the variance beta, whose noise stays in the images: take "
+        f"{FEW} or more, or --solver ddim or dpmpp_2m"
+    )
 
 
 def _check(draw: Draw, chain: "list[Opened]") -> None:
@@ -130,7 +150,7 @@ def _guide(draw: Draw, first: "Opened", which: Which) -> "Guide":
     if ours.sample.solver != Sample.solver and step.alpha and (jump := (step.alpha_to / step.alpha).item()) > 10:
         print(f"the first step of {ours.sample.solver} would magnify the guidance {jump:.0f} times: take --sampling_steps ddimN "
               f"(as ddim50), which begins below pure noise, or --solver ancestral")  # fmt: skip
-    return Guide(theirs, judge.net, draw.classifier_scale)
+    return Guide(theirs, judge.net, draw.classifier_scale, judge.weights)
 
 
 def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", seeds: list[int]) -> None:

@@ -13,24 +13,26 @@ FIRST = (  # what the help shows before all other flags
 
 
 def _parser(parser: Parser) -> None:
-    parser.add_argument("data", nargs="?", default="", help="a folder of images; a resumed run remembers it")
+    parser.add_argument("data", nargs="?", default="", help="a folder, .zip or .tar of images; a resumed run remembers it")
     parser.add_argument("--preset", default="", help="a recipe to start from", metavar="NAME")
-    parser.add_argument("--run", default="", help="the run's folder [runs/PRESET or runs/DATA]", metavar="DIR")
+    parser.add_argument("--config", default="", help="the config.json of another run, to begin as it did", metavar="FILE")
+    parser.add_argument(
+        "--run", default="", help="the run's folder [runs/PRESET or runs/DATA, with -2 for other flags]", metavar="DIR"
+    )
     parser.add_flag("dry_run", bool, "say what would be done, time a step, and stop", default=False)
     for group in Config().parts:
         parser.add_fields(type(group), "What most people need", only=FIRST)
     for group in Config().parts:
         parser.add_fields(type(group))
     rows = listed({name: text for name, (text, _) in PRESETS.items()})
-    codes = "exit codes: 0 done; 2 one line says what to mend; 75 stopped by Ctrl-C or SIGTERM with all saved, start it again"
-    parser.epilog = "presets (a flag given beside a preset wins over it):\n" + f"{rows}\n\n{codes}"
+    parser.epilog = f"presets (a flag given beside a preset wins over it):\n{rows}"
 
 
-def _train(data: str, preset: str, run: str, dry_run: bool, **given: Any) -> None:
+def _train(data: str, preset: str, config: str, run: str, dry_run: bool, **given: Any) -> None:
     from iddpm.store.remote import place
-    from iddpm.training.start import default_run, start
+    from iddpm.training.start import start
 
-    start(place(run or default_run(data, preset)), data, preset, given, dry_run)
+    start(place(run) if run else None, data, preset, given, dry_run, recipe=config)
 
 
 VERB = Verb(_train, _parser, "DATA", "train a model on a folder of images; the same command resumes")

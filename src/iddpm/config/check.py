@@ -1,9 +1,11 @@
 """What cannot work, or would be silently ignored, is refused before anything is done."""
 
 from iddpm.config.fields import check_groups, fields_of, unmet
-from iddpm.config.parse import ema_rates, image_size, is_chain, numbers, small_size
+from iddpm.config.parse import ema_rates, image_size, is_chain, numbers, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
+
+LEVELS = 16  # each halves the image
 
 
 def check(config: Config) -> Config:
@@ -21,7 +23,10 @@ def check(config: Config) -> Config:
         small_size(model)
     if config.task.classifies and not model.class_cond:
         raise UserError("--task classify learns the classes of the data: add --class_cond True")
-    numbers(model.channel_mult, "channel_mult", float)
+    widths = numbers(model.channel_mult, "channel_mult", float)
+    empty = model.channel_mult and not widths
+    if empty or len(widths) > LEVELS or not all(0 < width <= 1024 for width in widths):
+        raise UserError(f"--channel_mult {model.channel_mult!r}: give up to {LEVELS} widths, each above 0, as 1,2,2,2")
     numbers(model.attention_resolutions, "attention_resolutions")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
@@ -36,10 +41,10 @@ def check(config: Config) -> Config:
 def _check_sampling_steps(config: Config) -> None:
     """Raise UserError where the spec asks for more steps than there are (the strides of ddimN come later)."""
     spec, d = config.sample.sampling_steps, config.diffusion
-    counts = [] if spec == "all" else spec.removeprefix("ddim").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in counts):
+    counts = [whole(part.strip()) or 0 for part in spec.removeprefix("ddim").split(",")] if spec != "all" else []
+    if not all(counts):
         raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
-    if not is_chain(d) and not spec.isdigit():
+    if not is_chain(d) and whole(spec) is None:
         raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {d.noise_schedule} are only counted, as 50")
-    if is_chain(d) and sum(map(int, counts)) > d.diffusion_steps:
+    if is_chain(d) and sum(counts) > d.diffusion_steps:
         raise UserError(f"--sampling_steps {spec}: the chain has only {d.diffusion_steps} steps (--diffusion_steps)")

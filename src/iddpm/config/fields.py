@@ -10,6 +10,8 @@ from iddpm.config.choices import Field, choices
 from iddpm.config.tasks import TASK_OF
 from iddpm.errors import UserError
 
+LARGEST = 2**63 - 1  # of whole numbers, as torch and numpy count
+
 
 def opt(default: Any, help: str, low: float | None = None, high: float | None = None, **settings: Any) -> Any:
     """A field of a group, with the settings of `Field`."""
@@ -84,13 +86,20 @@ def check_groups(groups: Sequence[Any], own: Mapping[str, Any]) -> None:
         _check(name, own[name], f)
 
 
+def check_range(name: str, value: Any, f: Field) -> None:
+    """Raise UserError where a number is not finite, or out of its range."""
+    if f.type not in (int, float):
+        return
+    low = -math.inf if f.low is None else f.low
+    high = f.high if f.high is not None else LARGEST if f.type is int else math.inf
+    if not (math.isfinite(value) and low <= value <= high):
+        limits = "finite" if low == -math.inf else f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"--{name} {value} is out of range: {limits}")
+
+
 def _check(name: str, value: Any, f: Field) -> None:
     """Raise UserError where a value is out of its range or choices, saying what is allowed."""
-    if f.type in (int, float):
-        low, high = -math.inf if f.low is None else f.low, math.inf if f.high is None else f.high
-        if not (math.isfinite(value) and low <= value <= high):
-            limits = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more" if low > -math.inf else "finite"
-            raise UserError(f"--{name} {value} is out of range: {limits}")
+    check_range(name, value, f)
     if allowed := f.allowed():
         for part in f.chosen(value):
             if part not in allowed:

@@ -27,13 +27,13 @@ class Model:
     small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH")
     low_res_noise: float = _enlarge(0.0, "noise up to this deviation on the small image in training, told to the network", 0, 1)
     image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
-    num_channels: int = _unet(128, "channels of the first level", 1)
-    num_res_blocks: int = _unet(2, "residual blocks per level", 1)
+    num_channels: int = _unet(128, "channels of the first level", 1, 65536)
+    num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
     attention_resolutions: str = _unet("16,8", "sizes (of the shorter side) that get attention; empty: none")
-    num_heads: int = _unet(4, "attention heads", 1)
-    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", -1)
-    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", -1)
+    num_heads: int = _unet(4, "attention heads", 1, 65536)
+    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", -1, 65536)
+    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", -1, 65536)
     resblock_updown: bool = _unet(False, "change sizes inside residual blocks")
     new_attention_order: bool = _unet(False, "attention's channels are q, k, v, then heads (some published weights)")
     classifier_pool: str = opt(
@@ -44,7 +44,7 @@ class Model:
     dropout: float = opt(0.0, "share of features dropped in training", 0, 0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     class_cond: bool = _fixed(False, "condition on the classes of the data")
-    num_classes: int = _fixed(0, "classes the network knows", 0, flag=False)
+    num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Diffusion:
     """The process, and what is learned of it."""
 
     noise_schedule: str = _fixed("linear", "how the noise grows with time", kind="noise_schedule")
-    diffusion_steps: int = _chain(1000, "steps T of the chain", 1)
+    diffusion_steps: int = _chain(1000, "steps T of the chain", 1, 10**6)
     parametrization: str = _draws("eps", "what the network predicts", kind="parametrization")
     learn_sigma: bool = _chain(
         False, "learn the variance too, between its two bounds (twice the output channels)",
@@ -88,11 +88,13 @@ class Data:
     random_flip: bool = opt(False, "mirror half of the training images")
     random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")
     on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
-    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", 0)
-    num_workers: int = opt(2, "threads that prepare batches ahead", 1)
+    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", 0, 10**6)
+    num_workers: int = opt(2, "threads that prepare batches ahead", 1, 1024)
     path: str = opt("", "the images", flag=False)
     rule: str = opt("", "how the classes were found", flag=False)
     classes: tuple[str, ...] = opt((), "names of the classes", flag=False)
+    identity: str = opt("", "what tells these images from others, by part", flag=False)
+    asked: str = opt("", "the flags of the command that began the run", flag=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Train:
     ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
     precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
-    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0)
+    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0, 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     seed: int = _fixed(0, "seed of everything random", 0, 2**63 - 1)
     log_interval: int = opt(50, "steps between log lines", 1)
@@ -123,7 +125,7 @@ class Train:
     keep_every: int = opt(0, "also keep every checkpoint whose step is a multiple of this; 0: none", 0)
     async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
     shard: int = opt(0, "how many processes divide one copy of the weights (FSDP2); 0: none do (DDP), -1: all", -1)
-    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1)
+    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1, 10**7)
     init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
     init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
@@ -141,6 +143,7 @@ class Sample:
     solver: str = opt("ancestral", "how to walk from noise to image", kind="solver")
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
+    published: bool = opt(False, "few steps begin below pure noise, as the original's commands have it", flag=False)
     consistent: bool = opt(False, "at each step, make the predicted image shrink to exactly the small one", only="task=enlarge")
 
 

@@ -7,6 +7,14 @@ from iddpm.config.choices import choices
 from iddpm.config.groups import Diffusion, Model, Train
 from iddpm.errors import UserError
 
+MOST_SEEDS = 10**7
+SEED = 2**64 - 1  # the largest
+
+
+def whole(text: str, most: int = 2**63 - 1) -> int | None:
+    """The whole number from 0 to `most` that a text is, in plain digits; None for another text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most else None
+
 
 def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
     """The comma-separated numbers of a flag."""
@@ -33,9 +41,10 @@ def small_size(model: Model) -> tuple[int, int]:
 
 def _size(text: str, name: str, low: int) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() and low <= int(p) <= 1024 for p in parts):
+    sides = [side for part in parts if (side := whole(part)) is not None and low <= side <= 1024]
+    if not len(sides) == len(parts) <= 2:
         raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
-    return int(parts[0]), int(parts[-1])
+    return sides[0], sides[-1]
 
 
 def is_chain(d: Diffusion) -> bool:
@@ -52,10 +61,13 @@ def seed_list(text: str) -> list[int]:
     """The seeds of 0-63 or 7,9,20-29, in the order given."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and (not last.isdigit() or int(last) < int(first))):
-            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29")
-        seeds += range(int(first), int(last or first) + 1)
+        first, _, last = (whole(end, SEED) for end in part.strip().partition("-"))
+        end = last if "-" in part else first
+        if first is None or end is None or end < first:
+            raise UserError(f"--seeds {text!r}: give them as 0-63 or 7,9,20-29, from 0 to {SEED}")
+        if len(seeds) + end - first >= MOST_SEEDS:
+            raise UserError(f"--seeds {text!r} are more than {MOST_SEEDS} images: draw them in parts")
+        seeds += range(first, end + 1)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice")
     return seeds

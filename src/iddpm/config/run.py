@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from iddpm.config.choices import Field, add
-from iddpm.config.fields import conditions, fields_of, is_read, own_numbers, settings_of, unmet, values_of
+from iddpm.config.fields import check_range, conditions, fields_of, is_read, own_numbers, settings_of, unmet, values_of
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
 from iddpm.config.tasks import TASK_OF, TASKS, Task
 from iddpm.errors import UserError
+from iddpm.records import decode, fits
 
 VERSION = 2  # of the JSON. 1 (without a number) knew no tasks, and the solver's eta was a field
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list of names"}
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,9 @@ class Config:
 
         UserError where it is none, is of a newer version, or has an unknown field or one of the wrong type.
         """
-        try:
-            raw = json.loads(text)
-            version = raw.pop("version", 1)
-        except (ValueError, AttributeError, TypeError) as e:
-            raise UserError(f"{source} is not a config of iddpm ({e})") from None
-        if version not in range(1, VERSION + 1):
+        raw = decode(text, dict[str, Any], f"{source} is not a config of iddpm: it")
+        version = raw.pop("version", 1)
+        if type(version) is not int or version not in range(1, VERSION + 1):
             raise UserError(f"{source} is of version {version}, this iddpm reads up to {VERSION}: it needs a newer iddpm")
         fields = every_field() | {"preset": Field(str, "", "")}
         if absent := {"preset", *(name for name, _ in Config().groups())} - set(raw):
@@ -115,10 +113,15 @@ class Config:
         for name, value in flat.items():
             if name not in fields:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
-            kind = get_origin(fields[name].type) or fields[name].type
-            flat[name] = _as(kind, value)
-            if flat[name] is None:
-                raise UserError(f"{source}: {name} is {value!r}, where {WORDS[kind]} must be: mend it, or restore the file")
+            try:
+                flat[name] = fits(value, fields[name].type)
+            except ValueError:
+                wanted = WORDS.get(fields[name].type, "a list of names")
+                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
+            try:
+                check_range(name, flat[name], fields[name])
+            except UserError as e:
+                raise UserError(f"{source}: {e}") from None
         config = Config().updated(flat)
         return config.effective() if version == 1 else config
 
@@ -142,18 +145,12 @@ def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
             near = difflib.get_close_matches(name, fields, n=1)
             raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         kind = fields[name].type
-        written = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        written = str(written) if isinstance(value, (int, float, Path)) and not isinstance(value, bool) else written
-        found[name] = _as(kind, written if kind is str else value)
-        if found[name] is None:
-            raise UserError(f"{name}={value!r}: give {WORDS[kind]}")
+        if kind is str and isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        elif kind is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
+            value = str(value)
+        try:
+            found[name] = fits(value.item() if hasattr(value, "item") else value, kind)  # also a number of numpy's
+        except ValueError:
+            raise UserError(f"{name}={value!r}: give {WORDS[kind]}") from None
     return found
-
-
-def _as(kind: type, value: Any) -> Any:
-    """A value as a field of a type holds it, 1 as 1.0 and a list of names as a tuple; None where it is of another type."""
-    if kind is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    return value if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) else None

@@ -1,45 +1,56 @@
-"""Images in an .npz as the original's commands write them: arr_0 uint8 (N, H, W, C), and arr_1 labels where there are any."""
+"""Images in an .npz as the original's commands write them: arr_0 uint8 (N, H, W, C), and arr_1 labels where there are any.
 
+Ours have the classes' names beside them, without which a label is a number that may stand for any class.
+"""
+
+import math
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
 
-def open_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images (N, H, W, C) uint8 and labels (N,) int64 of an .npz; UserError where they are of another type or shape.
+class Arrays(NamedTuple):
+    """What an .npz of images holds."""
+
+    images: np.ndarray  # (N, H, W, C) uint8
+    labels: np.ndarray | None  # (N,) int64
+    classes: tuple[str, ...]  # names by label; empty where the file has none
+
+
+def open_npz(path: Path) -> Arrays:
+    """The images, labels and classes of an .npz; UserError where they are of another type or shape.
 
     Images that are not compressed stay on the disk until they are indexed.
     """
-    try:
-        with opened(path) as raw, np.load(raw) as file:
-            if "arr_0" not in file:
-                raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
-            labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
-            mapped = None if remote(path) else _mapped(path, "arr_0.npy")
-            images = file["arr_0"] if mapped is None else mapped
-    except UserError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error})") from None
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
+        if "arr_0" not in file:
+            raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
+        labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+        names = file["classes"] if "classes" in file and labels is not None else np.array([], "U")
+        mapped = None if remote(path) else _mapped(path, "arr_0.npy")
+        images = file["arr_0"] if mapped is None else mapped
     shape = " x ".join(map(str, images.shape))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
         raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x H x W x C (1, 3 or 4 channels) are needed")
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
         raise UserError(f"{path}: arr_1 must hold one label from 0 for each of the {len(images)} images")
-    return images, labels
+    if names.dtype.kind != "U" or names.ndim != 1 or (len(names) and labels is not None and labels.max() >= len(names)):
+        raise UserError(f"{path}: classes must be the names of the classes that arr_1 numbers")
+    return Arrays(images, labels, tuple(names.tolist()))
 
 
-def read_npz(path: Path, size: tuple[int, int], channels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images (N, C, H, W) uint8 and labels (N,) int64 of an .npz; UserError where they are not of this size and type."""
-    images, labels = open_npz(path)
+def read_npz(path: Path, size: tuple[int, int], channels: int) -> Arrays:
+    """As `open_npz`, but the images are (N, C, H, W) in memory; UserError where they are not of this size and type."""
+    images, labels, classes = open_npz(path)
     if images.shape[1:] != (*size, channels):
         shape, wanted = (" x ".join(map(str, s)) for s in (images.shape, (*size, channels)))
         raise UserError(f"{path} holds uint8 {shape}; uint8 images N x {wanted} are needed")
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
+    return Arrays(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels, classes)
 
 
 def _mapped(path: Path, member: str) -> np.ndarray | None:
@@ -48,6 +59,9 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
         info = held.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
             return None
+        with held.open(info) as content:  # once to its end, where its checksum is compared: a map knows none
+            while content.read(1 << 22):
+                pass
         file.seek(info.header_offset + 26)  # in the member's own header, the lengths of its name and of what follows that
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(info.header_offset + 30 + int(lengths.sum()))
@@ -56,4 +70,6 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
         shape, fortran, dtype = read(file)
         if dtype.hasobject or fortran or not np.prod(shape):
             return None
+        if math.prod(shape) * dtype.itemsize > info.header_offset + 30 + int(lengths.sum()) + info.file_size - file.tell():
+            raise ValueError("it holds less than its header says")
         return np.memmap(path, dtype, "r", file.tell(), shape)

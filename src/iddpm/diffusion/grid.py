@@ -1,12 +1,16 @@
 """Grids of levels: what solvers and the bound walk, and the discrete chain x_0 -> x_1 ... -> x_T, which is one."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iddpm.diffusion.schedule import Discrete, Level, Schedule
+
+SEEN = 0.02  # the share alpha^2 of x_t's variance
 
 
 class Step(NamedTuple):
@@ -36,10 +40,14 @@ def as_step(level: Level | Step, what: str) -> Step:
 
 
 class Grid:
-    """Steps between levels, least noisy first in `table`; `start` is what unit noise is multiplied with at the noisy end."""
+    """Steps between levels, least noisy first in `table`; `start` is what unit noise is multiplied with at the noisy end.
 
-    def __init__(self, table: Step, start: float = 1.0):
+    `level` gives levels between them: of sigma/alpha (B,) or 0-dim, the noisiest that networks know with no more noise than that.
+    """
+
+    def __init__(self, table: Step, start: float = 1.0, level: Callable[[Tensor], Level] | None = None):
         self.table, self.start, self.steps = table, start, len(table.time)
+        self.level = level or of_list(Level(*table[:3]))
 
     def __call__(self, u: Tensor) -> Step:
         """The steps (B,) of u (B,) float64 in [0, 1): the floor of u times their number."""
@@ -60,6 +68,17 @@ class Grid:
         return (i.double() + 0.5) / self.steps
 
 
+def of_list(levels: Level) -> Callable[[Tensor], Level]:
+    """A Grid's `level` where networks know only these levels (T,), least noisy first; below the first, the first."""
+    ratios = levels.sigma / levels.alpha
+
+    def level(ratio: Tensor) -> Level:
+        i = (torch.searchsorted(ratios, ratio * (1 + 1e-9), right=True) - 1).clamp(min=0)  # a level's own ratio finds it
+        return Level(*(column[i] for column in levels))
+
+    return level
+
+
 class Chain(Grid):
     """The Markov chain of a discrete schedule on the steps `kept` of it (all by default), with its float64 tables.
 
@@ -71,13 +90,15 @@ class Chain(Grid):
         whole = schedule.betas()
         self.kept = list(range(schedule.steps)) if kept is None else sorted(set(kept))
         self.schedule_steps = schedule.steps
-        bar = (1 - whole).cumprod(0)[self.kept]
+        all_bars = (1 - whole).cumprod(0)
+        bar = all_bars[self.kept]
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         self.betas = whole if len(self.kept) == schedule.steps else 1 - bar / before
         variance = self.betas * (1 - before) / (1 - bar)
         # at step 0 the posterior variance is 0: the published code takes its neighbour's for it
         variance = torch.cat([variance[1:2], variance[1:]]) if len(self.kept) > 1 else self.betas
-        time = torch.tensor(self.kept, dtype=torch.float32) * (1000.0 / schedule.steps if rescale_time else 1.0)
+        all_times = torch.arange(schedule.steps, dtype=torch.float32) * (1000.0 / schedule.steps if rescale_time else 1.0)
+        time = all_times[self.kept]
         super().__init__(
             Step(
                 time=time.double(),
@@ -91,13 +112,14 @@ class Chain(Grid):
                 log_min=variance.log(),
                 log_max=self.betas.log(),
                 last=_last(len(self.kept)),
-            )
+            ),
+            level=of_list(Level(all_times.double(), all_bars.sqrt(), (1 - all_bars).sqrt())),
         )
 
 
-def walk(schedule: Schedule, steps: int) -> Grid:
-    """The grid of so many steps of a continuous schedule, which ends at the image: alpha 1, sigma 0."""
-    level = schedule(schedule.walk(steps))  # type: ignore[attr-defined]
+def walk(schedule: Schedule, u: Tensor) -> Grid:
+    """The grid of a continuous schedule at u (K,) in (0, 1], ascending; its last step ends at the image: alpha 1, sigma 0."""
+    level = schedule(u)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     time = torch.cat([zero, level.time[:-1]])
     alpha, sigma = torch.cat([one, level.alpha[:-1]]), torch.cat([zero, level.sigma[:-1]])
@@ -115,16 +137,79 @@ def walk(schedule: Schedule, steps: int) -> Grid:
         coef_xt=level.alpha / alpha * sigma**2 / level.sigma**2,
         log_min=variance.log(),
         log_max=beta.log(),
-        last=_last(steps),
+        last=_last(len(u)),
     )
-    return Grid(table, start=level.sigma[-1].item())
+    return Grid(table, level.sigma[-1].item(), lambda ratio: schedule(schedule.u_of(ratio)))
 
 
 def _last(steps: int) -> Tensor:
     return (torch.arange(steps) == 0).double()
 
 
-# ---- which steps of a chain are kept
+# ---- where a grid's levels lie: (schedule, steps) -> u (K,) ascending, the last one at the noisiest level
+
+
+def uniform(schedule: Schedule, steps: int) -> Tensor:
+    """Evenly in time"""
+    # Where u = 0 is an image without noise, it is no level to step from. One step starts at the noisy end.
+    first = 1 if steps == 1 or not schedule(torch.zeros(1, dtype=torch.float64)).sigma else 0
+    return torch.arange(first, steps + first, dtype=torch.float64) / max(1, steps - 1 + first)
+
+
+def respaced(schedule: Schedule, steps: int) -> Tensor:
+    """As published: a chain's steps evenly, by sections or by a stride; on a continuous schedule evenly in time"""
+    return uniform(schedule, steps)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """(sigma/alpha)^(1/rho) evenly: finer where there is little noise (Karras et al. 2022, eq. 5)"""
+
+    grid_rho: Annotated[float, "how much finer the grid is where there is little noise", 1.0, 100.0] = 7.0
+
+    def __call__(self, schedule: Schedule, steps: int) -> Tensor:
+        low, high = (end ** (1 / self.grid_rho) for end in _ends(schedule))
+        return _to_the_end(schedule, torch.linspace(low, high, steps, dtype=torch.float64) ** self.grid_rho)
+
+
+def logsnr(schedule: Schedule, steps: int) -> Tensor:
+    """log(sigma/alpha) evenly (Lu et al. 2022, DPM-Solver, section 3.3)"""
+    low, high = (math.log(end) for end in _ends(schedule))
+    return _to_the_end(schedule, torch.linspace(low, high, steps, dtype=torch.float64).exp())
+
+
+LEAST, MOST = 0.002, 80.0  # sigma/alpha, where a schedule goes on beyond them: EDM's own ends (Karras et al. 2022, table 1)
+
+
+def _ends(schedule: Schedule) -> tuple[float, float]:
+    """The sigma/alpha between which levels are spread."""
+    level = schedule(torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
+    low, high = (level.sigma / level.alpha).tolist()
+    return max(low, LEAST), min(high, MOST)
+
+
+def _to_the_end(schedule: Schedule, ratios: Tensor) -> Tensor:
+    u = schedule.u_of(ratios)
+    u[-1] = 1.0
+    return u
+
+
+def steps_at(u: Tensor, steps: int) -> list[int]:
+    """The steps of a chain of `steps` at u (K,), ascending and distinct. ValueError for too many."""
+    if len(u) > steps:
+        raise ValueError(f"a chain of {steps} steps has no {len(u)}: ask for at most {steps}")
+    kept = [min(int(x * steps), steps - 1) for x in u.tolist()]
+    for k in range(1, len(kept)):
+        kept[k] = max(kept[k], kept[k - 1] + 1)
+    for k in range(len(kept) - 1, -1, -1):  # and down again, where they ran over the end
+        kept[k] = min(kept[k], steps - len(kept) + k)
+    return kept
+
+
+GRIDS: dict[str, Callable[..., Any]] = {"respaced": respaced, "uniform": uniform, "karras": Karras, "logsnr": logsnr}
+
+
+# ---- which steps of a chain are kept, as published
 
 
 def respace(steps: int, spec: str | Sequence[int] = "") -> list[int]:
@@ -150,8 +235,16 @@ def respace(steps: int, spec: str | Sequence[int] = "") -> list[int]:
     return kept
 
 
+def from_noise(kept: list[int], alphas: Tensor) -> list[int]:
+    """The steps kept, of a chain with these alphas, with the last moved to the chain's end where an image would still show in it.
+
+    Solvers start from pure noise: at a step whose x_t is more than `SEEN` image, they would make something else of it.
+    """
+    return kept if alphas[kept[-1]] ** 2 <= SEEN else [*kept[:-1], len(alphas) - 1]
+
+
 def _count(text: str, spec: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not (text.isascii() and text.strip().isdigit() and int(text.strip()[:9]) > 0 and len(text.strip()) < 10):
         raise ValueError(f"sampling steps {spec!r}: give a count (250), counts per section (10,15,20), or ddimN (ddim50)")
     return int(text)
 

@@ -72,35 +72,113 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Flow:
-    """A straight line from image to noise: alpha = 1 - u, sigma = u (Liu et al. 2023, rectified flow; Lipman et al. 2023)."""
+class Adjusted:
+    """A discrete schedule with `shift` times as much noise beside the image, or one whose last step is pure noise.
+
+    shift: sigma/alpha is so many times as large at every step, as larger images need (Hoogeboom et al. 2023, eq. 3).
+    zero_terminal: sqrt(alpha_bar) is moved and stretched so that it ends at 0 (Lin et al. 2024, algorithm 1). Needs two steps.
+    """
+
+    schedule: Discrete
+    shift: float = 1.0
+    zero_terminal: bool = False
 
     @property
     def steps(self) -> int:
-        return 1000
+        return self.schedule.steps
+
+    def betas(self) -> Tensor:  # (T,) float64; the last one is 1 with zero_terminal
+        bar = (1 - self.schedule.betas()).cumprod(0)
+        bar = bar / (bar + self.shift**2 * (1 - bar))
+        if self.zero_terminal:
+            root = bar.sqrt()
+            bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return 1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+
+
+class Continuous:
+    """What continuous schedules share. Those that end in pure noise have alpha = 0 at u = 1."""
+
+    steps = 1000  # their networks are told 1000 u
+
+
+@dataclass(frozen=True)
+class Shifted(Continuous):
+    """A continuous schedule at other u: sigma/alpha is `shift` times as large at each u; for those that end in pure noise.
+
+    Hoogeboom et al. 2023, eq. 3; of `Flow` it is the shift of Esser et al. 2024, eq. 23. Levels keep their time.
+    """
+
+    schedule: Schedule
+    shift: float
+
+    def __call__(self, u: Tensor) -> Level:
+        level = self.schedule(u)
+        found: Level = self.schedule(torch.where(u < 1, self.schedule.u_of(self.shift * level.sigma / level.alpha), u))
+        return found
+
+    def u_of(self, ratio: Tensor) -> Tensor:
+        return self.schedule.u_of(ratio / self.shift)
+
+
+@dataclass(frozen=True)
+class Flow(Continuous):
+    """A straight line from image to noise: alpha = 1 - u, sigma = u (Liu et al. 2023, rectified flow; Lipman et al. 2023)."""
 
     def __call__(self, u: Tensor) -> Level:
         return Level(1000 * u, 1 - u, u)
 
-    def walk(self, steps: int) -> Tensor:
-        """The u of a grid of so many steps, ascending; the last is pure noise."""
-        return torch.arange(1, steps + 1, dtype=torch.float64) / steps
-
     def u_of(self, ratio: Tensor) -> Tensor:
-        return below_one(ratio / (1 + ratio))
+        return below_one(1 / (1 + 1 / ratio))
 
 
 @dataclass(frozen=True)
-class VE:
+class CosineVP(Continuous):
+    """alpha = cos(u pi / 2), sigma = sin(u pi / 2): the cosine schedule in continuous time (Salimans & Ho 2022, section 3)."""
+
+    def __call__(self, u: Tensor) -> Level:
+        return Level(1000 * u, torch.sin((1 - u) * math.pi / 2), torch.sin(u * math.pi / 2))
+
+    def u_of(self, ratio: Tensor) -> Tensor:
+        return below_one(ratio.atan() * 2 / math.pi)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Continuous):
+    """alpha^2 falls along a sigmoid: less of the schedule is spent at its ends (Jabri et al. 2023; Chen 2023, algorithm 1)."""
+
+    sigmoid_start: Annotated[float, "where on the sigmoid the image begins", -20.0, 20.0] = -3.0
+    sigmoid_end: Annotated[float, "where on it the noise ends", -20.0, 20.0] = 3.0
+    tau: Annotated[float, "above 1: more like a straight line", 0.01, 100.0] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sigmoid_start >= self.sigmoid_end:
+            raise ValueError(f"sigmoid_start {self.sigmoid_start} must be below sigmoid_end {self.sigmoid_end}")
+
+    def _between(self) -> tuple[Tensor, Tensor]:
+        first, last = torch.tensor([self.sigmoid_start, self.sigmoid_end], dtype=torch.float64).div(self.tau).sigmoid()
+        return first, last
+
+    def __call__(self, u: Tensor) -> Level:
+        first, last = self._between()
+        at = torch.sigmoid((self.sigmoid_start + u * (self.sigmoid_end - self.sigmoid_start)) / self.tau)
+        at = torch.where(u < 1, at, last)  # exactly pure noise at the end
+        return Level(1000 * u, ((last - at) / (last - first)).sqrt(), ((at - first) / (last - first)).clamp(min=0).sqrt())
+
+    def u_of(self, ratio: Tensor) -> Tensor:
+        first, last = self._between()
+        at = torch.logit(first + (last - first) / (1 + ratio**-2))
+        u = (self.tau * at - self.sigmoid_start) / (self.sigmoid_end - self.sigmoid_start)
+        return below_one(u.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class VE(Continuous):
     """Noise is added to the whole image: alpha = 1, sigma^(1/rho) linear in u (Karras et al. 2022, eq. 5)."""
 
     sigma_min: Annotated[float, "least noise of the schedule, in units of the image's [-1, 1]", 1e-6, 1.0] = 0.002
     sigma_max: Annotated[float, "most noise of the schedule", 1.0, 1e4] = 80.0
     rho: Annotated[float, "how much finer the schedule is where there is little noise", 1.0, 100.0] = 7.0
-
-    @property
-    def steps(self) -> int:
-        return 1000
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
@@ -115,12 +193,6 @@ class VE:
         sigma = (low + u * (high - low)) ** self.rho
         return Level(1000 * u, torch.ones_like(u), sigma)
 
-    def walk(self, steps: int) -> Tensor:
-        """The u of a grid of so many steps, ascending, from sigma_min to sigma_max (eq. 5)."""
-        if steps == 1:
-            return torch.ones(1, dtype=torch.float64)
-        return torch.arange(steps, dtype=torch.float64) / (steps - 1)
-
     def u_of(self, ratio: Tensor) -> Tensor:
         low, high = self._ends
         return below_one(((ratio ** (1 / self.rho) - low) / (high - low)).clamp(min=0))
@@ -131,4 +203,11 @@ def below_one(u: Tensor) -> Tensor:
     return u.clamp(max=1 - 2**-53)
 
 
-SCHEDULES: dict[str, Callable[..., Any]] = {"linear": Linear, "cosine": Cosine, "flow": Flow, "ve": VE}
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "flow": Flow,
+    "ve": VE,
+    "cosine_vp": CosineVP,
+    "sigmoid": Sigmoid,
+}

@@ -15,7 +15,8 @@ from iddpm.measure.bound import Bound, parts
 from iddpm.measure.figures import Figure, circumstances, record
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.sampling.open import Opened, beside
-from iddpm.store.remote import replace
+from iddpm.store.remote import write_file
+from iddpm.words import many
 
 FIGURES = "metrics.json"  # beside the numbers
 
@@ -45,7 +46,8 @@ def write(done: Sequence[Measured], out: Path, data: Path, per_image: Path | Non
         numbers["against"] = {**_about(done[1]), **measuring.scalars(against), **_paired(done)}
         note = _difference(done, sign="±")
     tables = measuring.write_tables(bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
-    title = f"{_where(data)}: {len(bound.total)} images" + (f", a chain respaced to {k} steps" if (k := _respaced(bound)) else "")
+    title = f"{_where(data)}: {many(len(bound.total), 'image')}"
+    title += f", a chain respaced to {k} steps" if (k := _respaced(bound)) else ""
     picture = _write(out, numbers, terms_and_sums([_name(m) for m in done], [m.bound for m in done], title, note))
     if per_image:
         measuring.write_per_image(per_image, bound, done[0].images, data, against)
@@ -65,14 +67,16 @@ def write_curve(points: Sequence[Sequence[Measured]], out: Path, data: Path) -> 
     title = " against ".join([f"{_folder(first)}: {_model(first)}", *map(_folder, others)])
     names = [f"{_name(m)}: {_model(m)}" for m in points[0]]
     curves = [[m.bound for m in run] for run in zip(*points)]
-    picture = _write(out, numbers, against_steps(names, curves, title, f"{_where(data)}: {len(first.bound.total)} images"))
+    picture = _write(
+        out, numbers, against_steps(names, curves, title, f"{_where(data)}: {many(len(first.bound.total), 'image')}")
+    )
     print(f"curve: {out}; picture: {picture}; figures: {out.parent / FIGURES}")
 
 
 def _write(out: Path, numbers: dict[str, Any], svg: str) -> Path:
     picture = out.with_suffix(".svg")
-    replace(out, lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-    replace(picture, lambda file: file.write(svg.encode()))
+    write_file(out, json.dumps(numbers, indent=1))
+    write_file(picture, svg)
     return picture
 
 
@@ -103,11 +107,12 @@ def terms_and_sums(names: Sequence[str], bounds: Sequence[Bound], title: str, no
 def _half(bound: Bound, sums: np.ndarray, half: float, steps: Axis) -> tuple[list[Series], list[Note]]:
     """A mark where half of the bits are in; none where the prior has them."""
     k = int(np.searchsorted(sums[:-1], half))
-    if k == len(bound.kept):
+    if k == len(bound.kept) or not half > 0:
         return [], []
     t, y = int(bound.kept[k]), float(sums[k])
     line = Series(np.array([0, t, t]), np.array([y, y, 0]), colour=SOFT, dashed=True)
-    text = f"half of the bits lie in steps 0 to {t}" if t else "more than half of it is the decoder's"
+    share = y / (2 * half)  # more than half where one step holds much
+    text = f"{share:.0%} of the bits lie in steps 0 to {t}" if t else f"{share:.0%} of it is the decoder's"
     beside = bool(steps.share(t) < 0.5)
     return [line], [Note(t, y / 2, text, anchor="start" if beside else "end", right=10 if beside else -10)]
 
@@ -182,7 +187,7 @@ def _line(m: Measured) -> str:
     ends = [f"{what} {v:.4f}{_margin(e)}" for what, (v, e) in zip(("decoder", "the rest"), (found["decoder"], found["rest"]))]
     chain = f", the bound of the chain respaced to {k} steps" if (k := _respaced(m.bound)) else ""
     words = ", ".join([f"prior {prior:.2g}{_margin(prior_error, '.1g')}", *ends])
-    return f"{_name(m)}: {total:.4f}{_margin(error)} bits/dim{chain} ({n} images; {words})"
+    return f"{_name(m)}: {total:.4f}{_margin(error)} bits/dim{chain} ({many(n, 'image')}; {words})"
 
 
 def _margin(error: float | None, form: str = ".4f", sign: str = "+-") -> str:

@@ -14,7 +14,7 @@ from iddpm.measure.features import Features
 from iddpm.measure.figures import record
 from iddpm.measure.metrics.interface import Finding
 from iddpm.sampling.sheets import comparison
-from iddpm.store.remote import alone, place, replace
+from iddpm.store.remote import alone, place, replace, write_file
 
 SHOWN = 8  # pairs of the picture
 
@@ -64,7 +64,7 @@ def _write_neighbours(drawn: Features, real: Features, numbers: np.ndarray, dist
         columns["nearest" if j == 0 else f"{j + 1}."] = _pictures(real, numbers[first, j])
     sheet = comparison(columns)
     with alone(out.parent):
-        replace(table, lambda file: file.write(text.getvalue().encode()))
+        write_file(table, text.getvalue())
         replace(picture, lambda file: sheet.save(file, format="PNG"))
     print(f"nearest real images: {table}; the nearest pairs: {picture}")
     trained_on = drawn.images.about.get("trained_on")

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -28,8 +27,9 @@ from iddpm.errors import UserError
 from iddpm.measure.ahead import ahead
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
-from iddpm.store.log import duration
-from iddpm.store.remote import opened, remote, replace
+from iddpm.records import decode
+from iddpm.store.remote import Unreachable, opened, remote, replace, write_file
+from iddpm.words import duration, many
 
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
 SAVE_COST = 20  # ... or this many times what writing the file takes, where that is longer
@@ -112,16 +112,19 @@ class Progress:
         try:
             with opened(self.path) as raw, np.load(raw) as file:
                 if (found := str(file["identity"])) != self.job:
-                    theirs, ours = json.loads(found), json.loads(self.job)
+                    theirs, ours = (decode(text, dict[str, Any], self.path) for text in (found, self.job))
                     names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
                     return f"{self.path} is of another measurement (other {names}): starting anew"
+                kept = {name: file[name] for name in KEPT}
+                if any(kept[name].shape != getattr(self, name).shape for name in KEPT):
+                    raise ValueError("of another shape")
                 for name in KEPT:
-                    setattr(self, name, file[name])
+                    setattr(self, name, kept[name])
         except FileNotFoundError:
             return ""
-        except UserError:
+        except Unreachable:
             raise
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except Exception:  # numpy raises almost anything for a damaged file
             return f"{self.path} is damaged: starting anew"
         return f"going on: {self.done.mean() / self.sums.shape[2]:.0%} is there already"
 
@@ -178,7 +181,7 @@ def bits_per_dim(
             stride = min(max(1, int(SAVE_EVERY / once)), grid.steps)
             if leads and looks == 2:  # the first one also warmed up
                 left = (grid.steps - progress.done).sum() / len(r.every)
-                say(f"{len(chosen)} images, {grid.steps} steps each: about {duration(once * left)}")
+                say(f"{many(len(chosen), 'image')}, {grid.steps} steps each: about {duration(once * left)}")
     progress.keep(at_once=True)
     return _bound(progress, chosen, grid, seed)
 
@@ -303,4 +306,4 @@ def write_per_image(path: Path, bound: Bound, data: DataSet, root: Path, against
     rows.writerow(["name", "label", *columns])
     for name, label, *numbers in zip(names, labels, *columns.values()):
         rows.writerow([name, data.classes[label] if label >= 0 else "", *(repr(float(number)) for number in numbers)])
-    replace(path, lambda file: file.write(text.getvalue().encode()))
+    write_file(path, text.getvalue())

@@ -23,6 +23,7 @@ from iddpm.measure.metrics.moments import Gaussian
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
 from iddpm.store.remote import place
+from iddpm.words import many
 
 MADE = ("weights", "checkpoint_step", "ema_rate", "precision", "steps", *sorted(settings_of(Sample)))  # how samples came to be
 
@@ -109,16 +110,17 @@ def _conversions(samples: ImageSet, real: ImageSet, labels: str) -> list[str]:
         lines.append(f"the samples are {samples.kind}, and the images of {real.name}, which are {real.kind}, {how}")
     if real.native and real.native != real.size:
         sizes = [f"{h}x{w}" for h, w in (real.native, real.size)]
-        lines.append(f"the images of {real.name} are {sizes[0]}, and are scaled and cropped to the samples' {sizes[1]}")
+        found = f"of several sizes (the first {sizes[0]})" if real.mixed else sizes[0]
+        lines.append(f"the images of {real.name} are {found}, and are scaled and cropped to the samples' {sizes[1]}")
     return lines
 
 
 def _features(images: ImageSet, extractor: Extractor, block: int, n: int, seed: int) -> Features:
     """The features of all images, or of n of them, in an order drawn by the seed; those of a run in their own."""
     if images.n < 2:
-        raise UserError(f"{images.name} holds {images.n} image: metrics need at least 2, and mean little below 1,000")
+        raise UserError(f"{images.name} holds {many(images.n, 'image')}: metrics need at least 2, and mean little below 1,000")
     if n > images.n:
-        raise UserError(f"{images.name} holds {images.n} images: {n} cannot be compared")
+        raise UserError(f"{images.name} holds {many(images.n, 'image')}: {n} cannot be compared")
     if n == 1:
         raise UserError("metrics need at least 2 images a side, and mean little below 1,000")
     numbers = np.arange(images.n) if images.about else Order(images.n, seed).indices(0, n or images.n)

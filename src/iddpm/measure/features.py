@@ -9,11 +9,11 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from iddpm.measure.image_sets import ImageSet
 from iddpm.measure.metrics.interface import Side
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
-from iddpm.store.remote import alone, lock, remote, replace
+from iddpm.records import Count, decode
+from iddpm.store.remote import alone, lock, remote, replace, write_file
 
 READ = 1000  # images whose content is looked at in one go
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost, beside the blocks at work
@@ -81,17 +82,18 @@ def extract(
     key, leads = _key(images, chosen, extractor), processes.rank() == 0
     folder = Path(processes.same(str(home(images.home, key, say)) if leads else ""))
     with _alone(folder, say):
-        done = processes.same(_done(folder, extractor) if leads else 0)
+        known, hashes = _done(folder, extractor) if leads else (0, {})
+        done = processes.same(known)
         if leads and 0 < done < len(chosen):
             say(f"going on: the features of {done} of {len(chosen)} images are there")
         tick(done)
         saved = time.monotonic()
         for rows in _blocks(images, chosen[done:], extractor, block):
             if leads:
-                _append(folder, rows, done)
+                _append(folder, rows, done, hashes)
             done += len(rows["pool"])
             if leads and (done == len(chosen) or time.monotonic() - saved > SAVE_EVERY):
-                _promise(folder, rows, done)
+                _promise(folder, hashes, done)
                 saved = time.monotonic()
             tick(len(rows["pool"]))
     return Features(folder, images, chosen, extractor)
@@ -101,12 +103,20 @@ def _blocks(images: ImageSet, chosen: np.ndarray, extractor: Extractor, block: i
     """The features of a round of blocks in order, one of each process: all of them on every process."""
     rounds = list(processes.rounds(len(chosen), block))
 
-    def take(r: processes.Round) -> np.ndarray:
-        return images.take(chosen[r.call.start : r.call.stop].tolist())
+    def take(r: processes.Round) -> np.ndarray | UserError:
+        try:
+            return images.take(chosen[r.call.start : r.call.stop].tolist())
+        except UserError as e:  # perhaps on this process alone, in a thread: all are to end alike
+            return e
+
+    def whole(pixels: np.ndarray | UserError) -> np.ndarray:
+        if isinstance(pixels, UserError):
+            raise pixels
+        return pixels
 
     # the next block is read while the extractor is at work; what is drawn needs the same device, so nothing would be won
     for r, pixels in zip(rounds, map(take, rounds) if images.about else ahead(take, rounds)):
-        found = features_of(pixels, extractor)
+        found = features_of(processes.together(partial(whole, pixels)), extractor)
         if fault := next(filter(None, processes.every(_fault(images, chosen[r.call.start :], found))), None):
             raise UserError(fault)
         yield {tap: processes.gather(rows[: len(r.mine)]).numpy() for tap, rows in found.items()}
@@ -136,31 +146,58 @@ def _rows(folder: Path, tap: str) -> Path:
     return folder / f"{tap}.f32"
 
 
-def _append(folder: Path, rows: dict[str, np.ndarray], done: int) -> None:
+Hashes = dict[str, Any]  # of hashlib: of each tap's rows so far
+
+
+def _append(folder: Path, rows: dict[str, np.ndarray], done: int, hashes: Hashes) -> None:
     """Put rows behind the first `done` of each tap; what lies there is from a job that was killed."""
     for tap, part in rows.items():
         with open(_rows(folder, tap), "ab") as file:
             file.truncate(4 * part.shape[1] * done)
-            file.write(np.ascontiguousarray(part, np.float32).tobytes())
+            file.write(content := np.ascontiguousarray(part, np.float32).tobytes())
+        hashes[tap].update(content)
 
 
-def _promise(folder: Path, taps: Iterable[str], done: int) -> None:
-    """Say in about.json how many images' features are there, once they are on the disk."""
-    for tap in taps:
+def _promise(folder: Path, hashes: Hashes, done: int) -> None:
+    """Say in about.json how many images' features are there, and their digests, once they are on the disk."""
+    for tap in hashes:
         with open(_rows(folder, tap), "r+b") as file:
             os.fsync(file.fileno())
-    about = json.dumps({"done": done})
-    replace(folder / "about.json", lambda file: file.write(about.encode()))
+    about = json.dumps({"done": done, "digests": {tap: digest.hexdigest() for tap, digest in hashes.items()}})
+    write_file(folder / "about.json", about)
 
 
-def _done(folder: Path, extractor: Extractor) -> int:
-    """How many images' features are there: as many as about.json says, and as every file has. Of damaged files, none."""
+class About(TypedDict):
+    """about.json: how many images' features are kept."""
+
+    done: Count
+    digests: dict[str, str]
+
+
+def _done(folder: Path, extractor: Extractor) -> tuple[int, Hashes]:
+    """How many images' features are there: as many as about.json says, if they are what it says; and their digests so far."""
     try:
-        said = int(json.loads((folder / "about.json").read_text())["done"])
-        there = [_rows(folder, tap).stat().st_size // (4 * width) for tap, width in extractor.widths.items()]
-        return max(0, said) if said <= min(there) else 0
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return 0
+        said = decode((folder / "about.json").read_bytes(), About, "about.json")
+        hashes = {tap: _hash(_rows(folder, tap), 4 * width * said["done"]) for tap, width in extractor.widths.items()}
+        if {tap: digest.hexdigest() for tap, digest in hashes.items()} == said["digests"]:
+            return said["done"], hashes
+    except (OSError, UserError, EOFError):
+        pass
+    for left in folder.glob("*.moments.npz"):  # what was worked out of them is worth no more
+        left.unlink()
+    return 0, {tap: hashlib.sha256() for tap in extractor.widths}
+
+
+def _hash(path: Path, size: int) -> Any:
+    """The digest of the first bytes of a file; EOFError where it has fewer."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size and (block := file.read(min(size, 1 << 22))):
+            digest.update(block)
+            size -= len(block)
+    if size:
+        raise EOFError
+    return digest
 
 
 def _kept(path: Path, n: int, width: int) -> Gaussian | None:

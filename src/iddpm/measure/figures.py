@@ -6,12 +6,13 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import iddpm
 from iddpm.errors import UserError
 from iddpm.parallel import processes
-from iddpm.store.remote import alone, replace
+from iddpm.records import decode
+from iddpm.store.remote import alone, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def record(path: Path, figures: Iterable[Figure]) -> None:
             row = figure.row()
             rows[_conditions(row)] = row
         text = json.dumps({"figures": list(rows.values())}, indent=1, allow_nan=False)
-        replace(path, lambda file: file.write(text.encode()))
+        write_file(path, text)
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:
@@ -83,14 +84,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(), parse_constant=_refuse)["figures"]
-        return [dict(row) for row in rows]
-    except (ValueError, KeyError, TypeError) as e:
+        return decode(path.read_bytes(), Kept, path)["figures"]
+    except UserError as e:
         raise UserError(f"{path} is not a file of figures ({e}): move it away, or give another --out") from None
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
+class Kept(TypedDict):
+    """A file of figures."""
+
+    figures: list[dict[str, Any]]
 
 
 def _conditions(row: Mapping[str, Any]) -> str:

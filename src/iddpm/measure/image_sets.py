@@ -3,23 +3,22 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 import iddpm
 from iddpm import build
 from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
+from iddpm.data.decode import opened_image
 from iddpm.data.sources import ENDINGS, Source, open_source
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
-from iddpm.sampling.open import Opened
-from iddpm.store.remote import fetch, place, remote, sha256
+from iddpm.sampling.open import Opened, digest_of
+from iddpm.store.remote import Unreachable, place
 
 DRAWING = 1  # of how images are drawn: a change beyond rounding counts it up, and so makes features of images drawn before void
 LOOKED_AT = 64  # headers that tell what a set holds, where reading all would cost as much as the images
@@ -49,6 +48,7 @@ class ImageSet(NamedTuple):
     about: Mapping[str, Any] = {}  # how they came to be: solver, steps, checkpoint ...
     kind: str = "colour"  # what they are as they lie there: grey, colour or transparent; mixed ones are what most says
     native: tuple[int, int] | None = None  # (H, W) of the first as it lies there; None for images that are drawn
+    mixed: bool = False  # whether others are of other sizes
 
     def like(self) -> Like:
         return Like(self.name, self.size, self.channels)
@@ -74,7 +74,7 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
 
 
 def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
-    images, labels = open_npz(path)
+    images, labels, classes = open_npz(path)
     n, height, width, channels = images.shape
     if like and like.size != (height, width):
         raise UserError(
@@ -88,21 +88,25 @@ def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
         return _digest(images[int(k)].tobytes() for k in numbers)
 
     size, kind = (height, width), KINDS[channels]
-    return ImageSet(name, n, size, channels, take, digest, path.parent, labels, kind=kind, native=size)
+    return ImageSet(name, n, size, channels, take, digest, path.parent, labels, classes, kind=kind, native=size)
 
 
 def _files(name: str, path: Path, like: Like | None) -> ImageSet:
     source = open_source(path)
     looked_at = source.names[:LOOKED_AT] if like else source.names
-    headers = [_header(source, k) for k in looked_at]
-    native, most = headers[0].size, max(header.channels for header in headers)
+    found = {k: _header(source, k) for k in looked_at}
+    headers = {k: header for k, header in found.items() if isinstance(header, Header)}
+    if not headers:
+        raise next(fault for fault in found.values() if isinstance(fault, UserError))
+    first, most = next(iter(headers)), max(header.channels for header in headers.values())
+    native = headers[first].size
     size, channels = (like.size, like.channels) if like else (native, most)
     if not like:
-        for k, header in zip(looked_at, headers):
-            _require(str(source.path / k), header.size, size, str(source.path / source.names[0]))
+        for k, header in headers.items():
+            _require(str(source.path / k), header.size, size, str(source.path / first))
 
     def labelled(rule: str) -> Images:
-        return Images.open(path, size, channels, on_broken="fail", cache_bytes=0, labels=rule)
+        return Images.open(path, size, channels, on_broken="leave", cache_bytes=0, labels=rule)
 
     try:
         data = labelled("auto")
@@ -114,7 +118,7 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
 
     return ImageSet(
         name, len(data), size, channels, data.batch, digest, source.home, data.labels, data.classes, data.names.__getitem__,
-        kind=KINDS[most], native=native,
+        kind=KINDS[most], native=native, mixed=len({header.size for header in headers.values()}) > 1,
     )  # fmt: skip
 
 
@@ -131,7 +135,7 @@ def drawn(model: Opened, job: Job) -> ImageSet:
     m, paint = config.model, painter(config, model.net, model.device)
     how = drawing(config, model.which.precision, weights.about.get("ema_rate", 0))
     about = how | dict(weights=str(weights.path), checkpoint_step=weights.about["step"], trained_on=config.data.path)
-    made_by = [DRAWING, iddpm.__version__, _model(weights.path), how]
+    made_by = [DRAWING, iddpm.__version__, digest_of(weights), how]
 
     def take(numbers: Sequence[int]) -> np.ndarray:
         part = Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])
@@ -148,16 +152,6 @@ def drawn(model: Opened, job: Job) -> ImageSet:
     )  # fmt: skip
 
 
-def _model(path: Path) -> str:
-    """The digest of a file of weights."""
-    return _model_as_of(path, path.modified() if remote(path) else path.stat().st_mtime_ns)
-
-
-@cache
-def _model_as_of(path: Path, modified: float | None) -> str:
-    return sha256(fetch(path) or path)
-
-
 def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -172,16 +166,21 @@ class Header(NamedTuple):
     channels: int  # 1, 3 or 4
 
 
-def _header(source: Source, name: str) -> Header:
+def _header(source: Source, name: str) -> Header | UserError:
+    """What a file's header tells, or what is wrong with it: such a file is left out, and told, when the images are read."""
     try:
-        with source.open_file(name) as file, Image.open(file) as image:
+        with (
+            readable(source.path / name, "is not a readable image"),
+            source.open_file(name) as file,
+            opened_image(file) as image,
+        ):
             channels = 4 if image.has_transparency_data else 1 if image.mode[0] in "1LIF" else 3
             turned = image.getexif().get(0x0112, 1) >= 5
             return Header(image.size if turned else image.size[::-1], channels)
-    except UserError:
+    except Unreachable:
         raise
-    except Exception as e:  # damaged files make Pillow raise almost anything
-        raise UserError(f"{source.path / name} is not a readable image ({e}): repair or remove it") from None
+    except UserError as e:
+        return e
 
 
 def _require(name: str, found: tuple[int, int], size: tuple[int, int], first: str) -> None:

@@ -13,7 +13,9 @@ from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
 from iddpm.measure.bound import Bound, bits_per_dim
 from iddpm.parallel import processes
+from iddpm.records import decode
 from iddpm.sampling.open import Opened
+from iddpm.store.remote import place, remote
 
 CACHE = 2 << 30  # bytes of decoded images that are kept in memory
 
@@ -21,18 +23,18 @@ CACHE = 2 << 30  # bytes of decoded images that are kept in memory
 def open_held_out(config: Config, path: Path, *, name_classes: bool = False, keep: bool = True) -> Images:
     """The images, with the classes of the run; for a run without classes, with the data's own where `name_classes`.
 
-    Nothing stands in for a broken file, whose likelihood nobody knows. `keep`: decode them all at once, as far as memory goes.
+    Broken files are left out, and told: nobody knows their likelihood. `keep`: decode them all at once, as far as memory goes.
     """
     m, known = config.model, config.data.classes
 
     def open_with(labels: str, classes: tuple[str, ...] | None = None, cache: int = CACHE * keep) -> Images:
         size, channels = image_size(m), m.image_channels
-        return Images.open(path, size, channels, on_broken="fail", cache_bytes=cache, labels=labels, classes=classes)
+        return Images.open(path, size, channels, on_broken="leave", cache_bytes=cache, labels=labels, classes=classes)
 
     if m.class_cond:
         if not known:  # a model whose classes have numbers alone, as the original's
-            known = _by_number(open_with(config.data.labels, cache=0).classes, m.num_classes, path)
-        images = open_with(config.data.labels, known or None)
+            known = _by_number(open_with(config.data.labels.replace("auto", "any"), cache=0).classes, m.num_classes, path)
+        images = open_with(config.data.labels.replace("auto", "any"), known or None)
         if images.labels is None:
             raise UserError(f"{path} has no classes, and this model was trained with them")
         return images
@@ -68,6 +70,15 @@ def describe(images: Images) -> str:
     return f"{images.describe()}\n{scaled}"
 
 
+def was_trained_on(config: Config, images: Images) -> bool:
+    """Whether a model was trained on images, or on a folder that they lie in, as far as its config tells."""
+    known = decode(config.data.identity or "{}", dict[str, str], "the run's record of its images").get("contents", "")
+    ours, theirs = images.source.path, place(config.data.path) if config.data.path else None
+    if theirs and not remote(ours) and not remote(theirs) and theirs.exists():
+        return ours.resolve().is_relative_to(theirs.resolve())
+    return known == images.identity()["contents"]
+
+
 def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened, Grid]]]:
     """The runs and their grids on each chain of --curve, by what is added to the name of its state; without --curve, their own.
 
@@ -96,7 +107,7 @@ def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened
 def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
     """The bound of a run on the images, with a bar of its progress; goes on from `state`, where that is of the same job."""
     weights, which, n = opened.weights, opened.which, min(measure.num_samples or len(images), len(images))
-    names = hashlib.sha256("\n".join(map(str, images.files)).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(map(str, images.files)).encode("utf-8", "surrogateescape")).hexdigest()
     identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=which.precision)
     with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
         return bits_per_dim(

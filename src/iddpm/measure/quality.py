@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class Quality:
         began, parts = time.monotonic(), []
         draw = painter(self.config, net, self.device)
         for r in processes.rounds(len(self.job.seeds), self.config.train.eval_batch):
-            drawn = draw(self.job.part(r.call.start, r.call.stop)).cpu().numpy().transpose(0, 3, 1, 2)
-            found = features_of(drawn, self.extractor)["pool"][: len(r.mine)]
+            drawn = processes.together(partial(draw, self.job.part(r.call.start, r.call.stop))).cpu().numpy()
+            found = features_of(drawn.transpose(0, 3, 1, 2), self.extractor)["pool"][: len(r.mine)]
             parts.append(processes.gather(found).numpy())
         return processes.same(self._compare(np.concatenate(parts), began) if processes.rank() == 0 else {})
 

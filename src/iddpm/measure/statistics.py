@@ -4,18 +4,28 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
-from iddpm.errors import UserError
+from iddpm.data.pickled import unpickle
+from iddpm.errors import UserError, readable
 from iddpm.measure.extractors import Extractor
 from iddpm.measure.extractors.weights import REFUSALS, fault
 from iddpm.measure.metrics.moments import Gaussian
+from iddpm.records import LARGEST, Count, decode
 from iddpm.store.remote import opened, replace
 
 TAPS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # pytorch-fid's names, and guided-diffusion's for sFID
+
+
+class About(TypedDict, total=False):
+    """What ours say of themselves."""
+
+    extractor: str
+    identity: str
+    n: Count
 
 
 def read(path: Path, extractor: Extractor) -> dict[str, Gaussian] | None:
@@ -58,7 +68,7 @@ def _check(path: Path, mu: np.ndarray, sigma: np.ndarray, extractor: str, width:
 
 def has_images(path: Path) -> bool:
     """Whether an .npz also holds images, as guided-diffusion's reference batches do."""
-    with opened(path) as raw, np.load(raw) as file:
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
         return "arr_0" in file
 
 
@@ -71,29 +81,36 @@ def write(path: Path, gaussians: Mapping[str, Gaussian], about: Mapping[str, Any
 
 
 def _read_npz(path: Path) -> dict[str, Any] | None:
-    try:
-        with opened(path) as raw, np.load(raw) as file:
-            if "mu" not in file or "sigma" not in file:
-                return None
-            held = {name: file[name] for pair in TAPS.values() for name in pair if name in file}
-            return held | ({"iddpm": json.loads(str(file["iddpm"]))} if "iddpm" in file else {})
-    except UserError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz ({error})") from None
+    with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
+        if "mu" not in file or "sigma" not in file:
+            return None
+        held: dict[str, Any] = {name: file[name] for pair in TAPS.values() for name in pair if name in file}
+        if "iddpm" in file:
+            held["iddpm"] = decode(str(file["iddpm"]), About, f"{path} is not a readable .npz: its record")
+        return held
 
 
 def _read_pt(path: Path) -> dict[str, Any] | None:
-    allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32))]
-    for core in ("core", "_core"):  # numpy 1's name, and 2's
-        allowed.append((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct"))
+    """torch-fidelity's dict of numpy arrays, by our own reader: torch's would call numpy with whatever the file says."""
     try:
-        with opened(path) as raw, torch.serialization.safe_globals(allowed):  # data, and nothing that runs
-            held = torch.load(raw, map_location="cpu", weights_only=True)
+        with opened(path) as raw:
+            try:
+                with zipfile.ZipFile(raw) as file, file.open(_pickle_in(file)) as held:
+                    found = unpickle(held)
+            except Exception:  # tensors, an old form or damage, of which torch tells
+                raw.seek(0)
+                found = torch.load(raw, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except UserError:
         raise
     except REFUSALS as e:
         raise UserError(f"{path} {fault(e)}: give a file of statistics (mu, sigma), as torch-fidelity saves it") from None
-    return dict(held) if isinstance(held, dict) and "mu" in held and "sigma" in held else None
+    return dict(found) if isinstance(found, dict) and "mu" in found and "sigma" in found else None
+
+
+def _pickle_in(file: zipfile.ZipFile) -> str:
+    names = [name for name in file.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1 or file.getinfo(names[0]).file_size > LARGEST:
+        raise ValueError("no file of torch.save")
+    return names[0]

@@ -3,10 +3,10 @@
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iddpm.errors import UserError
 
+T = TypeVar("T")
 LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpiexec", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}  # and how they count
 
 TIMEOUT = 1800.0  # seconds that processes wait for each other
@@ -37,6 +38,8 @@ def session(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.de
         _refuse_to_be_alone()
         yield device
         return
+    if absent := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"RANK is set and {absent[0]} is not: start by torchrun, which sets all, or unset RANK")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=1.2 * timeout + 20)
@@ -148,6 +151,18 @@ def every(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """work() of each process; where one raises UserError, all do, for none may wait for one that is gone."""
+    result, fault = None, ""
+    try:
+        result = work()
+    except UserError as e:
+        fault = str(e)
+    if fault := next(filter(None, every(fault)), ""):
+        raise UserError(fault)
+    return cast(T, result)
 
 
 def sum_(*tensors: Tensor) -> None:

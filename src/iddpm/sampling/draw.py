@@ -13,9 +13,11 @@ from iddpm.config import Config, image_size
 from iddpm.data.super_res import consistent
 from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.guidance import classifier_gradient, guided
+from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.sampling.images import as_float, as_uint8
 from iddpm.sampling.job import Job
+from iddpm.store.weights import Weights
 
 
 class Guide(NamedTuple):
@@ -24,6 +26,7 @@ class Guide(NamedTuple):
     config: Config
     net: Network
     scale: float
+    weights: Weights
 
 
 Painter = Callable[[Job], Tensor]  # draws all images of a job at once, on this process alone: (n, H, W, C) uint8, on the device
@@ -35,11 +38,15 @@ def images(painters: Sequence[Painter], job: Job, batch_size: int = 64) -> Itera
     Several processes draw `batch_size` images each at a time, call the networks equally often, and all get all images.
     """
     for share in processes.rounds(len(job.seeds), batch_size, evenly=True):
-        part = job.part(share.call.start, share.call.stop)
-        for paint in painters:
-            drawn = paint(part)
-            part = part._replace(low_res=drawn.cpu().numpy())
+        drawn = processes.together(partial(_drawn, painters, job.part(share.call.start, share.call.stop)))
         yield processes.gather(drawn[: len(share.mine)]).cpu().numpy()
+
+
+def _drawn(painters: Sequence[Painter], part: Job) -> Tensor:
+    for paint in painters:
+        drawn = paint(part)
+        part = part._replace(low_res=drawn.cpu().numpy())
+    return drawn
 
 
 def painter(
@@ -74,6 +81,8 @@ def painter(
         x = noise(0) * grid.start
         for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
             tick()
+        if not torch.isfinite(x).all():
+            raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
         return as_uint8(x)
 
     return paint

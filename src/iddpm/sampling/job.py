@@ -1,12 +1,14 @@
 """Which images to draw: seeds, classes, and the small images to enlarge."""
 
+import csv
 from collections.abc import Sequence
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
 
-from iddpm.config import Config, Draw, image_size, seed_list, small_size
+from iddpm.config import Config, Draw, image_size, seed_list, small_size, whole
 from iddpm.data import Images, read_npz
 from iddpm.data.super_res import bicubic, shrink
 from iddpm.errors import UserError
@@ -35,17 +37,32 @@ def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
         if labels:
             raise UserError("--labels: this model was trained without classes")
         return Job(seeds, [-1] * len(seeds))
-    names, known, wanted = config.data.classes, trained_classes(config), []
-    for text in (part.strip() for part in labels.split(",") if part.strip()):
-        if text in names:
-            wanted.append(names.index(text))
-        elif text.isdigit() and int(text) < known:
-            wanted.append(int(text))
-        else:
-            shown = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} (or 0 to {known - 1})"
-            raise UserError(f"--labels {text}: the model knows {shown if names else f'0 to {known - 1}'}")
-    wanted = wanted or list(range(known))
+    wanted = [_class(config, text) for text in _parts(config, labels)] or list(range(trained_classes(config)))
     return Job(seeds, [wanted[s % len(wanted)] for s in seeds])
+
+
+def _parts(config: Config, labels: str) -> list[str]:
+    """The classes of a flag, separated by commas; a name that holds one stands alone, or in quotation marks."""
+    parts = [part.strip() for part in next(csv.reader([labels], skipinitialspace=True), []) if part.strip()]
+    if labels not in config.data.classes:
+        return parts
+    if len(parts) > 1 and set(parts) <= set(config.data.classes):
+        raise UserError(f"--labels {labels} is one class, and several: put it in quotation marks, or name one by one")
+    return [labels]
+
+
+def _class(config: Config, text: str) -> int:
+    """The number of a class by its name, in either form of its accents; or by its number, where no name can be meant by that."""
+    names, known = config.data.classes, trained_classes(config)
+    forms = {normalize("NFC", name): k for k, name in enumerate(names)} | {name: k for k, name in enumerate(names)}
+    found = forms.get(text, forms.get(normalize("NFC", text)))
+    numbered = not any(whole(name) is not None for name in names)
+    if found is None and numbered and (number := whole(text)) is not None and number < known:
+        return number
+    if found is not None:
+        return found
+    shown = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}{f' (or 0 to {known - 1})' if numbered else ''}"
+    raise UserError(f"--labels {text}: the model knows {shown if names else f'0 to {known - 1}'}")
 
 
 def trained_classes(config: Config) -> int:
@@ -71,7 +88,9 @@ def inputs(draw: Draw, config: Config) -> Inputs:
     m, known = config.model, trained_classes(config)
     path, size = (draw.low_res, small_size(m)) if draw.low_res else (draw.high_res, image_size(m))
     if path.endswith(".npz"):
-        images, labels = read_npz(place(path), size, m.image_channels)
+        images, labels, names = read_npz(place(path), size, m.image_channels)
+        if labels is not None and m.class_cond and names and config.data.classes:
+            labels = np.array([_class(config, names[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
             raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {known - 1}")
     else:
@@ -90,7 +109,7 @@ def asked(draw: Draw, config: Config, classes_of: Config, given: Inputs | None) 
     UserError where seeds and images, or classes, do not fit together.
     """
     if given is None:
-        count = len([part for part in draw.labels.split(",") if part.strip()]) or trained_classes(classes_of)
+        count = len(_parts(classes_of, draw.labels)) or trained_classes(classes_of)
         count = draw.num_samples or (10 * count if classes_of.model.class_cond else 64)
         return job(classes_of, seed_list(draw.seeds) if draw.seeds else range(count), draw.labels)
     n = len(given.low_res)

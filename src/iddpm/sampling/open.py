@@ -1,6 +1,7 @@
 """From the path of a run or of weights to a network that is ready to use."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from iddpm.config import Config, Which, check
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.parallel import processes
-from iddpm.store.checkpoint import Weights, read_weights
 from iddpm.store.files import best
+from iddpm.store.remote import fetch, remote, sha256
+from iddpm.store.weights import Weights, read_weights
 
 
 class Opened(NamedTuple):
@@ -47,6 +49,17 @@ def restore(weights: Weights, device: torch.device, precision: str = "fp32") -> 
     except RuntimeError as e:
         raise UserError(f"{weights.path} does not hold the network its config names: {str(e).splitlines()[1].strip()}") from None
     return build.in_precision(net.to(device).eval().requires_grad_(False), device, precision)
+
+
+def digest_of(weights: Weights) -> str:
+    """The sha256 of a file of weights: what they are, wherever they lie."""
+    path = weights.path
+    return weights.digest or _digest_as_of(path, path.modified() if remote(path) else path.stat().st_mtime_ns)
+
+
+@cache
+def _digest_as_of(weights: Path, modified: float | None) -> str:
+    return sha256(fetch(weights) or weights)
 
 
 def _step(run: Path, which: Which) -> int | None:

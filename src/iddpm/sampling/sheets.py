@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unicodedata import combining, normalize
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,7 +19,7 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
     zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
     labelled = len(labels) > 0 and min(labels) >= 0
     if labelled:
-        kinds = sorted(set(labels))
+        kinds = list(dict.fromkeys(labels))  # in the order asked for
         columns = min(16, max(labels.count(k) if isinstance(labels, list) else list(labels).count(k) for k in kinds))
         rows = []
         for kind in kinds:
@@ -28,7 +29,7 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
         columns = max(1, round(n**0.5))
         rows = [(-1, list(range(a, min(a + columns, n)))) for a in range(0, n, columns)]
     gap, w, h = 2 * max(1, zoom // 2), width * zoom, height * zoom
-    names = {kind: classes[kind] if 0 <= kind < len(classes) else str(kind) for kind, _ in rows}
+    names = {kind: _drawable(classes[kind], kind) if 0 <= kind < len(classes) else str(kind) for kind, _ in rows}
     margin = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(t)) for t in names.values()) if labelled else 0
     sheet = Image.new("RGB", (margin + columns * (w + gap) + gap, len(rows) * (h + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
@@ -40,6 +41,12 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
             cell = picture(images[k]).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(cell, (margin + gap + c * (w + gap), top))
     return sheet
+
+
+def _drawable(name: str, kind: int) -> str:
+    """A class's name in the letters that the font has, which are those of ASCII: without accents, or else its number."""
+    plain = "".join(c for c in normalize("NFKD", name) if not combining(c))
+    return plain if plain.isascii() and plain.isprintable() else f"#{kind}"
 
 
 def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
@@ -84,4 +91,4 @@ def save_picture(sheet: Image.Image, path: Path) -> None:
     """Write a PNG in one step; of several processes, the first does."""
     if processes.rank():
         return
-    replace(path, lambda file: sheet.save(file, format="PNG"))
+    replace(path, lambda file: sheet.save(file, format="PNG"), lasting=False)

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
 
-import safetensors
+import msgspec
 import torch
 from torch import Tensor
 
@@ -24,10 +24,11 @@ import iddpm
 from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
+from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store import shards
-from iddpm.store.files import Best, Entry, verify
+from iddpm.store.files import Best, BestRecord, Entry, verify
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for `shards`
 
@@ -269,7 +270,8 @@ class Folder:
         if error and not isinstance(error, (OSError, UserError)):
             raise error
         why = next(f"{reason} (rank {k})" if len(reasons) > 1 else reason for k, reason in enumerate(reasons) if reason)
-        raise UserError(f"{draft.final} could not be written: {why}; the checkpoint before it is whole")
+        before = "; the checkpoint before it is whole" if storage.step_dirs(self.run) else ""
+        raise UserError(f"{draft.final} could not be written: {why}{before}")
 
     def _reason(self, error: BaseException | None) -> str:
         if isinstance(error, FileNotFoundError) and not places.remote(self.run) and not self.run.exists():
@@ -277,16 +279,23 @@ class Folder:
         return f"{getattr(error, 'strerror', None) or error or type(error).__name__}" if error else ""
 
 
+class Diverged(UserError):
+    """Training cannot go on: its weights are worth nothing, or give no finite gradient."""
+
+
 class State(Protocol):
     """What is saved of a run in training."""
 
     step: int
+    skipped_in_a_row: int
     measured: int
     best: Best | None
 
     def tensors(self) -> dict[str, Tensor]: ...
 
     def numbers(self) -> dict[str, Any]: ...
+
+    def fault(self) -> str: ...
 
 
 class Saves:
@@ -296,6 +305,12 @@ class Saves:
         self.store, self.run, self.config, self.state, self.say = store, run, config, state, say
         self.path: Path | None = None
         self.first = state.step
+        self.last = state.step  # of the newest checkpoint; 0: there is none
+        self.owed = False  # a save that was put off, until a step is good again
+
+    def whole(self) -> str:
+        """What there is to go back to."""
+        return f"the checkpoint of step {self.last} is whole" if self.last else "no checkpoint is saved yet"
 
     def rank(self, found: Best) -> None:
         """Take the present state for the best where its samples are, or where the best was measured under other conditions.
@@ -310,11 +325,23 @@ class Saves:
             storage.name_best(self.run, found._asdict())
 
     def due(self) -> bool:
-        """Whether the present state is the best, and yet to be saved."""
+        """Whether the present state is to be saved, whatever its step: it is the best, or the first good one after a bad one."""
+        if self.owed and not self.state.skipped_in_a_row:
+            return True
         return self.state.best is not None and self.state.best.step == self.state.step > self.first
 
-    def begin(self) -> None:
-        """Save the present state."""
+    def begin(self, last: bool = False) -> None:
+        """Save the present state, but for one that is worth nothing, which must not take the place of one that is.
+
+        `Diverged` for such a one, if it is the `last`, or no step of it was skipped, after which it may yet recover.
+        """
+        if fault := self.state.fault():
+            if self.state.skipped_in_a_row and not last:
+                self.say(f"not saved: {fault}; {self.whole()}")
+                self.owed = True
+                return
+            raise Diverged(f"at step {self.state.step} {fault}: lower --lr, or set --grad_clip 1; {self.whole()}")
+        self.last, self.owed = self.state.step, False
         self._done(self.store.begin(self.config, self.state.tensors(), self.state.numbers()))
 
     def settle(self, wait: bool) -> None:
@@ -353,78 +380,35 @@ def load(folder: Path) -> Saved:
     return Saved.of(shards.load(folder), _state(folder))
 
 
+Number = Annotated[str, msgspec.Meta(pattern=r"^(-?[0-9.]+(e[+-]?[0-9]+)?|-?inf|nan)$")]  # of Python's repr
+
+
+class _Step(TypedDict):
+    step: Count
+    images: Count
+
+
+class RunState(_Step, total=False):
+    """state.json: the numbers of a `TrainState`; of an imported run, `weights_only`."""
+
+    skipped: Count
+    skipped_in_a_row: Count
+    ema_updates: Count
+    lg_loss_scale: float
+    law: list[str]
+    meter: dict[str, list[tuple[Number, Number]]]
+    first_loss: float
+    measured: Count
+    best: BestRecord | None
+    weights_only: bool
+
+
+RESUMED = ("skipped", "skipped_in_a_row", "ema_updates", "lg_loss_scale", "law")  # which a run that goes on must have
+
+
 def _state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / "state" / "state.json").read_text())
-    return state
-
-
-class Weights(NamedTuple):
-    """One file of weights, enough to sample: tensors, the run's config, and where they come from."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    config: Config
-    about: dict[str, Any]
-
-
-def read_weights(source: Path, step: int | None = None, ema_rate: float | None = None) -> Weights:
-    """Weights of a run folder (its newest checkpoint, or `step`), a checkpoint folder, or a .safetensors file.
-
-    From a folder, the averaged weights of the first rate unless `ema_rate` names another; 0 means the raw weights.
-    UserError where there is nothing to read, the file is foreign or cut short, or the rate was not kept.
-    """
-    path = source
-    if source.is_dir():
-        own = storage.STEP_DIR.search(source.name)
-        path = _weights_file(source if own else _checkpoint_of(source, step, ema_rate), ema_rate)
-        if own and places.remote(source) and (fault := verify(source, path.name)):
-            raise UserError(f"{source}: {fault}")
-    elif not source.exists():
-        raise UserError(f"{source}: there is no such run or file")
-    try:
-        with safetensors.safe_open(places.fetch(path), framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged or no .safetensors file ({e})") from None
-    if "iddpm" not in meta:
-        raise UserError(f"{path} holds no iddpm config: it was not written by iddpm")
-    about = json.loads(meta["iddpm"])
-    return Weights(path, tensors, Config.from_json(meta["config"], str(path)), about)
-
-
-def _checkpoint_of(run: Path, step: int | None, rate: float | None) -> Path:
-    def check(folder: Path) -> str | None:
-        """As `verify`; of a remote checkpoint, no more is fetched than the weights asked for."""
-        if not places.remote(folder):
-            return verify(folder)
-        return verify(folder, storage.MANIFEST) or verify(folder, _weights_file(folder, rate).name)
-
-    if step is not None:
-        folder = storage.step_dir(run, step)
-        if not folder.is_dir():
-            have = ", ".join(str(storage.step_of(p)) for p in storage.step_dirs(run)) or "none"
-            raise UserError(f"{run} has no checkpoint of step {step}; it has: {have}")
-        if fault := check(folder):
-            raise UserError(f"{folder}: {fault}; take another with --checkpoint_step")
-        return folder
-    folder_, skipped = newest(run, check)
-    if folder_ is None:
-        raise UserError(f"{run} holds no complete checkpoint{'; ' + skipped[0] if skipped else ''}")
-    return folder_
-
-
-def _weights_file(folder: Path, rate: float | None) -> Path:
-    if rate == 0:
-        return folder / "weights.safetensors"
-    path = folder / "weights.safetensors"
-    try:
-        metadata, _ = storage.read_header(path)
-        config = Config.from_json(metadata["config"], str(folder))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path} is damaged or missing ({e})") from None
-    rates = [float(r) for r in config.train.ema_rate.split(",") if r.strip()]
-    if rate is not None and rate not in rates:
-        raise UserError(f"--ema_rate {rate}: this run kept {', '.join(map(str, rates)) or 'none'}, and 0 for the raw weights")
-    chosen = rate if rate is not None else rates[0] if rates else 0
-    return folder / (f"weights-ema-{chosen}.safetensors" if chosen else "weights.safetensors")
+    path = folder / "state" / "state.json"
+    state = decode(path.read_bytes(), RunState, path)
+    if not state.get("weights_only") and (absent := [name for name in RESUMED if name not in state]):
+        raise UserError(f"{path} is damaged (it has no {absent[0]}): bring it back from a copy, or delete {folder}")
+    return dict(state)

@@ -13,17 +13,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import torch
 from torch import Tensor
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable, reason
+from iddpm.records import Count, Digest, decode, fits
 from iddpm.store import log
 from iddpm.store import remote as places
-from iddpm.store.remote import sha256
+from iddpm.store.remote import flush, sha256
 
 STEP_DIR = re.compile(r"step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -49,6 +50,26 @@ class Best(NamedTuple):
     value: float
     metric: str
     conditions: dict[str, Any]  # as JSON holds them
+
+
+class BestRecord(TypedDict):
+    """The same as JSON."""
+
+    step: Count
+    value: float
+    metric: str
+    conditions: dict[str, Any]
+
+
+class _Named(TypedDict):
+    step: Count
+
+
+class Listed(NamedTuple):
+    """An `Entry` as the manifest has it."""
+
+    size: Count
+    digest: Digest
 
 
 # ---- where checkpoints lie
@@ -78,10 +99,10 @@ def step_dirs(run: Path) -> list[Path]:
 def best(run: Path) -> int | None:
     """The step that checkpoints/best.json names, where there is one."""
     try:
-        return int(json.loads((run / "checkpoints" / BEST).read_text())["step"])
-    except UserError:  # no answer is not the same as none
+        return decode((run / "checkpoints" / BEST).read_bytes(), _Named, BEST)["step"]
+    except places.Unreachable:  # no answer is not the same as none
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError):
         return None
 
 
@@ -91,7 +112,7 @@ def name_best(run: Path, best: Mapping[str, Any] | None) -> None:
     if best is None:
         path.unlink(missing_ok=True)
     else:
-        places.replace(path, lambda file: file.write(json.dumps(best).encode()))
+        places.write_file(path, json.dumps(best))
 
 
 def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | None:
@@ -153,7 +174,10 @@ def discard(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Its manifest goes first: a deletion cut short must not look like damage."""
+    """Its manifest goes first: a deletion cut short must not look like damage. Of a link, the link alone goes."""
+    if not places.remote(folder) and folder.is_symlink():
+        folder.unlink()
+        return
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
     with contextlib.suppress(FileNotFoundError):
@@ -230,15 +254,6 @@ def commit(folder: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     flush(final.parent)
 
 
-def flush(path: Path) -> None:
-    """Make a file's or a folder's content outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---- reading
 
 
@@ -248,30 +263,40 @@ def verify(folder: Path, only: str = "") -> str | None:
     What was compared of a remote one has then been fetched, and is read from this machine until `places.forget`.
     """
     try:
-        manifest = {name: Entry(*entry) for name, entry in json.loads((folder / MANIFEST).read_text()).items()}
+        manifest = decode((folder / MANIFEST).read_bytes(), dict[str, Listed], MANIFEST)
         for name, entry in manifest.items():
+            if not _inside(folder, name):
+                return f"not to be trusted ({MANIFEST} names {name}, which is no file of it)"
             size = places.size(folder / name)
             if size is None:
                 return f"incomplete ({name} is missing)"
             if places.remote(folder):
                 whole = size == entry.size and (only not in ("", name) or places.fetch(folder / name, entry.digest))
             else:
-                whole = entry == (size, sha256(folder / name))
+                whole = entry == (size, sha256(folder / name) if size == entry.size else "")
             if not whole:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"incomplete (it has no {MANIFEST}: its saving was cut short)"
-    except UserError:  # no answer says nothing about the checkpoint
+    except places.Unreachable:  # no answer says nothing about the checkpoint
         raise
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        return f"incomplete ({e})"
+    except (OSError, UserError) as e:
+        return f"incomplete ({reason(e)})"
     return None
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name of a manifest is that of a regular file below the folder, or of none."""
+    path = folder / name
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return False
+    return places.remote(path) or not path.exists() or (path.is_file() and path.resolve().is_relative_to(folder.resolve()))
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a .safetensors file says of its content: metadata, and the tensors' shapes and types, as tensors without content.
 
-    OSError or ValueError where it has none.
+    OSError or UserError where it has none.
     """
     if places.remote(path):
         length = int.from_bytes(path.read_bytes(0, 8), "little")
@@ -280,9 +305,18 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length < MOST else b""
-    tensors = json.loads(header)
-    metadata = tensors.pop("__metadata__", {})
-    return metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in tensors.items()}
+    with readable(path, "is damaged, or no .safetensors file", "bring it back from a copy, or delete it"):
+        tensors = decode(header, dict[str, dict[str, Any]], path)
+        metadata = fits(tensors.pop("__metadata__", {}), dict[str, str])
+        known = {name: fits(about, Stored) for name, about in tensors.items()}
+        return metadata, {k: torch.empty(v["shape"], dtype=DTYPES[v["dtype"]], device="meta") for k, v in known.items()}
+
+
+class Stored(TypedDict):
+    """A tensor in the header of a .safetensors file."""
+
+    dtype: str
+    shape: list[Count]
 
 
 class Reader(contextlib.ExitStack):
@@ -294,8 +328,9 @@ class Reader(contextlib.ExitStack):
 
     def read(self, path: Path, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """The window of a tensor that begins at `offset` and has the shape `size`."""
-        if path not in self.files:
-            self.files[path] = self.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
-        if not size:
-            return self.files[path].get_tensor(name)
-        return self.files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]
+        with readable(path, "is damaged", "bring it back from a copy, or delete it"):
+            if path not in self.files:
+                self.files[path] = self.enter_context(safetensors.safe_open(places.fetch(path), framework="pt"))
+            if not size:
+                return self.files[path].get_tensor(name)
+            return self.files[path].get_slice(name)[tuple(slice(a, a + n) for a, n in zip(offset, size))]

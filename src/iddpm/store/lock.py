@@ -20,14 +20,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from iddpm.errors import UserError
 from iddpm.parallel import processes
+from iddpm.records import decode
 from iddpm.store import remote as places
 
 STALE, BEAT = 120.0, 20.0  # seconds: without a sign, the holder on another host is taken for dead; between two signs
 SETTLE = 1.0  # seconds after which one that overwrote a remote lock looks whether it is still its own
+
+
+class Holder(TypedDict, total=False):
+    """What .lock tells of who holds it."""
+
+    host: str
+    pid: int
+    began: str | None
+    boot: str
+    token: str
+    inode: int
+
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -70,7 +83,7 @@ def _take_local(path: Path, mine: Record, say: Say) -> int:
         mine["inode"] = found.st_ino
         if holder.get("host") == mine["host"] and holder.get("inode", found.st_ino) != found.st_ino:
             holder = {}  # of a run that was copied while it was trained
-        if not places.lock(handle) or (holder and not _dead(holder, mine, time.time() - found.st_mtime)):
+        if not places.lock(handle) or (holder and not _dead(holder, mine, _silent(handle))):
             os.close(handle)
             raise _busy(path, holder)
         os.truncate(handle, 0)
@@ -78,6 +91,15 @@ def _take_local(path: Path, mine: Record, say: Say) -> int:
     if holder:
         say(f"took over {path.parent} from {_name(holder)}, which is gone")
     return handle
+
+
+def _silent(handle: int) -> float:
+    """Seconds since the last sign of a file's holder; of a time in the future, which no clock makes wrong by so much, a look."""
+    then = os.fstat(handle).st_mtime
+    if time.time() - then > -STALE:
+        return time.time() - then
+    time.sleep(1.5 * BEAT)
+    return 2 * STALE if os.fstat(handle).st_mtime == then else 0.0
 
 
 def _take_remote(path: places.Remote, mine: Record, say: Say) -> None:
@@ -159,13 +181,12 @@ def _boot() -> str:
 
 def _read(path: Path) -> Record | None:
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
+        return dict(decode(path.read_bytes(), Holder, path))
     except FileNotFoundError:
         return None
-    except UserError:
+    except places.Unreachable:
         raise
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return {}
 
 

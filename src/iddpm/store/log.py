@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
+from iddpm.records import decode, encode
 from iddpm.store import remote as places
 
 EVERY = 30.0  # seconds between two copies of a log to its remote storage: about what a kill may cost of it
@@ -52,6 +52,20 @@ class Meter:
         self._sums = {}
         return out
 
+    def sums(self, add_up: Callable[[Tensor], None] = lambda table: None) -> dict[str, list[list[str]]]:
+        """What is summed so far, as JSON holds it: exactly, and also where it is not finite."""
+        out = {}
+        for name, table in self._sums.items():
+            add_up(whole := table.clone())
+            out[name] = [[repr(value) for value in row] for row in whole.tolist()]
+        return out
+
+    def load(self, sums: Mapping[str, list[list[str]]], device: torch.device) -> None:
+        """Go on from such sums."""
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        rows = {name: [[float(value) for value in row] for row in table] for name, table in sums.items()}
+        self._sums = {name: torch.tensor(table, dtype=kind, device=device) for name, table in rows.items()}
+
 
 class Logger:
     """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.
@@ -69,7 +83,7 @@ class Logger:
         self._copying, self._copied, self._told = threading.Lock(), time.monotonic(), False
         kept = [row for row in read_rows(run) if row.get("step", 0) <= step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.write_bytes(b"".join(encode(row) + b"\n" for row in kept))
         os.replace(aside, self.path)
         self._columns: list[str] = []
         self._write_csv()
@@ -120,8 +134,8 @@ class Logger:
             self._told, self._copied = True, time.monotonic()
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path, "ab") as file:
+            file.write(encode(row) + b"\n")
 
     def _write_csv(self, row: Mapping[str, Any] | None = None) -> None:
         if row is not None and set(row) <= set(self._columns):
@@ -164,9 +178,9 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     """All rows of a run's log.jsonl; lines that are none, such as a last one cut short by a crash, are left out."""
     path, rows = run / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict):
+        with contextlib.suppress(UserError):
+            row = decode(line, dict[str, Any], path)
+            if isinstance(row.get("step", 0), int):
                 rows.append(row)
     return rows
 
@@ -177,11 +191,3 @@ def _tensorboard(run: Path, step: int) -> Any:
     except ImportError:
         raise UserError("--tensorboard needs its extra: pip install 'iddpm[tensorboard]'") from None
     return SummaryWriter(str(run / "tensorboard"), purge_step=step)
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3.4 h, 2.1 days."""
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.{1 if name == 'h' else 0}f} {name}"
-    return f"{seconds / 86400:.1f} days"

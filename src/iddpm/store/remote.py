@@ -41,8 +41,10 @@ class Unreachable(UserError):
 
 def place(name: str | Path) -> Path:
     """The place of a local name or of an address; UserError for an unknown kind of address, or one whose driver is missing."""
-    if isinstance(name, PurePath) or "://" not in name:
-        return Path(name) if isinstance(name, str) else name
+    if isinstance(name, PurePath):
+        return name
+    if "://" not in name:
+        return _home(Path(name)) if name.startswith("~") else Path(name)
     scheme, _, rest = name.partition("://")
     if scheme in ("file", "local"):
         return Path(rest)
@@ -51,6 +53,14 @@ def place(name: str | Path) -> Path:
         raise UserError(f"{name} names no place: give an address such as {scheme}://BUCKET/FOLDER")
     _system(path)
     return path
+
+
+def _home(path: Path) -> Path:
+    """A path that begins with ~, which a shell leaves alone behind "--run="."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home of that name is not known here; write the path out") from None
 
 
 def remote(path: PurePath) -> "TypeGuard[Remote]":
@@ -254,8 +264,11 @@ def _system(path: Remote) -> Any:
 # ---- writing in one step, here or there
 
 
-def replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file in one step: write(file) fills it aside; a reader sees the old one or the new one."""
+def replace(path: Path, write: Callable[[Any], Any], lasting: bool = True) -> None:
+    """Write a file in one step: write(file) fills it aside; a reader sees the old one or the new one.
+
+    A `lasting` one is there after a power cut; that takes milliseconds, too long for one of many pictures.
+    """
     if remote(path):
         file = io.BytesIO()
         write(file)
@@ -265,10 +278,31 @@ def replace(path: Path, write: Callable[[Any], Any]) -> None:
     try:
         with open(aside, "wb") as local:
             write(local)
+            if lasting:
+                local.flush()
+                os.fsync(local.fileno())
         os.replace(aside, path)
-    except OSError as e:  # a full disk names no file
+        if lasting:
+            flush(path.parent)
+    except OSError as e:  # a full disk names no file, and numpy not even the error
         aside.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, e.filename or str(path)) from e
+        code = e.errno or errno.ENOSPC
+        raise OSError(code, e.strerror or os.strerror(code), e.filename or str(path)) from e
+
+
+def write_file(path: Path, text: str | bytes) -> None:
+    """Write a text in one step; names of files in other encodings stand in it as they are on the disk."""
+    content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    replace(path, lambda file: file.write(content))
+
+
+def flush(path: Path) -> None:
+    """Make a file's or a folder's content outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def lock(handle: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from iddpm.errors import UserError
 from iddpm.parallel import shard
+from iddpm.records import Count, decode
 from iddpm.store import files as storage
 
 FILE = re.compile(r"(.+?)(?:\.rank(\d+))?\.safetensors")
@@ -113,9 +114,9 @@ def layouts(folder: Path, only: str = "") -> dict[str, Layout]:
         if only not in ("", match[1]):
             continue
         metadata, tensors = storage.read_header(path)
-        places = json.loads(metadata.get("parts", "{}"))
+        places = decode(metadata.get("parts", "{}"), dict[str, tuple[list[Count], list[Count]]], path)
         for key, tensor in tensors.items():
-            offset, shape = places.get(key, [[0] * tensor.dim(), tensor.shape])
+            offset, shape = places.get(key, ([0] * tensor.dim(), list(tensor.shape)))
             layout = found.setdefault(f"{match[1]}:{key}", Layout(tensor.dtype, tuple(shape), []))
             if tensor.numel():
                 layout.chunks.append((path, tuple(offset), tuple(tensor.shape)))

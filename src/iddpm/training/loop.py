@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from iddpm import build
-from iddpm.config import ENDLESS, Config, total_steps
+from iddpm.config import ENDLESS, Config
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import Batch, ahead
 from iddpm.errors import UserError
@@ -17,13 +17,16 @@ from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
 from iddpm.store import checkpoint
-from iddpm.store.checkpoint import Saves, Store
-from iddpm.store.log import Logger, Meter, duration
+from iddpm.store.checkpoint import Diverged, Saves, Store
+from iddpm.store.log import Logger
 from iddpm.store.remote import place
+from iddpm.store.weights import read_weights
 from iddpm.training import preview
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
+from iddpm.words import duration, rate
 
+WAITS = 4
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up; fp16 may need 20 to find its loss scale
 
 
@@ -46,10 +49,6 @@ class Stopped(UserError):
         super().__init__(f"stopped at step {step}; all is saved: the same command goes on from here")
 
 
-class Diverged(UserError):
-    """Training cannot go on: its weights give no finite gradient."""
-
-
 def train(
     config: Config,
     data: DataSet,
@@ -67,10 +66,10 @@ def train(
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
     also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where
     the run cannot go on (50 bad steps in a row, data that cannot be read, a checkpoint that cannot be written), on every
-    process alike; Stopped after Ctrl-C or SIGTERM, once all is saved.
+    process alike; Stopped after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
     """
     settings = config.train
-    device, end = processes.own_device(build.device(settings.device)), total_steps(settings)
+    device = processes.own_device(build.device(settings.device))
     shard.layout(settings.batch_size, settings.shard, processes.world())
     leads = processes.rank() == 0  # one process speaks and writes; all the others do the same work in silence
     say = say if leads else _silence
@@ -79,7 +78,7 @@ def train(
     store = store or checkpoint.Folder(run, settings.keep, settings.keep_every, settings.async_save)
     state = TrainState(config, device)
     passed_over = _begin(state, config, store, run, say)
-    first = state.step
+    first, end = state.step, state.end
     if leads:
         run.mkdir(parents=True, exist_ok=True)
     # The log forgets what it has of later steps than the checkpoint's: they are taken again.
@@ -90,7 +89,7 @@ def train(
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
     draws = sheets and not config.task.classifies
-    method, meter = method_of(config, state.parallel), Meter()
+    method, meter = method_of(config, state.parallel), state.meter
 
     def due(interval: int) -> bool:
         """Every so many steps, 0: never. What was due at the step that this process began with, was done by the one before."""
@@ -117,13 +116,16 @@ def train(
             tell(state.step, "reading data")
             batch, fault = _next(batches)
             tell(state.step, "waiting for the others' data")
-            over = _why_it_ends(state, asked(), fault)
+            over = _why_it_ends(state, asked(), fault, saves)
 
             # Every `eval_every` steps: what the averaged weights draw, measured. A run that was stopped meanwhile does it when
             # it goes on, so here the step that it begins with counts, too. A drawing takes minutes.
             if quality and not over and state.step % settings.eval_every == 0 and state.step > state.measured:
-                found = preview.measure(config, state, quality, tick)
-                if found is None:
+                found, why = preview.measure(config, state, quality, tick)
+                if why:  # images that are not finite, say, are no reason to end a run: its gradients will tell
+                    state.measured = state.step
+                    say(f"step {state.step} is not measured: {why}")
+                elif found is None:
                     over = Stopped(state.step)
                 else:
                     saves.rank(quality.best(state.step, found))
@@ -140,10 +142,10 @@ def train(
             # Every `log_interval` steps, and at the last: the means since the line before, which waits for the device.
             if due(settings.log_interval) or last:
                 now = time.monotonic()
-                rate = (state.step - logged) * settings.batch_size / (now - then)
+                pace = (state.step - logged) * settings.batch_size / (now - then)
                 left = (end - state.step) * (now - began) / (state.step - first)
                 logged, then = state.step, now
-                row = _row(state, config, meter.read(processes.sum_), rate)
+                row = _row(state, config, meter.read(processes.sum_), pace)
                 if logger:
                     logger.row(**row)
                 say(_line(row, state.step, end, left))
@@ -152,7 +154,7 @@ def train(
             # training goes on. Weights that diverged are not saved: the checkpoint before them is the one to go back to.
             tell(state.step, "saving")
             if (due(settings.save_interval) or saves.due() or last) and not isinstance(over, Diverged):
-                saves.begin()
+                saves.begin(last)
             saves.settle(wait=last)
 
             # Only now, when all is saved and logged.
@@ -183,10 +185,9 @@ def _begin(state: TrainState, config: Config, store: Store, run: Path, say: Call
         say(line)
     if saved:
         state.restore(saved, config)
-        end = total_steps(config.train)
-        say(f"resuming {run} at step {state.step}" + (f" of {end}" if end < ENDLESS else ""))
+        say(f"resuming {run} at step {state.step}" + (f" of {state.end}" if state.end < ENDLESS else ""))
     elif source := config.train.init_from:
-        anew = initialise(state, checkpoint.read_weights(place(source)), config.train.init_reset)
+        anew = initialise(state, read_weights(place(source)), config.train.init_reset, config.data.classes)
         say(f"starting from the weights of {source}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     return passed_over
 
@@ -199,23 +200,27 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
         return None, e
 
 
-def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None) -> UserError | None:
+def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None, saves: Saves) -> UserError | None:
     """What ends the run at this step, the same on every process; None where nothing does. Every process calls it."""
     if state.skipped_in_a_row >= MAX_SKIPS:
         return Diverged(
             f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
-            f"or leave fp16; the last checkpoint is whole"
+            f"or leave fp16; {saves.whole()}"
         )
     # The one exchange that each step makes beside the gradients': two numbers, through the CPUs.
     stopped, broken = processes.count(asked, fault is not None)
     if broken:
         return UserError(next(text for text in processes.every(str(fault) if fault else None) if text))
-    return Stopped(state.step) if stopped else None
+    # A step that was skipped says nothing good of the weights: a stop waits for one that was not, a few steps long.
+    return Stopped(state.step) if stopped and state.skipped_in_a_row not in range(1, WAITS) else None
 
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between steps; a second Ctrl-C interrupts at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into a question that the loop asks between steps.
+
+    A second Ctrl-C interrupts at once.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -223,7 +228,8 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP]))}
     try:
         yield lambda: bool(asked)
     finally:
@@ -240,7 +246,11 @@ def _silence(line: str) -> None:
 
 def _row(state: TrainState, config: Config, means: Mapping[str, float], images_per_second: float) -> dict[str, Any]:
     row: dict[str, Any] = {"step": state.step, "images": state.images, "time": time.time(), **means}
-    row |= {"lr": learning_rate(config, state.step - 1), "images_per_second": images_per_second, "skipped": state.skipped}
+    row |= {
+        "lr": learning_rate(config, state.step - 1, state.end),
+        "images_per_second": images_per_second,
+        "skipped": state.skipped,
+    }
     if state.scale.enabled:
         row["lg_loss_scale"] = state.scale.lg
     return row
@@ -249,7 +259,7 @@ def _row(state: TrainState, config: Config, means: Mapping[str, float], images_p
 def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
     values = "  ".join(f"{k} {row.get(k, math.nan):.4g}" for k in ("loss", "grad_norm", "lr"))
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
-    speed = f"{row['images_per_second']:.0f} images/s"
+    speed = f"{rate(row['images_per_second'])} images/s"
     if end == ENDLESS:
         return f"step {step}  {values}{skipped}  {speed}"
     return f"step {step}/{end}  {values}{skipped}  {speed}  {duration(left)} left"

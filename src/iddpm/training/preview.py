@@ -16,6 +16,7 @@ from iddpm.config import Config
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import make_batch
 from iddpm.diffusion.denoiser import Network
+from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.sampling import sheets
@@ -73,13 +74,15 @@ def averaged(config: Config, state: TrainState, doing: str, tick: Tick) -> Itera
         copy_weights(live, state.params)
 
 
-def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> dict[str, float] | None:
-    """What the averaged weights draw, measured; None where the run was asked to stop: a resumed run does it then."""
+def measure(config: Config, state: TrainState, quality: Quality, tick: Tick) -> tuple[dict[str, float] | None, str]:
+    """What the averaged weights draw, measured, or why it cannot be; neither where the run is to stop: it is done later."""
     try:
         with averaged(config, state, "measuring samples", tick) as net:
-            return quality(net)
+            return quality(net), ""
     except Interrupted:
-        return None
+        return None, ""
+    except UserError as e:
+        return None, str(e)
 
 
 def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tick) -> str:
@@ -91,6 +94,8 @@ def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tic
             draw_sheet(config, net, state.device, data, path)
     except Interrupted:
         return "none of this step: the run is to stop"
+    except UserError as e:  # images that are not finite are no reason to end a run: its gradients will tell
+        return f"none of this step: {e}"
     return str(path)
 
 

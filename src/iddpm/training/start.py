@@ -1,35 +1,54 @@
 """What a run is: new or resumed, its config and data; then its training."""
 
+import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from iddpm import build
 from iddpm.config import Config, check, every_field, settings_of, total_steps
 from iddpm.config.presets import PRESETS
+from iddpm.data import DataSet
 from iddpm.data.batches import open_data, open_validation
 from iddpm.data.own import Dataset
 from iddpm.errors import UserError
 from iddpm.parallel import processes
+from iddpm.records import decode
 from iddpm.store import lock, log
-from iddpm.store.checkpoint import read_weights
-from iddpm.store.remote import place, replace
+from iddpm.store.files import step_dirs, step_of
+from iddpm.store.remote import place, remote, write_file
+from iddpm.store.weights import read_weights
 from iddpm.training import loop, trial
+from iddpm.training.step import learning_rate
 
 OWN = "a data set of the program's own"  # in the place of a path
+PLACES = ("path", "validation", "eval_reference", "init_from")  # settings that name files: kept absolute
+RATES = ("lr", "lr_anneal_steps", "lr_warmup_steps", "steps", "images", "batch_size")  # what decides the learning rate
+OF_A_RUN = dict(classes=(), rule="", num_classes=0, identity="", asked="", path="")  # of its data: no recipe for others
 
 
 def start(
-    run: Path, data: str = "", preset: str = "", given: Mapping[str, Any] = {}, dry: bool = False, own: Dataset | None = None
+    run: Path | None,
+    data: str = "",
+    preset: str = "",
+    given: Mapping[str, Any] = {},
+    dry: bool = False,
+    own: Dataset | None = None,
+    recipe: str = "",
 ) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
 
-    `own` is a data set of the program's own, in the place of files at `data`.
+    Without `run` its folder follows from the data or the preset (`default_run`). `own` is a data set of the program's own, in the
+    place of files at `data`; `recipe` a config.json to begin with, as a preset.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
-    config, notes = resolve(run, data or ("" if own is None else OWN), preset, given)
+    data = data or ("" if own is None else OWN)
+    run, hint = (run, []) if run else default_run(data, preset, given)
+    config, notes = resolve(run, data, preset, given, recipe)
     if (config.data.path == OWN) != (own is not None):
         raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
     total_steps(config.train)
@@ -38,10 +57,14 @@ def start(
         # Whatever may be refused comes before the lock and the first file.
         images, config = open_data(config, own)
         held_out = open_validation(config)
+        if held_out:
+            _require_held_out(config, images, held_out)
         build.network(config)  # only to see that its sizes fit
         if dry:
             trial.dry_run(config, images)
             return None
+        notes = [*hint, *notes, *_other_images(config.data.identity, images.identity())]
+        config = config.updated({"identity": json.dumps(images.identity())})
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())
         leads = processes.rank() == 0
@@ -56,27 +79,73 @@ def start(
         return last
 
 
-def default_run(data: str, preset: str) -> str:
-    """The folder of a run that is given none."""
+def default_run(data: str, preset: str, given: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """The folder of a run that is given none: runs/PRESET or runs/DATA, or -2 and so on behind that, and then a line on why.
+
+    The same command on the same data goes on in its own.
+    """
     if not data:
         raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
-    return "runs/" + (preset or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run")
+    name = preset or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
+    run, k, hint = place(f"runs/{name}"), 1, list[str]()
+    while (run / "config.json").exists() and (why := _is_other(run, data, given)):
+        hint = [f"{run} is {why}, so this is a new one; to go on with that: --run {run}"]
+        run, k = place(f"runs/{name}-{k + 1}"), k + 1
+    return run, hint
 
 
-def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
+def _is_other(run: Path, data: str, given: Mapping[str, Any]) -> str:
+    """Why a run is not of this command; "" where it is."""
+    stored = Config.from_json((run / "config.json").read_text(), str(run / "config.json"))
+    if absolute(stored.data.path) != absolute(data):
+        return f"a run on {stored.data.path}"
+    if stored.data.asked not in ("", _asked(given)):
+        return "the run of another command on the same images"
+    return ""
+
+
+def _asked(given: Mapping[str, Any]) -> str:
+    """The flags of a command, to know it again."""
+    return json.dumps({name: value for name, value in given.items() if name != "device"}, sort_keys=True)
+
+
+def absolute(path: str) -> str:
+    """A local path from the root of this machine, so that it means the same wherever a run is gone on with."""
+    found = place(path)
+    return path if not path or path == OWN or "://" in str(found) else str(Path(os.path.abspath(found)))
+
+
+def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe: str = "") -> tuple[Config, list[str]]:
     """The config of a run: stored, else from its source or preset; then the settings given. And what a resumed run changes."""
-    record = run / "config.json"
-    if record.exists() and any((run / "checkpoints").glob("step_*")):
+    given = {**given, **({"path": data} if data else {})}
+    given = {name: absolute(value) if name in PLACES else value for name, value in given.items()}
+    asked, record = _asked({k: v for k, v in given.items() if k != "path"}), run / "config.json"
+    if record.exists():  # also of a run that was stopped before its first save, or a config that somebody put there
         stored = Config.from_json(record.read_text(), str(record))
         if preset and preset != stored.preset:
             raise UserError(f"--preset {preset}: {run} was begun with {stored.preset or 'none'}; take another --run")
-        return resumed(stored, dict(given, path=data) if data else given, str(run))
-    # A folder with a config and no checkpoint was stopped before its first save: it starts anew, perhaps with other flags.
-    if run.exists() and not record.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
+        if not step_dirs(run):  # nothing is learned of its data yet
+            stored = stored.updated({k: v for k, v in OF_A_RUN.items() if k not in ("path", "asked")})
+        if recipe:
+            given = {**_of_recipe(recipe), **given}
+        if not stored.data.path and not data:
+            raise UserError(f"which images? {record} names none: iddpm train DATA --run {run}")
+        config, notes = resumed(stored, given, run)
+        return config.updated({"asked": stored.data.asked or asked}), notes
+    if run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
         raise UserError(f"{run} is not empty and no run of iddpm: give another --run")
     if not data:
         raise UserError(f"which images? {run} holds no run yet: iddpm train DATA --run {run}")
-    return build.require_fit(check(new(preset, {**given, "path": data}))), []
+    if recipe and preset:
+        raise UserError("--config and --preset are both what to begin with: give one")
+    config = new(preset, {**(_of_recipe(recipe) if recipe else {}), **_implied(given)})
+    return build.require_fit(check(config)).updated({"asked": asked}), []
+
+
+def _of_recipe(recipe: str) -> dict[str, Any]:
+    """The settings of a config.json, without what it says of its own data."""
+    flat = Config.from_json(place(recipe).read_text(), recipe).flat()
+    return {name: value for name, value in flat.items() if name not in OF_A_RUN}
 
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
@@ -86,23 +155,73 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
     given, config = _implied(given), Config()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
-        inherited = settings_of(other.model, other.diffusion, other.sample)
+        inherited = set(settings_of(other.model, other.diffusion, other.sample))
+        if other.data.classes:  # the rows of named classes go by their names, whatever their number
+            inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
     if preset:
         config = config.updated(PRESETS[preset][1])
     return config.updated({**given, "preset": preset})
 
 
-def resumed(stored: Config, given: Mapping[str, Any], run: str) -> tuple[Config, list[str]]:
+def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
     """The config of a run that goes on with other settings, and a line on each; UserError for one that cannot change."""
     given, now, fields = _implied(given), stored.flat(), every_field()
-    changed = {k: v for k, v in given.items() if k not in now or v != now[k]}
+    changed = {k: v for k, v in given.items() if k not in now or _is_another(k, v, now[k])}
     if fixed := [k for k in changed if fields[k].fixed]:
         k = fixed[0]
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
     notes = [f"changed on resume: {k} {now.get(k)} -> {v}" for k, v in changed.items()]
-    return build.require_fit(check(stored.updated(changed))), notes
+    config = build.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
+    if set(changed) & set(RATES):
+        notes += _other_rate(stored, config, run)
+    return config, notes
+
+
+def _is_another(name: str, value: Any, now: Any) -> bool:
+    return value != now and not (name in PLACES and value == absolute(now))
+
+
+def _other_rate(before: Config, now: Config, run: Path) -> list[str]:
+    """A line where the learning rate of the next step is another than the settings before would have made it."""
+    step = max(map(step_of, step_dirs(run)), default=0)
+    if not (before.train.steps or before.train.images):  # as imports write it
+        return []
+    was, is_ = (learning_rate(config, step, total_steps(config.train)) for config in (before, now))
+    return [] if was == is_ else [f"learning rate from step {step} on: {is_:.3g}, and {was:.3g} by the settings before"]
+
+
+def _other_images(before: str, now: Mapping[str, str]) -> list[str]:
+    """A line where the images are others than those a run was trained on so far."""
+    was = decode(before or "{}", dict[str, str], "the run's record of its images")
+    if not was or was == now:
+        return []
+    parts = [part for part in now if part != "count" and was.get(part) != now[part]]
+    counts = now["count"] if was.get("count") == now["count"] else f"{was.get('count')} before, {now['count']} now"
+    return [f"the images are not those of before ({counts}; other {', '.join(parts)}): training goes on with these"]
+
+
+def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> None:
+    """UserError where images that are to be held out are also trained on, however the paths are written."""
+    trained_on = set(map(_real, images.files))
+    both = [file for file in held_out.files if _real(file) in trained_on]
+    if both or held_out.identity() == images.identity():
+        count = f"{len(both) or len(held_out)} of the held-out images are"
+        raise UserError(f"--validation {config.data.validation}: {count} also trained on; give images that lie elsewhere")
+
+
+def _real(file: Any) -> str:
+    """Where a file lies, whatever links lead to it."""
+    if not isinstance(file, Path) or remote(file):
+        return str(file)
+    path = os.path.join(_real_folder(str(file.parent)), file.name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,4 +237,4 @@ def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
 def write_config(run: Path, config: Config) -> None:
     """Keep the config in the run's folder, in one step."""
     run.mkdir(parents=True, exist_ok=True)
-    replace(run / "config.json", lambda file: file.write(config.to_json().encode()))
+    write_file(run / "config.json", config.to_json())

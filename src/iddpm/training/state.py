@@ -1,5 +1,6 @@
 """All that a run remembers: what is in it, how it is saved and restored, and where it starts."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,14 +8,22 @@ import torch
 from torch import Tensor
 
 from iddpm import build
-from iddpm.config import Config, ema_rates
+from iddpm.config import ENDLESS, Config, ema_rates, total_steps
 from iddpm.errors import UserError
-from iddpm.parallel import shard
+from iddpm.parallel import processes, shard
 from iddpm.store import checkpoint
 from iddpm.store.files import Best
+from iddpm.store.log import Meter
+from iddpm.store.weights import Weights
 from iddpm.training.ema import EMA
+from iddpm.words import many
 
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
+
+
+SKIPS, FP16_SKIPS = 1, 25  # steps in a row without a finite gradient after which weights are suspect; fp16 finds its scale so
+CLASSES = "label_emb.weight"  # (classes, width): the parameter that has a row for each class
+DIVERGED = 100  # times the loss at the beginning: no run comes back from there
 
 
 class LossScale:
@@ -58,6 +67,12 @@ class TrainState:
         self.skipped_in_a_row = 0
         self.measured = 0  # the last step whose samples were measured (--eval_every)
         self.best: Best | None = None  # of the steps measured
+        # where the run ends; of --images, as if all its batches had been of the present size
+        self.end = total_steps(settings) if settings.steps or settings.images else ENDLESS
+        self.meter = Meter()  # of the log's next line
+        self.health = Meter()  # the loss since the last save ...
+        self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
+        self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
     def count(self, images: int, good: bool) -> None:
         """Take note of a step on so many images; `good`: its gradient was finite."""
@@ -81,7 +96,24 @@ class TrainState:
         """The rest of the state, the same on every process."""
         counts = {name: getattr(self, name) for name in COUNTS}
         counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss)
         return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
+
+    def fault(self) -> str:
+        """Why this state is not worth a checkpoint, "" where it is; of what was trained since the last call. On all processes."""
+        loss = self.health.read(processes.sum_).get("loss", 0.0)
+        finite = all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(shard.local(list(self.params.values()))))
+        if not all(processes.every(finite)):
+            return "its weights are not finite"
+        if self.skipped_in_a_row >= (FP16_SKIPS if self.scale.enabled else SKIPS):
+            return f"no finite gradient in the last {many(self.skipped_in_a_row, 'step')}"
+        if self.first is not None:
+            processes.sum_(self.first)
+            self.first_loss, self.first = max(0.0, float(f"{self.first.nan_to_num():.4g}")), None  # as one process has it, too
+        self.first_loss = self.first_loss or loss  # of a run that began before this was kept
+        if loss > DIVERGED * self.first_loss > 0:
+            return f"the loss is {loss:.3g}, and was {self.first_loss:.3g} at the beginning"
+        return ""
 
     def to_saved(self) -> checkpoint.Saved:
         """What a checkpoint keeps, whole; with a sharded network, every process must call this."""
@@ -102,27 +134,43 @@ class TrainState:
                 p = self.params[param]
                 self.optimizer.state[p][slot] = torch.zeros(()) if slot == "step" else torch.zeros_like(p)
         own = {k: v for k, v in self.tensors().items() if not k.startswith(f"{checkpoint.OPTIMIZER}law.")}
-        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(self.law.state_dict()[k]) for k in saved.state["law"]}
+        kept_law, remembered = saved.state["law"], self.law.state_dict()
+        if unknown := set(kept_law) - set(remembered):
+            raise UserError(f"the checkpoint of step {saved.step} has {min(unknown)!r} of another law of t: it is damaged")
+        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(remembered[k]) for k in kept_law}
         saved.fill(own | law)
         if law:
             self.law.load_state_dict({name.rpartition(".")[2]: value for name, value in law.items()})
         for name in COUNTS:
             setattr(self, name, saved.state[name])
         self.ema.updates = saved.state["ema_updates"]
-        self.measured = saved.state.get("measured", 0)
+        self.measured, self.first_loss = saved.state.get("measured", 0), saved.state.get("first_loss", 0.0)
+        if processes.rank() == 0:  # the sums of all, which the next line of the log adds up again
+            self.meter.load(saved.state.get("meter", {}), self.device)
+        if config.train.images:
+            self.end = self.step + max(0, math.ceil((config.train.images - self.images) / config.train.batch_size))
         self.best = Best(**best) if (best := saved.state.get("best")) else None
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]
 
 
-def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> list[str]:
+def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[str, ...] = ()) -> list[str]:
     """Start from other weights (--init_from); returns what was re-initialised instead.
 
+    The rows of classes go by their names: those of `classes` that the weights do not know start anew, whatever their number.
     UserError naming the layers that do not fit, unless `reset` lets them start anew.
     """
-    own = state.params
-    fits = {k: v for k, v in weights.tensors.items() if k in own and own[k].shape == v.shape}
+    own, tensors, known = state.params, dict(weights.tensors), weights.config.data.classes
+    new = [name for name in classes if name not in known] if known else []
+    if known and classes and classes != known and {CLASSES} <= own.keys() & tensors.keys():
+        rows = shard.whole(own[CLASSES]).detach().cpu().clone()
+        if rows.shape[1:] == tensors[CLASSES].shape[1:]:
+            for y, name in enumerate(classes):
+                if name in known:
+                    rows[y] = tensors[CLASSES][known.index(name)]
+            tensors[CLASSES] = rows
+    fits = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
     misfits = sorted(k for k in own if k not in fits)
     if misfits and not reset:
         names = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
@@ -131,7 +179,7 @@ def initialise(state: TrainState, weights: checkpoint.Weights, reset: bool) -> l
         shard.put(tensor, own[name])
     for average in state.ema.averages.values():
         copy_weights(state.params, average)
-    return misfits
+    return misfits + ([f"the classes {', '.join(new)}"] if new and CLASSES in fits else [])
 
 
 @torch.no_grad()

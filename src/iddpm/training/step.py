@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from iddpm import build, rng
-from iddpm.config import Config, total_steps
+from iddpm.config import Config
 from iddpm.data.batches import Batch
 from iddpm.diffusion.denoiser import Denoiser
 from iddpm.diffusion.objective import Terms
@@ -80,13 +80,16 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         if settings.grad_clip:
             torch._foreach_mul_(shard.local(grads), (settings.grad_clip / norm).clamp(max=1.0))
         for group in state.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = learning_rate(config, state.step), settings.weight_decay
+            group["lr"], group["weight_decay"] = learning_rate(config, state.step, state.end), settings.weight_decay
         state.optimizer.step()
         state.ema.update()
         if state.law.looks:  # all processes' losses come together only for a law that reads them
             processes.sum_(losses)
             state.law.update(draw.u, losses)
         meter.add({"grad_norm": norm[None]})
+        state.health.add({"loss": losses[mine.start : mine.stop]})
+    if state.step == 0:
+        state.first = losses[mine.start : mine.stop].sum() / n
     state.count(n, good)
 
 
@@ -95,9 +98,9 @@ def _dropout_seed(seed: int, step: int) -> int:
     return int(rng.stream(seed, rng.DROPOUT, step, processes.rank()).integers(2**63))
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """The rate of optimizer step `step`, counted from 0: warmed up linearly, annealed linearly to 0."""
+def learning_rate(config: Config, step: int, end: int) -> float:
+    """The rate of optimizer step `step`, counted from 0, of a run of `end`: warmed up linearly, annealed linearly to 0."""
     settings = config.train
-    end = total_steps(settings) if settings.lr_anneal_steps == -1 else settings.lr_anneal_steps
+    end = end if settings.lr_anneal_steps == -1 else settings.lr_anneal_steps
     warm = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
     return settings.lr * warm * (max(0.0, 1 - step / end) if end else 1.0)

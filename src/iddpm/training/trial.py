@@ -13,9 +13,10 @@ from iddpm.config import Config, image_size, is_chain, small_size, total_steps
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import Batch, make_batch
 from iddpm.parallel import processes
-from iddpm.store.log import Meter, duration
+from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
 from iddpm.training.step import method_of, train_step
+from iddpm.words import duration, rate, size
 
 STEPS = 4  # of a trial: the first warms up, and the median of the others counts
 
@@ -88,10 +89,12 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     chain = f"a chain of {config.diffusion.diffusion_steps}" if is_chain(config.diffusion) else config.diffusion.noise_schedule
     say(f"images {tuple(shapes.x0.shape)}{seen}, {chain}")
     held = weights * 4 * (4 + averages) / 2**20  # float32: weights, gradients, and AdamW's two of each
+    disk = size(weights * 4 * (3 + averages))  # the weights, their averages, and AdamW's two
+    say(f"a checkpoint takes {disk} on the disk, of which --keep {config.train.keep} leaves {config.train.keep or 'all'}")
     say(f"{weights:,} weights; with gradients, AdamW and {averages} averages {held:,.0f} MiB")
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB of process memory at the most"
-    say(f"one step: {seconds:.3f} s ({n / seconds:.0f} images/s), {memory}")
+    say(f"one step: {seconds:.3f} s ({rate(n / seconds)} images/s), {memory}")
     say(f"{end} steps: about {duration(end * seconds)}, without checkpoints and samples. Nothing was written.")

@@ -16,4 +16,4 @@ def open_source(path: Path) -> Source:
         raise UserError(f"{path} does not exist: give a folder of images, or a .zip or .tar of them")
     if path.name.lower().endswith(ENDINGS) and not path.is_dir():
         return Archive(path)
-    return Folder.open(path)
+    return Folder(path)

@@ -2,105 +2,133 @@
 
 import gzip
 import io
-import shutil
+import posixpath
+import stat
 import tarfile
 import tempfile
 import weakref
 import zipfile
-import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from iddpm.data.decode import EXTENSIONS
-from iddpm.data.sources.folder import shown
-from iddpm.data.sources.source import LABEL_FILES
-from iddpm.errors import UserError
+from iddpm.data.sources.source import LARGEST, Source, require_small
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, scratch
 
 ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz")
+LINKS = 40  # a link may lead to a link, so many times; as Linux does
+UNPACKED = 200  # times its own size, and 1 GiB, to which a .tar.gz of images may unpack: they are compressed already
 
 
-class Archive:
-    """Its files by name; a single folder around all of them is left out of the names. UserError where it is damaged.
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    size: int
+    open: Callable[[], Any]
+    link: str = ""  # the name that it leads to, where it is a link
+
+
+class Archive(Source):
+    """Its files by name; UserError where it is damaged.
 
     Names may be read in any order at the same cost: a .tar that is compressed as a whole is unpacked into this process's scratch
     folder first, since every step back would unpack it from its start.
     """
 
     def __init__(self, path: Path):
-        self.path, self.home = path, path.parent
         self._one = Lock()  # an archive is one file, with one place in it: threads take turns
-        try:
-            file = opened(path)
-            if path.suffix.lower() != ".zip":
-                file = _plain(file)
-            weakref.finalize(self, file.close)
-            if path.suffix.lower() == ".zip":
-                held = zipfile.ZipFile(file)
-                files, self._read = {name: name for name in held.namelist() if not name.endswith("/")}, held.read
-            else:
-                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-                members = {m.name: m for m in tar.getmembers() if m.isfile()}
-                files, self._read = {name: name for name in members}, partial(_read_tar, tar, members)
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as e:
-            raise UserError(f"{path} is not a readable archive ({e})") from None
-        self._files = _unwrapped(files)
-        self.names = sorted(name for name in self._files if shown(name))
-        if not self.names:
-            raise UserError(f"{path} holds no images: looked for files ending in {', '.join(EXTENSIONS)}")
+        with readable(path, "is not a readable archive"), ExitStack() as stack:
+            zipped = path.suffix.lower() == ".zip"
+            file = stack.enter_context(opened(path))
+            if not zipped:
+                file = stack.enter_context(_plain(file, path))
+            held = (_zipped if zipped else _tarred)(file)
+            weakref.finalize(self, stack.pop_all().close)
+        self._members = {name: member for name in held if (member := _followed(held, name))}
+        super().__init__(path, path.parent, self._members)
 
     def read(self, name: str) -> bytes:
-        """The content of a file; UserError where it is damaged."""
-        try:
-            with self._one:
-                return self._read(self._files[name])
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-            raise UserError(f"{self.path}:{name} cannot be read ({e}): repair or remove it") from None
+        what = self.path / name
+        with readable(what), self._one:
+            require_small(what, self._members[name].size)
+            with self._members[name].open() as file:
+                content: bytes = file.read(LARGEST + 1)  # to its end, where a .zip's checksum is compared
+        require_small(what, len(content))
+        return content
 
     def open_file(self, name: str) -> BinaryIO:
         return io.BytesIO(self.read(name))
 
     def has(self, name: str) -> bool:
-        return name in self._files
+        return name in self._members
+
+    def size(self, name: str) -> int:
+        return self._members[name].size
 
 
-def _unwrapped(files: dict[str, str]) -> dict[str, str]:
-    """Relative name -> name in the archive, without what hidden folders hold, and without one folder around all images."""
-    clean = {name.strip("/").removeprefix("./"): name for name in files}
-    clean = {name: own for name, own in clean.items() if not any(part.startswith("__MACOSX") for part in name.split("/"))}
-    tops = {name.partition("/")[0] for name in clean if shown(name)}
-    inside = all("/" in name for name in clean if shown(name))
-    deeper = {name.split("/")[1] for name in clean if shown(name) and name.count("/") > 1}
-    if len(tops) != 1 or not inside or not (deeper or _labelled(clean, tops)):
-        return clean  # one folder of images alone may be their class
-    top = next(iter(tops))
-    return {name.removeprefix(f"{top}/"): own for name, own in clean.items()}
+def _zipped(file: BinaryIO) -> dict[str, Member]:
+    held, out = zipfile.ZipFile(file), dict[str, Member]()
+    for info in held.infolist():
+        name = info.filename
+        if info.create_system == 0:  # some programs of Windows write their own separator
+            name = name.replace("\\", "/")
+        if not name.endswith("/"):
+            link = stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096
+            out[_clean(name)] = Member(
+                info.file_size,
+                partial(held.open, info),
+                _leads(name, held.read(info).decode("utf-8", "surrogateescape")) if link else "",
+            )
+    return out
 
 
-def _labelled(names: dict[str, str], tops: set[str]) -> bool:
-    return any(f"{top}/{file}" in names for top in tops for file in LABEL_FILES)
+def _tarred(file: BinaryIO) -> dict[str, Member]:
+    held, out = tarfile.open(fileobj=file, mode="r:"), dict[str, Member]()  # noqa: SIM115
+    for info in held.getmembers():
+        link = _clean(info.linkname) if info.islnk() else _leads(info.name, info.linkname) if info.issym() else ""
+        if link or info.isreg():
+            out[_clean(info.name)] = Member(info.size, partial(held.extractfile, info), link)
+    return out
 
 
-def _plain(file: BinaryIO) -> BinaryIO:
+def _clean(name: str) -> str:
+    return posixpath.normpath(name.lstrip("/"))
+
+
+def _leads(name: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(_clean(name)), target))
+
+
+def _followed(held: dict[str, Member], name: str) -> Member | None:
+    """The file that a name stands for; None for a link that leads to no file in the archive, and for what lies outside."""
+    member: Member | None = None if name.startswith("../") else held[name]
+    for _ in range(LINKS):
+        if not (member and member.link):
+            return member
+        member = held.get(member.link)
+    return None
+
+
+def _plain(file: BinaryIO, path: Path) -> BinaryIO:
     """The file itself, or what it unpacks to where it is one of gzip's."""
     gzipped = file.read(2) == b"\x1f\x8b"
+    most = (1 << 30) + UNPACKED * file.seek(0, io.SEEK_END)
     file.seek(0)
     if not gzipped:
         return file
     plain = cast(BinaryIO, tempfile.TemporaryFile(dir=scratch()))  # noqa: SIM115
     try:
-        with file, gzip.open(file) as packed:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+        with gzip.open(file) as packed:
+            while plain.tell() <= most and (block := packed.read(1 << 20)):
+                plain.write(block)
+        if plain.tell() > most:
+            raise UserError(f"{path} unpacks to more than {most >> 30} GiB, so to no images: unpack it and give the folder")
     except BaseException:
         plain.close()
         raise
     plain.seek(0)
     return plain
-
-
-def _read_tar(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> bytes:
-    file = tar.extractfile(members[name])
-    assert file
-    return file.read()

@@ -1,71 +1,66 @@
 """The images below a folder, on this machine or on a remote storage."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from iddpm.data.decode import EXTENSIONS
-from iddpm.errors import UserError
+from iddpm.data.sources.source import Source, hidden, require_small
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
 
-class Folder(NamedTuple):
-    """Files below `path`, by relative name."""
+class Folder(Source):
+    """Files below a folder, by relative name; or one file alone; or, with `names`, those images and no others."""
 
-    path: Path
-    names: list[str]
-
-    @staticmethod
-    def open(path: Path) -> "Folder":
-        """The images below a folder, or one image; UserError where there are none."""
-        if path.is_file():
-            folder = Folder(path.parent, [path.name] if is_image(path.name) else [])
-        else:
-            folder = Folder(path, sorted(walk(path)))
-        if not folder.names:
-            raise UserError(f"{path} holds no images: looked for files ending in {', '.join(EXTENSIONS)}")
-        return folder
-
-    @property
-    def home(self) -> Path:
-        return self.path
+    def __init__(self, path: Path, names: list[str] | None = None) -> None:
+        self.root = path.parent if path.is_file() else path
+        if names is not None:
+            self.path, self.home, self.names, self.left_out = path, path, names, Counter()
+            return
+        super().__init__(path, self.root, [path.name] if path.is_file() else walk(path))
+        self.path = self.root
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with readable(self.root / name):
+            require_small(self.root / name, self.size(name))
+            return (self.root / name).read_bytes()
 
     def open_file(self, name: str) -> BinaryIO:
-        return opened(self.path / name)
+        return opened(self.root / name)
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return (self.root / name).is_file()
+
+    def size(self, name: str) -> int:
+        return -1 if remote(self.root) else os.stat(os.path.join(self.root, name)).st_size  # twice as fast as through a Path
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Relative paths of the images below `root`, through links to folders, without hidden files."""
+    """Relative names of the files below `root`: regular ones, for a fifo or a device would never end.
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}; make it readable or remove it") from error
-
+    Links to folders are followed where they lead out of `root`; what lies inside is met under its own name.
+    """
     if remote(root):
-        yield from (name for file in root.rglob("*") if shown(name := file.relative_to(root).as_posix()))
+        yield from (file.relative_to(root).as_posix() for file in root.rglob("*"))
         return
-    seen = set()
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        below[:] = sorted(name for name in below if not name.startswith(".") and real not in seen)
-        if real not in seen:  # a link may lead back up
-            yield from (Path(folder, name).relative_to(root).as_posix() for name in files if is_image(name))
-        seen.add(real)
-
-
-def shown(name: str) -> bool:
-    """Whether a relative path is that of an image, and no part of it hidden."""
-    *folders, file = name.split("/")
-    return is_image(file) and not any(part.startswith(".") for part in folders)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name is that of an image and not hidden."""
-    stem, _, ending = name.rpartition(".")
-    return bool(stem) and not name.startswith(".") and ending.lower() in EXTENSIONS
+    top, waiting = os.path.realpath(root), [""]
+    seen = {top}
+    while waiting:  # a list and no recursion: folders may be deeper than Python's stack
+        prefix = waiting.pop()
+        try:
+            with os.scandir(root / prefix) as held:
+                for entry in held:
+                    name = prefix + entry.name
+                    if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                        yield name
+                    elif entry.is_symlink():
+                        real = os.path.realpath(entry.path)
+                        if os.path.isdir(real) and real not in seen and not real.startswith(f"{top}/"):
+                            seen.add(real)
+                            waiting.append(f"{name}/")
+                    elif entry.is_dir() and not hidden(f"{name}/"):
+                        waiting.append(f"{name}/")
+        except OSError as e:
+            raise UserError(f"{e.filename}: {e.strerror}; make it readable or remove it") from e

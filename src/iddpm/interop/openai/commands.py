@@ -21,11 +21,12 @@ from iddpm.measure.bound import bits_per_dim, summary, write_original_tables
 from iddpm.parallel import processes
 from iddpm.sampling import draw
 from iddpm.sampling.job import Job, trained_classes
-from iddpm.sampling.open import restore
+from iddpm.sampling.open import digest_of, restore
 from iddpm.sampling.writers import draw_into
-from iddpm.store.checkpoint import Weights
-from iddpm.store.remote import replace
+from iddpm.store.remote import write_file
+from iddpm.store.weights import Weights
 from iddpm.training import loop as train
+from iddpm.words import many
 
 Given = dict[str, Any]  # the original's flags, all of them
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
@@ -41,7 +42,8 @@ def _config(task: str, program: str, given: Given) -> Config:
     # the original takes --sigma_small beside --learn_sigma, where it never had an effect; ours would refuse the two
     known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}
     config = flags.to_config(task, known, program, processes.world())
-    return build.require_fit(check(config.updated({k: given[k] for k in ("seed", "device") if k in given})))
+    given = {k: given[k] for k in ("seed", "device") if k in given}
+    return build.require_fit(check(config.updated(dict(given, published=True))))
 
 
 def _path(given: Given, flag: str, what: str) -> Path:
@@ -116,20 +118,22 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     config, guide = weights.config, None
     if "classifier_path" in given:
         judge, scores = _open(_path(given, "classifier_path", "weights"), _config("classify", "guided", given), device)
-        guide = draw.Guide(judge.config, scores, given["classifier_scale"])
+        guide = draw.Guide(judge.config, scores, given["classifier_scale"], judge)
     grid = build.grid(config)
     job = _enlarging(given, config) if config.task.enlarges else _drawing(given, guide.config if guide else config)
     logger.configure()
     n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
     out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
     # Batches and devices do not change the images: a stopped job goes on with others.
+    identity = {k: v for k, v in given.items() if k not in ("batch_size", "device")} | {"weights": digest_of(weights)}
     draw_into(
-        out, config, job, {k: v for k, v in given.items() if k not in ("batch_size", "device")},
+        out, config, job, identity,
         draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
+        replacing=True,  # as the original does
     )  # fmt: skip
     if processes.rank() == 0:
-        print(f"{n} images: {out}")
+        print(f"{many(n, 'image')}: {out}")
 
 
 def _drawing(given: Given, config: Config) -> Job:
@@ -146,7 +150,7 @@ def _enlarging(given: Given, config: Config) -> Job:
     """The base samples, each once."""
     path = _path(given, "base_samples", "images")
     # The original begins the file anew when it is through, and so enlarges some images twice.
-    images, labels = read_npz(path, small_size(config.model), config.model.image_channels)
+    images, labels, _ = read_npz(path, small_size(config.model), config.model.image_channels)
     n = min(given["num_samples"], len(images))
     if n < given["num_samples"] and processes.rank() == 0:
         print(f"{path} holds {n} images: each is enlarged once")
@@ -182,7 +186,7 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     if processes.rank():
         return
     numbers = summary(bound)
-    replace(folder / "nll.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
+    write_file(folder / "nll.json", json.dumps(numbers, indent=1))
     tables = write_original_tables(bound, folder)
     (folder / "nll.partial").unlink(missing_ok=True)
     logger.log(f"done {n} samples: bpd={numbers['bits_per_dim']:.5f} +- {numbers['standard_error'] or 0:.5f}")

@@ -98,6 +98,9 @@ def _classes(c: Comparison) -> str:
     if ours.classes and theirs.classes and ours.classes != theirs.classes:
         mine, others = (", ".join(names[:5]) + (" ..." if len(names) > 5 else "") for names in (ours.classes, theirs.classes))
         return f"the samples have the classes {mine}, the reference {others}"
+    numbers = ours.classes or theirs.classes  # one side has names: the other's numbers are meant only where these are numbers
+    if bool(ours.classes) != bool(theirs.classes) and numbers != tuple(map(str, range(len(numbers)))):
+        return f"one side's classes are named ({', '.join(numbers[:5])}), and the other's are numbers, which may stand for any"
     if ours.labels.max() > theirs.labels.max():
         return "the samples have classes that the reference has not"
     return too_few(theirs.labels)

@@ -15,7 +15,8 @@ from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, from_config, line
 from iddpm.interop.openai.formats.weights import check_fit, row_of, settle, shapes_of
 from iddpm.store import checkpoint
-from iddpm.store.checkpoint import Saved, Weights
+from iddpm.store.checkpoint import Saved
+from iddpm.store.weights import Weights
 
 # ---- import
 

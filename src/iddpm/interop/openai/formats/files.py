@@ -15,8 +15,8 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import torch
@@ -25,13 +25,15 @@ from torch import Tensor
 
 import iddpm
 from iddpm.config import Config, ema_rates
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
 from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
 from iddpm.parallel import processes
-from iddpm.store.checkpoint import Saved, Weights
-from iddpm.store.files import flush, sha256
-from iddpm.store.remote import replace
+from iddpm.records import decode
+from iddpm.store.checkpoint import RunState, Saved
+from iddpm.store.files import Listed
+from iddpm.store.remote import flush, replace, sha256
+from iddpm.store.weights import Weights, require_finite
 
 # ---- reading a file
 
@@ -80,7 +82,11 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
             + (mend if isinstance(found[odd], dict) else "")
         )
-    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+    if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
+        raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
+    wrapped = all(str(name).startswith("module.") for name in found)  # by DistributedDataParallel
+    named = {str(name).removeprefix("module." if wrapped else ""): t for name, t in found.items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
 
 
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
@@ -99,7 +105,15 @@ class Record(NamedTuple):
     path: Path
     config: Config
     state: dict[str, Any]
-    files: dict[str, list[Any]]
+    files: dict[str, Listed]
+
+
+class RecordFile(TypedDict):
+    """The same, as JSON."""
+
+    config: dict[str, Any]
+    state: RunState
+    files: dict[str, Listed]
 
 
 class Family(NamedTuple):
@@ -158,13 +172,14 @@ def record_of(path: Path) -> Record | None:
     if not record.exists():
         return None
     try:
-        found = json.loads(record.read_text())
-        config, state, files = (found[part] for part in ("config", "state", "files"))
-    except (ValueError, KeyError, TypeError):
+        found = decode(record.read_bytes(), RecordFile, record)
+    except OSError as e:
+        raise UserError(f"{record}: {reason(e)}") from None
+    except UserError:
         raise UserError(f"{record} is damaged: delete it to read the files beside it as the original's") from None
-    if path.name not in files:
+    if path.name not in found["files"]:
         return None
-    return Record(record, Config.from_json(json.dumps(config), str(record)), state, files)
+    return Record(record, Config.from_json(json.dumps(found["config"]), str(record)), dict(found["state"]), found["files"])
 
 
 # ---- a run's checkpoints
@@ -183,7 +198,7 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
             file = record.path.with_name(name)
             if not file.exists():
                 raise UserError(f"{file} is missing")
-            if [file.stat().st_size, sha256(file)] != known:
+            if PurePath(name).name != name or known != (file.stat().st_size, sha256(file)):
                 raise UserError(f"{file} is damaged")
         law = load_file(record.path.with_suffix(".safetensors")) if record.state.get("law") else {}
     weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
@@ -238,7 +253,8 @@ def read_model(path: Path, config: Config) -> Weights:
     name = name_of(path)
     if record := record_of(path):
         config = config.updated({"classes": record.config.data.classes, "rule": record.config.data.rule})
-    return Weights(path, tensors, config, dict(step=int(name["digits"] or 0), ema_rate=float(name["rate"] or 0)))
+    about = dict(step=int(name["digits"] or 0), ema_rate=float(name["rate"] or 0))
+    return Weights(path, require_finite(tensors, path), config, about)
 
 
 def save_run(folder: Path, config: Config, saved: Saved) -> Path:

@@ -83,8 +83,12 @@ def _levels(shapes: Shapes, source: str) -> tuple[int, bool, list[Block]]:
     are wide alike: then the fewest levels. Where residual blocks also double the size, the first stage of the way up that has
     two of them tells: a level ends there in one, beside its depth + 1 others.
     """
+    numbered = {k.split(".")[1] for k in shapes if k.startswith("input_blocks.")}
+    if numbered != set(map(str, range(len(numbered)))):  # before anything counts up to one of them
+        last = len(numbered) - 1
+        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks are not 0 to {last}")
     blocks = []
-    for k in range(1, 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("input_blocks."))):
+    for k in range(1, len(numbered)):
         name = f"input_blocks.{k}"
         strided = shapes.get(f"{name}.0.op.weight")
         out = strided or shapes.get(f"{name}.0.in_layers.2.weight", (0,))
