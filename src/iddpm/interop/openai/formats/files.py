@@ -10,11 +10,9 @@ user renamed them to: there the count comes from the optimizer's state.
 
 import errno
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict
 
@@ -32,7 +30,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved
 from iddpm.store.files import Listed
-from iddpm.store.remote import flush, replace, sha256
+from iddpm.store.remote import replace, sha256, write_file
 from iddpm.store.weights import Weights, require_finite
 
 # ---- reading a file
@@ -126,7 +124,7 @@ class Family(NamedTuple):
     record: Record | None
 
 
-def name_of(path: Path) -> dict[str, str]:
+def name_of(path: PurePath) -> dict[str, str]:
     """What a file's name says, "" where it does not: `rate` of an average, `digits` of the number, whether an `optimizer`."""
     match = NAME.match(path.name)
     return match.groupdict("") if match else dict.fromkeys(NAME.groupindex, "")
@@ -274,14 +272,14 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     # A kill between two files leaves no record, so that a half-written checkpoint is never taken for ours.
     record.unlink(missing_ok=True)  # of a run that was here before: its digests are of other files
     for name, content in contents.items():
-        _write(folder / name, partial(torch.save, content))
+        save(folder / name, content)
     if law := {name: saved.optimizer[f"law.{name}"] for name in saved.state.get("law", [])}:
         name = f"iddpm{digits}.safetensors"
-        _write(folder / name, lambda file: file.write(safetensors.torch.save(law)))
+        write_file(folder / name, safetensors.torch.save(law))
         contents[name] = law
     digests = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in contents}
     about = dict(iddpm=iddpm.__version__, config=json.loads(config.to_json()), state=saved.state, files=digests)
-    _write(record, lambda file: file.write(json.dumps(about, indent=1).encode()))
+    write_file(record, json.dumps(about, indent=1))
     return folder / f"model{digits}.pt"
 
 
@@ -296,21 +294,17 @@ def _ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, T
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], config: Config) -> None:
     """One file of weights, in the original's order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = _ordered(tensors, network_shapes(config))
-    _write(path, partial(torch.save, content))
+    save(path, _ordered(tensors, network_shapes(config)))
 
 
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file aside, flush it, rename it."""
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """torch.save in one step, in a folder that is made where it is missing; OSError on a full disk."""
 
-    def whole(file: Any) -> None:
+    def write(file: Any) -> None:
         try:
-            write(file)
+            torch.save(dict(content), file)
         except RuntimeError as e:  # how torch tells of a full disk
             raise OSError(errno.EIO, f"cannot write: {str(e).splitlines()[0]}") from None
-        file.flush()
-        os.fsync(file.fileno())
 
-    replace(path, whole)
-    flush(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, write)

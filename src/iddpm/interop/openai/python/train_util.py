@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from iddpm.errors import UserError
+from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats.optimizer import flatten, slots_of
 from iddpm.interop.openai.python import blobfile as bf
 from iddpm.interop.openai.python import dist_util, fp16_util, logger
@@ -21,6 +23,7 @@ from iddpm.interop.openai.python.nn import update_ema
 from iddpm.interop.openai.python.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from iddpm.parallel.processes import barrier, rank, same, world
 from iddpm.parallel.shard import spread
+from iddpm.store.remote import place
 from iddpm.training.loop import MAX_SKIPS
 from iddpm.training.state import LossScale
 
@@ -236,13 +239,14 @@ class TrainLoop:
     def save(self) -> None:
         """modelN, ema_RATE_N and optN, N the steps made (B7); the model last, so that its presence says that all is there."""
         number = f"{self.step + self.resume_step:06d}.pt"
+        folder = place(get_blob_logdir())
         for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:  # 0 stands for the model
             weights = self._master_params_to_state_dict(params)
             if rank() == 0:
                 logger.log(f"saving model {rate}...")
                 if not rate:
-                    _write(f"opt{number}", self.opt.state_dict() | {EXTRA: self._extra()})
-                _write(f"ema_{rate}_{number}" if rate else f"model{number}", weights)
+                    files.save(folder / f"opt{number}", self.opt.state_dict() | {EXTRA: self._extra()})
+                files.save(folder / (f"ema_{rate}_{number}" if rate else f"model{number}"), weights)
         barrier()
 
     def _extra(self) -> dict[str, Any]:
@@ -269,10 +273,10 @@ def parse_resume_step_from_filename(filename: str) -> int:
 def _number_beside(main: str) -> int:
     """The number in the names of the files beside a checkpoint: its own, or that of the one optimizer file there (B4)."""
     name = bf.basename(main)
-    if number := re.search(r"(?:model|^ema_[\d.e-]+_)(\d+)\.pt$", name):
-        return int(number[1])
-    found = [re.fullmatch(r"opt(\d+)\.pt", other) for other in bf.listdir(bf.dirname(main) or ".")]
-    numbers = [int(match[1]) for match in found if match]
+    if digits := files.name_of(PurePath(name))["digits"]:
+        return int(digits)
+    beside = [files.name_of(PurePath(other)) for other in bf.listdir(bf.dirname(main) or ".")]
+    numbers = [int(other["digits"]) for other in beside if other["optimizer"]]
     if len(numbers) == 1:
         return numbers[0]
     logger.warn(f"{name} does not say its step, and {len(numbers)} optimizer files lie beside it: its weights alone are used")
@@ -300,16 +304,6 @@ def _refuse_to_overwrite() -> None:
     there = [name for name in bf.listdir(folder) if re.fullmatch(r"model\d+\.pt", name)] if rank() == 0 else []
     if there := same(there):
         raise UserError(f"{folder} holds {there[-1]} already: go on with --resume_checkpoint, or set another OPENAI_LOGDIR")
-
-
-def _write(name: str, content: Mapping[str, Any]) -> None:
-    """A file in the folder of checkpoints, complete or absent."""
-    path = bf.join(get_blob_logdir(), name)
-    aside = path if "://" in path else f"{path}.tmp"  # an object store shows a file when it is whole
-    with bf.BlobFile(aside, "wb") as file:
-        torch.save(dict(content), file)
-    if aside != path:
-        os.replace(aside, path)
 
 
 # ---- numbers
