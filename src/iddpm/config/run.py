@@ -115,13 +115,12 @@ class Config:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
             try:
                 flat[name] = fits(value, fields[name].type)
-            except ValueError:
-                wanted = WORDS.get(fields[name].type, "a list of names")
-                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
-            try:
                 check_range(name, flat[name], fields[name])
             except UserError as e:
                 raise UserError(f"{source}: {e}") from None
+            except ValueError:
+                wanted = WORDS.get(fields[name].type, "a list of names")
+                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
         config = Config().updated(flat)
         return config.effective() if version == 1 else config
 

@@ -54,8 +54,7 @@ def create_model_and_diffusion(
     num_head_channels: int = -1, resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
 ) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the image flags."""
-    given = locals()
-    return called(create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(create_model, locals())
 
 
 def create_model(
@@ -76,8 +75,7 @@ def sr_create_model_and_diffusion(
     num_head_channels: int = -1, resblock_updown: bool = False, use_fp16: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the super-resolution flags."""
-    given = locals()
-    return called(sr_create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(sr_create_model, locals())
 
 
 def sr_create_model(
@@ -117,8 +115,7 @@ def create_classifier_and_diffusion(
     use_kl: bool, predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:  # fmt: skip
     """guided-diffusion's classifier and the process whose noise it sees."""
-    given = locals()
-    return called(create_classifier, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(create_classifier, locals())
 
 
 def create_classifier(
@@ -160,10 +157,13 @@ def sizes(side: int, attention_resolutions: str, channel_mult: str = "", widest:
     return dict(channel_mult=mult, attention_resolutions=attention_rates(resolutions, side, len(mult)))
 
 
-def called(function: Callable[..., Any], values: Mapping[str, Any], **more: Any) -> Any:
-    """function(...) with those of the values that it takes."""
-    taken = inspect.signature(function).parameters
-    return function(**{name: value for name, value in values.items() if name in taken}, **more)
+def with_process(create: Callable[..., Any], given: Mapping[str, Any]) -> tuple[Any, SpacedDiffusion]:
+    """The network that `create` makes, and the process, each of those flags that it takes."""
+
+    def called(function: Callable[..., Any], **values: Any) -> Any:
+        return function(**{name: value for name, value in values.items() if name in inspect.signature(function).parameters})
+
+    return called(create, **given), called(create_gaussian_diffusion, steps=given["diffusion_steps"], **given)
 
 
 # ---- argparse

@@ -245,14 +245,12 @@ class TrainLoop:
             if rank() == 0:
                 logger.log(f"saving model {rate}...")
                 if not rate:
-                    files.save(folder / f"opt{number}", self.opt.state_dict() | {EXTRA: self._extra()})
+                    sampler = self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
+                    extra = dict(step=self.step + self.resume_step, skipped=self.skipped, sampler=sampler)
+                    extra |= {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
+                    files.save(folder / f"opt{number}", self.opt.state_dict() | {EXTRA: extra})
                 files.save(folder / (f"ema_{rate}_{number}" if rate else f"model{number}"), weights)
         barrier()
-
-    def _extra(self) -> dict[str, Any]:
-        sampler = self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
-        done = dict(step=self.step + self.resume_step, skipped=self.skipped, sampler=sampler)
-        return done | ({"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {})
 
     def _master_params_to_state_dict(self, master_params: Any) -> dict[str, Tensor]:
         return fp16_util.masters_to_state_dict(self.model, master_params, self.use_fp16)
