@@ -7,7 +7,7 @@ from typing import Any
 from iddpm.interop.openai.formats import flags
 from iddpm.interop.openai.python import image_datasets, script_util, unet
 from iddpm.interop.openai.python.respace import SpacedDiffusion
-from iddpm.interop.openai.python.script_util import network, with_process
+from iddpm.interop.openai.python.script_util import copy_of, network, with_process
 
 BASES = (script_util, unet, image_datasets)  # what is not defined here is theirs
 __all__ = [name for module in BASES for name in vars(module) if not name.startswith("__")]
@@ -52,14 +52,7 @@ class SuperResModel(unet.SuperResModel, UNetModel):
 # ---- script_util
 
 
-def model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the image scripts."""
-    return dict(flags.GUIDED_IMAGE)
-
-
-def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the super-resolution scripts."""
-    return dict(flags.GUIDED_SUPER_RES)
+model_and_diffusion_defaults, sr_model_and_diffusion_defaults = map(copy_of, (flags.GUIDED_IMAGE, flags.GUIDED_SUPER_RES))
 
 
 def create_model_and_diffusion(

@@ -18,29 +18,16 @@ NUM_CLASSES = 1000  # read when a network is made, so it can be set
 # ---- defaults
 
 
-def model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the image scripts."""
-    return dict(flags.IMAGE)
+def copy_of(table: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """A function that gives a dict of its own to each who asks for some flags."""
+    return lambda: dict(table)
 
 
-def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the super-resolution scripts; sigma_small among them, which the original forgot."""
-    return dict(flags.SUPER_RES, sigma_small=False)
-
-
-def diffusion_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a process."""
-    return dict(flags.DIFFUSION)
-
-
-def classifier_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a classifier."""
-    return dict(flags.CLASSIFIER)
-
-
-def classifier_and_diffusion_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a classifier and its process."""
-    return classifier_defaults() | diffusion_defaults()
+model_and_diffusion_defaults = copy_of(flags.IMAGE)
+sr_model_and_diffusion_defaults = copy_of(flags.SUPER_RES | {"sigma_small": False})  # which the original forgot
+diffusion_defaults = copy_of(flags.DIFFUSION)  # these are guided-diffusion's
+classifier_defaults = copy_of(flags.CLASSIFIER)
+classifier_and_diffusion_defaults = copy_of(flags.CLASSIFIER | flags.DIFFUSION)
 
 
 # ---- image models
@@ -159,11 +146,12 @@ def sizes(side: int, attention_resolutions: str, channel_mult: str = "", widest:
 
 def with_process(create: Callable[..., Any], given: Mapping[str, Any]) -> tuple[Any, SpacedDiffusion]:
     """The network that `create` makes, and the process, each of those flags that it takes."""
+    return called(create, given), called(create_gaussian_diffusion, {**given, "steps": given["diffusion_steps"]})
 
-    def called(function: Callable[..., Any], **values: Any) -> Any:
-        return function(**{name: value for name, value in values.items() if name in inspect.signature(function).parameters})
 
-    return called(create, **given), called(create_gaussian_diffusion, steps=given["diffusion_steps"], **given)
+def called(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """function(...) with those of the values that it takes."""
+    return function(**{name: value for name, value in values.items() if name in inspect.signature(function).parameters})
 
 
 # ---- argparse
