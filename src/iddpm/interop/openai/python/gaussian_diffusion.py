@@ -4,7 +4,7 @@ import enum
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,18 +75,11 @@ class LossType(enum.Enum):
 LEARNED = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A schedule that is its betas."""
-
-    values: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        return len(self.values)
-
-    def betas(self) -> Tensor:
-        return torch.from_numpy(np.array(self.values, dtype=np.float64))
+def chain_of(betas: Sequence[float] | np.ndarray, kept: Sequence[int] | None = None) -> Chain:
+    """The chain of the betas (T,), on the steps `kept` of it."""
+    values = torch.from_numpy(np.array(betas, dtype=np.float64))
+    schedule: Any = SimpleNamespace(steps=len(values), betas=lambda: values)
+    return Chain(schedule, kept)
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +116,7 @@ class GaussianDiffusion:
         assert self.betas.ndim == 1, "betas must be 1-D"
         assert (self.betas > 0).all() and (self.betas <= 1).all(), "each beta must lie in (0, 1]"
         self.num_timesteps = len(self.betas)
-        self.chain = Chain(Given(self.betas))
+        self.chain = chain_of(self.betas)
         s = self.chain.table
         self._steps = torch.stack(s).float()  # (columns, T)
 
