@@ -5,23 +5,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats.optimizer import flatten, slots_of
-from iddpm.interop.openai.python import blobfile as bf
 from iddpm.interop.openai.python import dist_util, fp16_util, logger
 from iddpm.interop.openai.python.nn import update_ema
 from iddpm.interop.openai.python.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from iddpm.parallel.processes import barrier, rank, same, world
+from iddpm.parallel.processes import barrier, every, rank, same, world
 from iddpm.parallel.shard import spread
 from iddpm.store.remote import place
 from iddpm.training.loop import MAX_SKIPS
@@ -107,14 +104,14 @@ class TrainLoop:
 
     def _load_optimizer_state(self) -> None:
         """AdamW's moments; the rate and decay stay those asked for (B6), and the true number of steps is the optimizer's (B7)."""
-        path = bf.join(bf.dirname(self._main_checkpoint()), f"opt{self.resume_step:06}.pt")
-        if not bf.exists(path):
+        path = place(self._main_checkpoint()).with_name(f"opt{self.resume_step:06}.pt")
+        if not path.exists():
             logger.warn(f"no {path}: the optimizer starts anew, at step {self.resume_step}")
             return
         logger.log(f"loading optimizer state from checkpoint: {path}")
-        saved = dist_util.load_state_dict(path, map_location="cpu")
+        saved = dist_util.load_state_dict(str(path), map_location="cpu")
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        slots, updates = slots_of(saved, shapes, path)
+        slots, updates = slots_of(saved, shapes, str(path))
         state = flatten(slots, shapes, "flat" if self.use_fp16 else "each")
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         extra = saved.get(EXTRA, {})
@@ -270,14 +267,13 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 def _number_beside(main: str) -> int:
     """The number in the names of the files beside a checkpoint: its own, or that of the one optimizer file there (B4)."""
-    name = bf.basename(main)
-    if digits := files.name_of(PurePath(name))["digits"]:
+    path = place(main)
+    if digits := files.name_of(path)["digits"]:
         return int(digits)
-    beside = [files.name_of(PurePath(other)) for other in bf.listdir(bf.dirname(main) or ".")]
-    numbers = [int(other["digits"]) for other in beside if other["optimizer"]]
+    numbers = [int(digits) for other in path.parent.glob("opt*.pt") if (digits := files.name_of(other)["digits"])]
     if len(numbers) == 1:
         return numbers[0]
-    logger.warn(f"{name} does not say its step, and {len(numbers)} optimizer files lie beside it: its weights alone are used")
+    logger.warn(f"{path.name} does not say its step; {len(numbers)} optimizer files lie beside it: its weights alone are used")
     return 0
 
 
@@ -293,13 +289,13 @@ def find_resume_checkpoint() -> str | None:
 
 def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> str | None:
     """The file of an average beside a checkpoint, if there is one."""
-    path = bf.join(bf.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt") if main_checkpoint else ""
-    return path if path and bf.exists(path) else None
+    path = place(main_checkpoint).with_name(f"ema_{rate}_{step:06d}.pt") if main_checkpoint else None
+    return str(path) if path and path.exists() else None
 
 
 def _refuse_to_overwrite() -> None:
     folder = get_blob_logdir()
-    there = [name for name in bf.listdir(folder) if re.fullmatch(r"model\d+\.pt", name)] if rank() == 0 else []
+    there = sorted(path.name for path in place(folder).glob("model*.pt") if files.name_of(path)["digits"])
     if there := same(there):
         raise UserError(f"{folder} holds {there[-1]} already: go on with --resume_checkpoint, or set another OPENAI_LOGDIR")
 
@@ -311,9 +307,7 @@ def _average_row() -> None:
     """Make the means of the row to come those over all processes, on each of them."""
     if world() > 1:
         row = logger.get_current()
-        parts: list[Any] = [None] * world()
-        dist.all_gather_object(parts, {name: row.counted()[name] for name in row.name2cnt})
-        row.name2val.update(logger.weighted_mean(parts))
+        row.name2val.update(logger.weighted_mean(every({name: row.counted()[name] for name in row.name2cnt})))
 
 
 def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
