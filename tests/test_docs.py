@@ -30,6 +30,8 @@ TITLES = {  # in the order in which a method is read
     "weighting": "Weights of the squared error",
     "schedule_sampler": "Laws of t: which noise levels are trained on",
     "solver": "Solvers",
+    "grid": "Where a solver's levels lie",
+    "guidance_kind": "Guidance: how `--guidance` goes beyond the class",
     "network": "Networks",
     "extractor": "Networks whose features are compared",
     "metrics": "Metrics",

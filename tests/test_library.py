@@ -57,12 +57,12 @@ def model(run):
 
 
 def test_the_lines_of_the_readme_run(there):
-    """On a small run and few images in the place of the reader's, for a single step."""
+    """On a small run and few images in the place of the reader's, for two steps."""
     (block,) = re.findall(r"^    import iddpm.*?(?=^\S)", (ROOT / "README.md").read_text(), re.S | re.M)
     program = textwrap.dedent(block)
     iddpm.train("photos", run="runs/tiny", image_size=8, num_channels=32, steps=1, batch_size=2, device="cpu")
     program = re.sub(r"iddpm\.train\((.*)\)", r"iddpm.train(\1, num_channels=32, batch_size=2, device='cpu')", program)
-    program = re.sub(r"image_size=\d+", "image_size=8", re.sub(r"\bsteps=[\d_]+", "steps=1", program))
+    program = re.sub(r"image_size=\d+", "image_size=8", re.sub(r"\bsteps=[\d_]+", "steps=2", program))
     exec(compile(program, "README.md", "exec"), {})
 
 

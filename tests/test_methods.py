@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from conftest import TINY, flags
 from iddpm import build
 from iddpm.cli.main import main
-from iddpm.config import Config
+from iddpm.config import Config, Model, fields_of
 from iddpm.config.choices import choices
+from iddpm.data import Order
+from iddpm.data.batches import make_batch, open_data
 from iddpm.store.log import read_rows
 from launcher import Launcher
 
@@ -28,12 +30,28 @@ METHODS: dict[str, dict] = {
         solver="dpmpp_2m",
     ),
     "flow": dict(noise_schedule="flow", parametrization="flow", schedule_sampler="logit-normal", weighting="flow", solver="ddim"),
+    "v, continuous": dict(
+        noise_schedule="cosine_vp", parametrization="v", weighting="sigmoid", snr_shift=2.0, solver="unipc", grid="logsnr",
+        class_cond=True, class_dropout=0.3, guidance=2.0, guidance_kind="apg",
+    ),
+    "v to the end of noise": dict(
+        CHAIN, parametrization="v", zero_terminal_snr=True, snr_shift=2.0, weighting="min_snr", noise_candidates=3, solver="ddim",
+        grid="karras",
+    ),
+    "jit": dict(
+        noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun", network="dit",
+        patch_size=2, width=32, depth=2, heads=2,
+    ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
 
 
+UNET = {k for k in BASE if fields_of(Model).get(k) and "network" in fields_of(Model)[k].only}
+
+
 def settings(name: str) -> dict:
-    return {k: v for k, v in BASE.items() if k not in CHAIN} | METHODS[name]
+    of_others = (*CHAIN, *(UNET if "network" in METHODS[name] else ()))
+    return {k: v for k, v in BASE.items() if k not in of_others} | METHODS[name]
 
 
 def tensors(run, step: int) -> dict[str, torch.Tensor]:
@@ -71,6 +89,53 @@ def test_it_draws_with_every_solver(trained, name, solver, tmp_path):
     with np.load(tmp_path / "x.npz") as file:
         images = file["arr_0"]
     assert images.shape == (2, 8, 8, 1) and images.std() > 0
+
+
+def test_guided_images_are_others_and_the_weak_model_may_be_an_earlier_checkpoint(trained, tmp_path, capsys):
+    """Each kind of guidance draws from the trained run; what says nothing is refused."""
+    run, found = trained / "v, continuous" / "parted", {}
+    command = ["sample", str(run), "--num_samples", "3", "--sampling_steps", "4", "--device", "cpu"]
+    early = str(run / "checkpoints" / "step_00000002")
+    kinds = {
+        "plain": ["--guidance", "1"],
+        "cfg": ["--guidance", "60", "--guidance_kind", "cfg"],
+        "apg": ["--guidance", "60", "--guidance_kind", "apg", "--apg_norm", "0.001"],
+        "zero": ["--guidance", "60", "--guidance_kind", "cfg_zero"],
+        "rescaled": ["--guidance", "60", "--guidance_rescale", "0.7"],
+        "interval": ["--guidance", "60", "--guidance_low", "0.01", "--guidance_high", "5"],
+        "thresholded": ["--guidance", "1000", "--dynamic_threshold", "0.9"],
+        "auto": ["--guidance", "1", "--autoguide", early, "--autoguidance", "60"],
+        "both": ["--guidance", "60", "--autoguide", early, "--autoguidance", "60"],
+        "first known": ["--guidance", "1", "--skip_first", "True"],
+    }
+    for kind, line in kinds.items():
+        assert main([*command, *line, "--out", str(tmp_path / f"{kind}.npz")]) == 0, kind
+        with np.load(tmp_path / f"{kind}.npz") as file:
+            found[kind] = file["arr_0"].tobytes()
+    same = [(a, b) for a in found for b in found if a < b and found[a] == found[b]]
+    assert not same
+    for line in (["--guidance", "1", "--guidance_rescale", "0.5"], ["--autoguidance", "2"], ["--autoguide", str(run)]):
+        assert main([*command, *line, "--out", str(tmp_path / "no.npz")]) == 2, line
+    assert "a class" not in capsys.readouterr().err
+
+
+def test_a_share_of_the_classes_is_dropped_the_same_on_any_process_and_not_in_validation(pictures):
+    settings = METHODS["v, continuous"] | dict(TINY, learn_sigma=False, batch_size=400, class_dropout=0.3)
+    data, config = open_data(Config().updated(settings | dict(path=str(pictures), num_classes=3)))
+    order = Order(len(data), 0)
+    y = make_batch(config, data, order, 1, 0).cond["y"]
+    assert 0.2 < (y == 3).float().mean() < 0.4
+    assert (make_batch(config, data, order, 1, 0, train=False).cond["y"] < 3).all()
+    assert build.network(config).label_emb.num_embeddings == 4
+
+
+def test_the_nearest_of_several_noises_is_taken(pictures):
+    settings = METHODS["ddpm"] | dict(TINY, learn_sigma=False, path=str(pictures), batch_size=16)
+    data, one = open_data(Config().updated(settings))
+    few = [make_batch(one.updated(dict(noise_candidates=k)), data, Order(len(data), 0), 1, 0) for k in (1, 2, 8)]
+    far = torch.stack([(b.eps - b.x0).square().flatten(1).sum(1) for b in few])
+    assert (far.diff(dim=0) <= 0).all() and (far[2] < far[0]).float().mean() > 0.7
+    assert abs(few[2].eps.mean()) < 0.15  # still about the noise it was: of 8 candidates, not of thousands
 
 
 @pytest.mark.parametrize("name", METHODS)

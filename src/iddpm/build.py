@@ -5,19 +5,30 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from iddpm.config import Config, image_size, is_chain
 from iddpm.config.choices import choices, make, row
-from iddpm.diffusion.denoiser import Denoiser, Network, clip, fixed_large, fixed_small, learned_range
-from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, walk
+from iddpm.diffusion.denoiser import (
+    Cond,
+    Denoise,
+    Denoiser,
+    Network,
+    Threshold,
+    clip,
+    fixed_large,
+    fixed_small,
+    learned_range,
+)
+from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, steps_at, walk
+from iddpm.diffusion.guidance import Steering, autoguided, classifier_free, first_known, limited
 from iddpm.diffusion.law import Uniform
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
 from iddpm.diffusion.parametrization import Scalings, previous, v
-from iddpm.diffusion.schedule import Schedule
+from iddpm.diffusion.schedule import Adjusted, Schedule, Shifted
 from iddpm.diffusion.solvers import Solver
 from iddpm.errors import UserError
 from iddpm.nn import Asked
@@ -32,17 +43,17 @@ def network(config: Config) -> nn.Module:
         image_size(m),
         in_channels=m.image_channels,
         out_channels=m.num_classes if task.classifies else m.image_channels * (2 if config.diffusion.learn_sigma else 1),
-        classes=m.num_classes if m.class_cond and not task.classifies else None,
+        # with --class_dropout one more stands for no class
+        classes=m.num_classes + (m.class_dropout > 0) if m.class_cond and not task.classifies else None,
         logits=task.classifies,
         small=task.enlarges,
         small_level=m.low_res_noise > 0,
     )
     made = make("network", m.network, config.numbers())
     try:
-        # ours reads the settings of a U-Net; a row with numbers of its own has them already
-        net: nn.Module = made(asked) if choices("network")[m.network].numbers or not _takes(made, "settings") else made(asked, m)
+        net: nn.Module = made(asked, m) if _takes(made, "settings") else made(asked)  # ours read the fields of Model, too
     except ValueError as e:
-        raise UserError(f"--image_size {m.image_size}: {e}") from None
+        raise UserError(f"--network {m.network}, --image_size {m.image_size}: {e}") from None
     return net
 
 
@@ -51,7 +62,7 @@ def schedule(config: Config) -> Schedule:
     d = config.diffusion
     if not is_chain(d):
         made: Schedule = make("noise_schedule", d.noise_schedule, config.numbers())
-        return made
+        return made if d.snr_shift == 1 else Shifted(made, d.snr_shift)
     return _chain(config, None)
 
 
@@ -61,19 +72,30 @@ def grid(config: Config, sampling_steps: str = "") -> Grid:
     On a continuous schedule "all" stands for 1000.
     """
     d, spec = config.diffusion, sampling_steps or config.sample.sampling_steps
-    if not is_chain(d):
-        return walk(schedule(config), 1000 if spec == "all" else int(spec))
     try:
+        if not is_chain(d):
+            return walk(schedule(config), _levels(config, 1000 if spec == "all" else int(spec)))
+        if config.sample.grid != "respaced":
+            return _chain(config, steps_at(_levels(config, d.diffusion_steps if spec == "all" else int(spec)), d.diffusion_steps))
         kept = respace(d.diffusion_steps, "" if spec == "all" else spec)
         return _chain(config, kept if config.sample.published else from_noise(kept, _chain(config, None).table.alpha))
     except ValueError as e:
         raise UserError(f"--sampling_steps {spec}: {e}") from None
 
 
+def _levels(config: Config, steps: int) -> Tensor:
+    """The u of so many steps on the config's grid."""
+    levels: Tensor = make("grid", config.sample.grid, config.numbers())(schedule(config), steps)
+    return levels
+
+
 def _chain(config: Config, kept: list[int] | None) -> Chain:
     d, numbers = config.diffusion, config.numbers()
     own = {k: numbers[k] for k in choices("noise_schedule")[d.noise_schedule].numbers}
-    return Chain(row("noise_schedule", d.noise_schedule)(d.diffusion_steps, **own), kept, rescale_time=d.rescale_timesteps)
+    made = row("noise_schedule", d.noise_schedule)(d.diffusion_steps, **own)
+    if d.snr_shift != 1 or d.zero_terminal_snr:
+        made = Adjusted(made, d.snr_shift, d.zero_terminal_snr)
+    return Chain(made, kept, rescale_time=d.rescale_timesteps)
 
 
 def parametrization(config: Config) -> Callable[[Any], Scalings]:
@@ -95,17 +117,54 @@ def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], T
     Between the levels of a continuous schedule the variance is the posterior's. Beta's, which is right for the many small steps
     of a chain, adds far too much noise in few large ones (measured: docs/log.md).
     """
-    made = denoiser(config, net, *_clipping(config), *after)
+    made = denoiser(config, net, *_limits(config), *after)
     return made if is_chain(config.diffusion) else dataclasses.replace(made, variance=fixed_small)
 
 
 def bound_denoiser(config: Config, net: Network) -> Denoiser:
     """As `denoiser`, to measure likelihood with: clipped likewise, of the config's own variance, whose bound is the tighter."""
-    return denoiser(config, net, *_clipping(config))
+    return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()))
 
 
-def _clipping(config: Config) -> tuple[Callable[[Tensor], Tensor], ...]:
-    return (clip,) if config.sample.clip_denoised else ()
+def _limits(config: Config) -> tuple[Callable[[Tensor], Tensor], ...]:
+    s = config.sample
+    return (Threshold(s.dynamic_threshold),) if s.dynamic_threshold else (clip,) if s.clip_denoised else ()
+
+
+class Weak(NamedTuple):
+    """A model to guide away from, and how far."""
+
+    config: Config
+    net: Network
+    scale: float
+
+
+def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor], Tensor], weak: Weak | None = None) -> Denoise:
+    """What a solver walks with: the sampling denoiser with its conditions, and the guidance that the config asks for.
+
+    One is made for each path, whose steps guidance may remember. `after` is done to x0, in turn.
+    """
+    s, made = config.sample, sampling_denoiser(config, net, *after)
+    denoise: Denoise = partial(made, cond=cond)
+    if s.guidance != 1 or weak:
+        bare = dataclasses.replace(made, after=())
+        denoise = partial(bare, cond=cond)
+        if s.guidance != 1:
+            without = {**cond, "y": torch.full_like(cond["y"], config.model.num_classes)}
+            denoise = classifier_free(bare, cond, without, _steering(config, s.guidance))
+        if weak:
+            other = dataclasses.replace(sampling_denoiser(weak.config, weak.net), after=())
+            seen = {name: value for name, value in cond.items() if name != "y" or weak.config.model.class_cond}
+            denoise = autoguided(denoise, partial(other, cond=seen), _steering(config, weak.scale))
+        denoise = limited(denoise, *made.after)
+    return first_known(denoise) if s.skip_first else denoise
+
+
+def _steering(config: Config, scale: float) -> Steering:
+    s = config.sample
+    return Steering(
+        make("guidance_kind", s.guidance_kind, config.numbers())(scale), s.guidance_low, s.guidance_high, s.guidance_rescale
+    )
 
 
 def objective(config: Config) -> Callable[..., Terms]:
@@ -145,6 +204,23 @@ def require_fit(config: Config) -> Config:
         raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
     if not d.learn_sigma and loss in LEARN_VARIANCE:
         raise UserError(f"--objective {d.objective} needs --learn_sigma True")
+    if config.sample.guidance != 1 and not config.model.class_dropout:
+        raise UserError(
+            "--guidance needs a model trained with --class_dropout 0.1, which this is not: guide by --classifier or --autoguide"
+        )
+    if config.train.noise_candidates > 1 and loss in CHAIN_ONLY:
+        raise UserError(
+            f"--noise_candidates changes the law of the noise, of which --objective {d.objective_name} is the likelihood: "
+            "take --objective simple"
+        )
+    if d.snr_shift != 1 and not is_chain(d) and schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
+        raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
+    if d.zero_terminal_snr and d.diffusion_steps < 2:
+        raise UserError("--zero_terminal_snr stretches a chain: --diffusion_steps 2 or more")
+    if (needs := getattr(solver(config), "order", 1)) > (has := grid(config).steps):
+        raise UserError(
+            f"--solver {config.sample.solver} reads {needs} steps, and there are {has}: more --sampling_steps, or --solver ddim"
+        )
     if not is_chain(d) and loss in CHAIN_ONLY:
         raise UserError(
             f"--objective {d.objective} reads the steps of a chain: take --noise_schedule linear or cosine, not {name}"

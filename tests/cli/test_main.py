@@ -38,7 +38,7 @@ def refused(capsys, *argv) -> str:
         (["train", "DATA", "--dropout", "1.5", "--steps", "1"], "from 0 to 0.999"),
         (["train", "DATA", "--lr", "nan", "--steps", "1"], "out of range"),
         (["train", "DATA", "--num_channels", "0", "--steps", "1"], "from 1 to 65536"),
-        (["train", "DATA", "--noise_schedule", "sigmoid", "--steps", "1"], "linear, cosine"),
+        (["train", "DATA", "--noise_schedule", "quadratic", "--steps", "1"], "linear, cosine"),
         (["train", "DATA", "--image_size", "12x", "--steps", "1"], "height x width"),
         (["train", "DATA", "--image_size", "4", "--steps", "1"], "from 8 to 1024"),
         (["train", "DATA", "--image_size", "20", "--channel_mult", "1,2,2,2", "--steps", "1"], "multiple"),

@@ -319,6 +319,18 @@ UNFIT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # settings, words o
     (dict(objective="simple", learn_sigma=True), "take hybrid or vlb", dict(objective="vlb")),
     (dict(objective="hybrid"), "needs --learn_sigma True", dict(learn_sigma=True)),
     (dict(objective="hybrid_unscaled"), "needs --learn_sigma True", dict(learn_sigma=True)),
+    *((dict(noise_schedule=schedule, parametrization=name), "take x0 or v or flow", dict(parametrization="v"))
+      for schedule in ("cosine_vp", "sigmoid") for name in ("eps", "edm", "previous")),
+    (dict(zero_terminal_snr=True), "divides by alpha", dict(parametrization="v")),
+    (dict(zero_terminal_snr=True, parametrization="v", diffusion_steps=1, sampling_steps="1"), "2 or more",
+     dict(diffusion_steps=2)),
+    (dict(noise_schedule="ve", snr_shift=2.0), "change --sigma_max", dict(snr_shift=1.0)),
+    (dict(noise_schedule="ve", zero_terminal_snr=True), "linear, cosine", dict(zero_terminal_snr=False)),
+    (dict(guidance=2.0), "--class_dropout 0.1", dict(class_cond=True, class_dropout=0.1)),
+    (dict(class_dropout=0.1), "without --class_cond", dict(class_cond=True)),
+    (dict(noise_candidates=4, learn_sigma=True, objective="vlb"), "take --objective simple", dict(noise_candidates=1)),
+    (dict(solver="dpmpp_3m", sampling_steps="2"), "reads 3 steps, and there are 2", dict(sampling_steps="3")),
+    (dict(grid="karras", sampling_steps="10,20"), "only counted", dict(sampling_steps="30")),
 ]  # fmt: skip
 
 

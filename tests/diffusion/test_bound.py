@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion.rows import CONTINUOUS, DISCRETE, columns
+from diffusion.rows import CONTINUOUS, DISCRETE, columns, evenly
 from diffusion.rows import grid as grid_of
 from golden_rules import Stub, image_tensor, noise
 from iddpm.diffusion.bound import bound_terms, discretized_log_likelihood, gaussian_kl, mean_flat, prior_term, vlb_term
 from iddpm.diffusion.denoiser import Denoiser, clip, fixed_large, fixed_small
-from iddpm.diffusion.grid import Chain, walk
+from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Cosine, Flow
 
@@ -161,7 +161,7 @@ def test_on_a_continuous_schedule_a_perfect_prediction_costs_nothing_but_the_dec
 
 def test_the_prior_of_flow_is_nothing_and_that_of_ve_what_is_left_of_the_image() -> None:
     x0 = image_tensor(0, SHAPE)
-    assert torch.equal(prior_term(walk(Flow(), 5), x0), torch.zeros(4))
+    assert torch.equal(prior_term(evenly(Flow(), 5), x0), torch.zeros(4))
     kl = kl_divergence(Normal(x0.double(), 80.0), Normal(torch.tensor(0.0).double(), 80.0))
     bits = (mean_flat(kl) / math.log(2)).float()
-    torch.testing.assert_close(prior_term(walk(SCHEDULES["ve"](), 5), x0), bits, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(prior_term(evenly(SCHEDULES["ve"](), 5), x0), bits, rtol=1e-3, atol=1e-7)

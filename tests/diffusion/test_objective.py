@@ -1,5 +1,6 @@
 """Training losses: what the published code computes on the same numbers, and where their gradients go."""
 
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, fixed_large, 
 from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, OBJECTIVES, hybrid, hybrid_unscaled, simple, vlb, vlb_unscaled
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
-from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow
-from iddpm.diffusion.weighting import WEIGHTINGS, Edm, flow, uniform
+from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, CosineVP, Flow
+from iddpm.diffusion.weighting import WEIGHTINGS, Edm, flow, likelihood, pace, uniform
 
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "previous"}
 LOSSES = {  # with a learned variance, and without
@@ -195,6 +196,64 @@ def test_flows_loss_is_the_squared_error_of_the_velocity() -> None:
     missed = SQUARE * ((1 + level.alpha / level.sigma) ** 2).float()
     for weighting in (flow, uniform):
         torch.testing.assert_close(loss_of_guess(Flow(), "flow", weighting), missed, rtol=1e-4, atol=0)
+
+
+SNR = (CosineVP()(V).alpha / CosineVP()(V).sigma) ** 2
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_of_x0"),
+    [
+        ("min_snr", SNR.clamp(max=5)),  # Hang et al. 2023, eq. 6
+        ("soft_min_snr", SNR * 5 / (SNR + 5)),  # Crowson et al. 2024
+        ("p2", SNR / (1 + SNR)),  # Choi et al. 2022, eq. 8, of the error of eps: snr times that of x0
+        ("likelihood", math.pi / (2 * CosineVP()(V).alpha * CosineVP()(V).sigma) * SNR),  # -dlog(snr)/du = pi / (alpha sigma)
+        ("sigmoid", math.pi / (2 * CosineVP()(V).alpha * CosineVP()(V).sigma) * SNR / (1 + SNR * math.e)),
+    ],
+)
+def test_a_weighting_is_the_papers(name: str, weight_of_x0: Tensor) -> None:
+    found = loss_of_guess(CosineVP(), "v", made(WEIGHTINGS[name]))
+    torch.testing.assert_close(found, (weight_of_x0 * SQUARE).float(), rtol=1e-4, atol=0)
+
+
+def test_the_likelihoods_weight_on_a_chain_is_about_the_bounds() -> None:
+    """Half the fall of snr from one step to the next, times the number of steps (Kingma et al. 2021, eq. 13)."""
+    chain = Chain(Cosine(1000))
+    i = torch.tensor([100, 500, 900])
+    u, step = (i + 0.5) / 1000, chain.at(i)
+    fall = 1000 * 0.5 * ((step.alpha_to / step.sigma_to) ** 2 - (step.alpha / step.sigma) ** 2)
+    one = torch.ones(3, dtype=torch.float64)
+    c = meaning("x0")(step)
+    torch.testing.assert_close(likelihood(step, c, lambda: pace(chain, u.double())) * one, fall, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("parametrization", ["x0", "eps", "flow", "edm", "v"])
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_the_best_denoiser_is_where_every_loss_is_least(name: str, parametrization: str) -> None:
+    """Data of two values: where the net knows E[x0 / x_t], the gradient to a scale and a shift of its x0 is 0 on average."""
+    generator = torch.Generator().manual_seed(0)
+    n = 40_000
+    x0 = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 1.0 - 0.5
+    eps = torch.randn(x0.shape, generator=generator)
+    u = torch.full((n,), 0.5, dtype=torch.float64)
+    schedule = CosineVP()
+    level = schedule(u[:1])
+    alpha, sigma = float(level.alpha), float(level.sigma)
+    knob = torch.zeros(2, requires_grad=True)
+    c = meaning(parametrization)(level)
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        xt = x if c.inp is None else x / c.inp.float()
+        best = 0.5 * torch.tanh(0.5 * alpha * xt / sigma**2)
+        return ((1 + knob[0]) * best + knob[1] - c.skip.float() * xt) / c.out.float()
+
+    terms = simple(Denoiser(net, meaning(parametrization)), schedule, x0, eps, u, weighting=made(WEIGHTINGS[name]))
+    (gradient,) = torch.autograd.grad(terms["loss"].mean(), knob)
+    assert (gradient.abs() < 0.02 * terms["loss"].mean().item()).all()
+    knob.data[1] = 0.2
+    terms = simple(Denoiser(net, meaning(parametrization)), schedule, x0, eps, u, weighting=made(WEIGHTINGS[name]))
+    (gradient,) = torch.autograd.grad(terms["loss"].mean(), knob)
+    assert gradient[1] > 0.2 * terms["loss"].mean()  # the test could fail
 
 
 def test_what_needs_a_chain_or_a_learned_variance_is_named_beside_the_table() -> None:

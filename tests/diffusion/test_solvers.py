@@ -150,7 +150,7 @@ def test_a_solver_is_of_the_order_it_claims(schedule: str, solver: str) -> None:
         ends = [at.alpha_to * M + z * (at.alpha_to**2 * S**2 + at.sigma_to**2).sqrt() for at in walked]
         errors.append(max((state.x - end).abs().max().item() for state, end in zip(path, ends)))
     order = math.log2(errors[0] / errors[1])
-    assert -0.3 < order - ORDERS[solver] < 1, (errors, order)  # a corrector can be better than it claims
+    assert -0.3 < order - ORDERS[solver] < 1.2, (errors, order)  # a corrector can be better than it claims
 
 
 def best64(x: Tensor, s: Any) -> Any:

@@ -15,13 +15,19 @@ from iddpm.words import many
 if TYPE_CHECKING:
     import numpy as np
 
+    from iddpm.build import Weak
     from iddpm.sampling.draw import Guide
     from iddpm.sampling.job import Inputs, Job
     from iddpm.sampling.open import Opened
+    from iddpm.store.weights import Weights
 
 # What decides the images beside weights, seeds and classes: a job is only continued by the same one.
 FEW = 100  # steps below which the fixed large variance leaves noise in the images
-SHAPING = ("classifier", "classifier_scale", "low_res", "high_res", "low_res_noise")
+STEERING = ("guidance_kind", "guidance_low", "guidance_high", "guidance_rescale")  # of --guidance and of --autoguide
+SAME_WORLD = (
+    "image_size", "image_channels", "diffusion_steps", "noise_schedule", "snr_shift", "zero_terminal_snr", "rescale_timesteps",
+)  # fmt: skip
+SHAPING = ("classifier", "classifier_scale", "autoguide", "autoguidance", "low_res", "high_res", "low_res_noise")
 
 
 def _parser(parser: Parser) -> None:
@@ -39,6 +45,10 @@ def _sample(run: str, **given: Any) -> None:
         raise UserError("--low_res and --high_res both give the images to enlarge: give one")
     if "classifier_scale" in given and not draw.classifier:
         raise UserError("--classifier_scale has no effect without --classifier")
+    if "autoguidance" in given and not draw.autoguide:
+        raise UserError("--autoguidance has no effect without --autoguide")
+    if flag := next((f for f in STEERING if f in given and given.get("guidance", 1) == 1 and not draw.autoguide), ""):
+        raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
     from iddpm import build
     from iddpm.parallel import processes
     from iddpm.sampling.draw import images, painter
@@ -51,11 +61,14 @@ def _sample(run: str, **given: Any) -> None:
         chain = [first, *(open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip())]
         _check(draw, chain)
         guide = _guide(draw, first, which) if draw.classifier else None
+        weak = _weak(draw, first, which) if draw.autoguide else None
         small = inputs(draw, first.config) if first.config.task.enlarges else None
         task = asked(draw, first.config, guide.config if guide else first.config, small)
         grids = [build.grid(o.config) for o in chain]
         step, rate = first.weights.about["step"], first.weights.about.get("ema_rate", 0)
-        identity = _identity(draw, chain, guide, task)
+        steering: dict[str, Any] = dict(guide=guide, weak=weak[1] if weak else None)
+        others = [*([guide.weights] if guide else []), *([weak[0].weights] if weak else [])]
+        identity = _identity(draw, chain, others, task)
         default = first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
         out = place(draw.out) if draw.out else free(default, identity)
 
@@ -63,7 +76,7 @@ def _sample(run: str, **given: Any) -> None:
             painters = []
             for o in chain:
                 noise = draw.low_res_noise if o.config.model.low_res_noise else 0.0  # only for a model trained with it
-                painters.append(painter(o.config, o.net, o.device, tick, guide if o is first else None, noise))
+                painters.append(painter(o.config, o.net, o.device, tick, noise, **(steering if o is first else {})))
             return images(painters, rest, which.batch_size)
 
         drawn = draw_into(
@@ -81,12 +94,12 @@ def _sample(run: str, **given: Any) -> None:
             _compare(first.config, out, drawn, small, list(task.seeds))
 
 
-def _identity(draw: Draw, chain: "list[Opened]", guide: "Guide | None", task: "Job") -> dict[str, Any]:
+def _identity(draw: Draw, chain: "list[Opened]", others: "list[Weights]", task: "Job") -> dict[str, Any]:
     """What a job is: the same one goes on where it was killed."""
     from iddpm.sampling.open import digest_of
 
     first = chain[0]
-    models = [*(o.weights for o in chain), *([guide.weights] if guide else [])]
+    models = [*(o.weights for o in chain), *others]
     sampled = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
     return dict(
         weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
@@ -139,18 +152,40 @@ def _guide(draw: Draw, first: "Opened", which: Which) -> "Guide":
     theirs, ours = judge.config, first.config
     if not theirs.task.classifies:
         raise UserError(f"--classifier {draw.classifier} is no classifier (train one with --task classify)")
-    for name in ("image_size", "image_channels", "diffusion_steps", "noise_schedule", "rescale_timesteps"):
-        if (a := theirs.flat()[name]) != (b := ours.flat()[name]):
-            also = ": it would see other noise" if name in fields_of(ours.diffusion) else ""
-            raise UserError(f"--classifier {draw.classifier} has --{name} {a}, the model {b}{also}")
-    if ours.model.class_cond and ours.data.classes != theirs.data.classes:
-        raise UserError(f"--classifier {draw.classifier} was trained on other classes than the model")
+    _same_world(f"--classifier {draw.classifier}", theirs, ours)
     step = next(iter(build.grid(ours)))
     # all solvers but ancestral multiply the first gradient by about alpha_to / alpha, which is huge where a chain begins in noise
     if ours.sample.solver != Sample.solver and step.alpha and (jump := (step.alpha_to / step.alpha).item()) > 10:
         print(f"the first step of {ours.sample.solver} would magnify the guidance {jump:.0f} times: take --sampling_steps ddimN "
               f"(as ddim50), which begins below pure noise, or --solver ancestral")  # fmt: skip
     return Guide(theirs, judge.net, draw.classifier_scale, judge.weights)
+
+
+def _weak(draw: Draw, first: "Opened", which: Which) -> "tuple[Opened, Weak]":
+    """The model to guide away from; UserError where it draws other images, from other noise, or of other classes."""
+    from iddpm.build import Weak
+    from iddpm.sampling.open import open_weights
+
+    where = place(draw.autoguide)
+    if where == place(str(first.home)):
+        raise UserError(f"--autoguide {draw.autoguide} is the model itself: name one of its checkpoints/step_... folders")
+    other = open_weights(where, dataclasses.replace(which, checkpoint_step=-1, best=False))
+    if other.config.model.task != first.config.model.task:
+        raise UserError(f"--autoguide {draw.autoguide} has --task {other.config.model.task}, the model {first.config.model.task}")
+    _same_world(f"--autoguide {draw.autoguide}", other.config, first.config)
+    return other, Weak(other.config, other.net, draw.autoguidance)
+
+
+def _same_world(flag: str, theirs: Config, ours: Config) -> None:
+    """Raise UserError where a model that is to guide another sees other images, other noise, or other classes."""
+    for name in SAME_WORLD:
+        if (a := theirs.flat()[name]) != (b := ours.flat()[name]):
+            also = ": it would see other noise" if name in fields_of(ours.diffusion) else ""
+            raise UserError(f"{flag} has --{name} {a}, the model {b}{also}")
+    if theirs.model.class_cond and ours.model.class_cond and ours.data.classes != theirs.data.classes:
+        raise UserError(f"{flag} was trained on other classes than the model")
+    if theirs.model.class_cond and not theirs.task.classifies and not ours.model.class_cond:
+        raise UserError(f"{flag} draws classes, and the model knows none")
 
 
 def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", seeds: list[int]) -> None:

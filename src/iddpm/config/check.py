@@ -46,5 +46,7 @@ def _check_sampling_steps(config: Config) -> None:
         raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
     if not is_chain(d) and whole(spec) is None:
         raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {d.noise_schedule} are only counted, as 50")
+    if (grid := config.sample.grid) != "respaced" and spec != "all" and whole(spec) is None:
+        raise UserError(f"--sampling_steps {spec}: the steps of --grid {grid} are only counted, as 50")
     if is_chain(d) and sum(counts) > d.diffusion_steps:
         raise UserError(f"--sampling_steps {spec}: the chain has only {d.diffusion_steps} steps (--diffusion_steps)")

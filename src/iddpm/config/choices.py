@@ -23,6 +23,8 @@ KINDS = {  # the flag that chooses: the module, or the package of modules, where
     "weighting": ("diffusion.weighting", "WEIGHTINGS"),
     "schedule_sampler": ("diffusion.law", "LAWS"),
     "objective": ("diffusion.objective", "OBJECTIVES"),
+    "grid": ("diffusion.grid", "GRIDS"),
+    "guidance_kind": ("diffusion.guidance", "GUIDANCES"),
     "network": ("nn", "NETWORKS"),
     "extractor": ("measure.extractors", "EXTRACTORS"),
     "metrics": ("measure.metrics", "METRICS"),

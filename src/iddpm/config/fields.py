@@ -136,9 +136,10 @@ def conditions(f: Field, fields: Mapping[str, Field]) -> str:
     """When a field has an effect, in short, as "task enlarge"; not what every value of the other field meets."""
     told = [f"{chooser} {'|'.join(rows)}" for chooser, rows in f.rows.items()]
     for key, asked in map(_asked, f.only.split()):
-        beside = fields[key].choices if fields[key].kind else ()  # auto
         if not asked:
             told.append(f"with {key}")
-        elif len(beside) + len(asked) < len(fields[key].allowed() or ("True", "False")):
+            continue
+        beside = fields[key].choices if fields[key].kind else ()  # auto
+        if len(beside) + len(asked) < len(fields[key].allowed() or ("True", "False")):
             told.append(f"{key} {'|'.join((*beside, *asked))}")
     return (" or " if f.rows else ", ").join(told)

@@ -44,6 +44,10 @@ class Model:
     dropout: float = opt(0.0, "share of features dropped in training", 0, 0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     class_cond: bool = _fixed(False, "condition on the classes of the data")
+    class_dropout: float = _fixed(
+        0.0, "share of images trained without their class, so that --guidance can be used; 0.1 is usual", 0, 0.9,
+        only="task=images|enlarge class_cond",
+    )  # fmt: skip
     num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 
@@ -62,6 +66,11 @@ class Diffusion:
         False, "of the two fixed variances take the posterior's, not beta",
         only="task=images|enlarge noise_schedule:betas learn_sigma=False",
     )  # fmt: skip
+    snr_shift: float = _fixed(
+        1.0, "how many times as large sigma/alpha is at every step: larger images need more noise (as 2 for twice the side)",
+        0.01, 100,
+    )  # fmt: skip
+    zero_terminal_snr: bool = _chain(False, "the last step is pure noise")
     rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
     objective: str = _draws("auto", "the loss; auto: hybrid with learn_sigma, else simple", kind="objective", choices=("auto",))
     weighting: str = _fixed("uniform", "weight of the squared error at each level", kind="weighting", only="objective:weighting")
@@ -126,6 +135,10 @@ class Train:
     async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
     shard: int = opt(0, "how many processes divide one copy of the weights (FSDP2); 0: none do (DDP), -1: all", -1)
     timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1, 10**7)
+    noise_candidates: int = opt(
+        1, "draw so many noises for each image and train on the nearest (Wang et al. 2025, k-nearest immiscible diffusion)",
+        1, 64, only="task=images|enlarge",
+    )  # fmt: skip
     init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
     init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
@@ -144,6 +157,18 @@ class Sample:
     sampling_steps: str = opt("250", "a count (250), counts per section (10,15,20), or ddimN; all: every step")
     clip_denoised: bool = opt(True, "clip the predicted image to [-1, 1] at each step")
     published: bool = opt(False, "few steps begin below pure noise, as the original's commands have it", flag=False)
+    grid: str = opt("respaced", "where the levels of these steps lie", kind="grid")
+    skip_first: bool = opt(False, "save the first call of the network: at the noisiest level eps is x / sigma")
+    guidance: float = opt(
+        1.0, "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)", 0, 1000
+    )
+    guidance_kind: str = opt("cfg", "how guidance goes beyond", kind="guidance_kind")
+    guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", 0)
+    guidance_high: float = opt(1e9, "and at most this", 0)
+    guidance_rescale: float = opt(0.0, "bring the spread of guided images back to that of unguided ones, by this share", 0, 1)
+    dynamic_threshold: float = opt(
+        0.0, "divide the predicted image by this quantile of its values where that is above 1 (0.995); 0: clip", 0, 1
+    )
     consistent: bool = opt(False, "at each step, make the predicted image shrink to exactly the small one", only="task=enlarge")
 
 
@@ -168,6 +193,10 @@ class Draw:
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
     classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
     classifier_scale: float = opt(1.0, "strength of the classifier's guidance", 0)
+    autoguide: str = opt("", "a smaller run, or an earlier checkpoint of this one, to guide away from")
+    autoguidance: float = opt(
+        2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", 0, only="autoguide"
+    )
     then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")

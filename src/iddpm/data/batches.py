@@ -65,10 +65,11 @@ class Batch(NamedTuple):
     cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, low_res (b, C, h, w) ...
 
 
-def make_batch(config: Config, data: DataSet, order: Order, step: int, position: int) -> Batch:
+def make_batch(config: Config, data: DataSet, order: Order, step: int, position: int, train: bool = True) -> Batch:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
-    Every number depends on the seed, the step and the image's place in the global batch alone.
+    Every number depends on the seed, the step and the image's place in the global batch alone. Without `train` all keep
+    their class.
     """
     t, n = config.train, config.train.batch_size
     mine = processes.share(n)
@@ -80,7 +81,15 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
         flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
         x0[flip] = x0[flip].flip(-1)
     eps = rng.normal(t.seed, rng.NOISE, step, mine, x0.shape[1:])
-    return Batch(x0, eps, conditions(config, data, indices, x0, step, mine))
+    for k in range(1, t.noise_candidates):  # candidate k of image i of n is stream k n + i
+        other = rng.normal(t.seed, rng.NOISE, step, [k * n + i for i in mine], x0.shape[1:])
+        nearer = (other - x0).square().flatten(1).sum(1) < (eps - x0).square().flatten(1).sum(1)
+        eps[nearer] = other[nearer]
+    cond = conditions(config, data, indices, x0, step, mine)
+    if config.model.class_dropout and train:
+        without = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop] < config.model.class_dropout
+        cond["y"] = torch.where(without, config.model.num_classes, cond["y"])
+    return Batch(x0, eps, cond)
 
 
 CROP = 0.8  # the smallest share of an image's side that a random crop shows

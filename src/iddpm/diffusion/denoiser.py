@@ -52,6 +52,13 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")  # safe: CUDA has read pageable memory before the call returns
 
 
+def moved(p: Prediction, x0: Tensor, x: Tensor, level: Level | Step) -> Prediction:
+    """The prediction with another x0, and its mean moved along with it."""
+    if p.mean is None or not isinstance(level, Step):
+        return p._replace(x0=x0)
+    return p._replace(x0=x0, mean=p.mean + wide((level.coef_x0,), x)[0] * (x0 - p.x0))
+
+
 # ---- variance: (step, the network's variance channels) -> log variance of p(x_{t-1} | x_t)
 
 
@@ -122,3 +129,14 @@ class Denoiser:
 def clip(x0: Tensor) -> Tensor:
     """x0 held in the range of images."""
     return x0.clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """x0 divided by the `share`-quantile of its |values| where that is above 1 (Saharia et al. 2022, Imagen, section 2.3)."""
+
+    share: float
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        limit = x0.abs().flatten(1).quantile(self.share, dim=1).clamp(min=1).reshape(-1, *(1,) * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) / limit

@@ -13,7 +13,7 @@ from iddpm.diffusion.bound import mean_flat, vlb_term
 from iddpm.diffusion.denoiser import Cond, Denoiser, times, wide
 from iddpm.diffusion.grid import as_step
 from iddpm.diffusion.schedule import Schedule
-from iddpm.diffusion.weighting import Weighting, uniform
+from iddpm.diffusion.weighting import Weighting, pace, uniform
 
 Terms = dict[str, Tensor]  # "loss" and what it is made of, each (B,)
 
@@ -80,7 +80,7 @@ def _squared_error(
 ) -> Terms:  # fmt: skip
     level = schedule(u)
     c = denoiser.parametrization(level)
-    columns = level.alpha, level.sigma, c.of_x0, c.of_eps, weighting(level, c)
+    columns = level.alpha, level.sigma, c.of_x0, c.of_eps, weighting(level, c, lambda: pace(schedule, u))
     alpha, sigma, of_x0, of_eps, weight = wide(columns, x0)
     xt = alpha * x0 + sigma * eps
     p = denoiser(xt, level, cond)

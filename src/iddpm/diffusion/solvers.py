@@ -128,7 +128,7 @@ class Dpmpp3M(Multistep):
 class UniPC:
     """Predicts a step, and corrects it by the call at its end, which the next one needs anyway (Zhao et al. 2023, algorithm 1)"""
 
-    order: Annotated[int, "calls that a step reads; the corrector reads one more", 1, 4] = 3
+    order: Annotated[int, "calls of the network that a step reads", 1, 4] = 3
 
     def __call__(self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
         seen: list[tuple[Tensor, Tensor]] = []
@@ -250,7 +250,7 @@ BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59
 class Ipndm:
     """Adams-Bashforth in sigma/alpha with the weights of even steps, whatever the grid (Zhang & Chen 2023, section 3.3)"""
 
-    order: Annotated[int, "calls that a step reads", 1, 4] = 4
+    order: Annotated[int, "calls of the network that a step reads", 1, 4] = 3
 
     def __call__(self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
         seen: list[Tensor] = []
@@ -261,6 +261,9 @@ class Ipndm:
             # x / alpha + (sigma_to/alpha_to - sigma/alpha) eps, times alpha_to; by way of x0 where alpha may be 0
             x = s.alpha_to * p.x0 + s.sigma_to * eps + (s.alpha_to / s.alpha * s.sigma * (seen[0] - eps) if s.alpha else 0)
             yield State(x, p.x0)
+
+
+LEAST_WIDTH = 1e-3  # of a step in z, taken whatever its error: so that every path ends
 
 
 @dataclass(frozen=True)
@@ -291,12 +294,12 @@ class Adaptive:
             better = torch.where(last.to(x.device).reshape(shape), euler, y + step * (slope + bent) / 2)
             allowed = self.atol + self.rtol * y.abs().maximum(better.abs())
             error = ((better - euler) / allowed).square().flatten(1).mean(1).sqrt().double().cpu()
-            good = (error <= 1) & ~done
+            good = ((error <= 1) | (width <= LEAST_WIDTH)) & ~done
             moved = torch.where(last, torch.ones_like(then), to.alpha + to.sigma).to(x).reshape(shape) * better
             x = torch.where(good.to(x.device).reshape(shape), moved, x)
             level = Level(*(torch.where(good & ~last, b, a) for a, b in zip(level, to)))
             done = done | (good & last)
-            width = (width * (0.9 / error.clamp(min=1e-6).sqrt()).clamp(0.2, 5)).clamp(min=1e-3)
+            width = (width * (0.9 / error.clamp(min=1e-6).sqrt()).clamp(0.2, 5)).clamp(min=LEAST_WIDTH)
             yield State(x, x0)
 
 

@@ -1,11 +1,11 @@
 """Networks from the settings of a run: what a task asks of one, and a row for each architecture."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from torch import nn
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 from iddpm.nn.classifier import Classifier
+from iddpm.nn.dit import DiT
 from iddpm.nn.unet import SuperResUNet, UNet, attention_rates, channel_mult_for
 
 
@@ -55,4 +55,24 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": unet}
+@dataclass(frozen=True)
+class Dit:
+    """A transformer on patches: adaLN-Zero, rotary positions, gated layers (Peebles & Xie 2023; Li & He 2025)"""
+
+    patch_size: Annotated[int, "side of a patch in pixels", 1, 256] = 4
+    width: Annotated[int, "channels of a token", 8, 65536] = 384
+    depth: Annotated[int, "blocks", 1, 1000] = 12
+    heads: Annotated[int, "attention heads", 1, 1024] = 6
+
+    def __call__(self, asked: Asked, settings: Any) -> DiT:
+        """`settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for."""
+        if asked.logits or asked.small_level:
+            raise ValueError(f"--network dit {'is no classifier' if asked.logits else 'has no --low_res_noise'}: take unet")
+        return DiT(
+            asked.image_size, asked.in_channels, asked.out_channels, patch=self.patch_size, width=self.width, depth=self.depth,
+            heads=self.heads, num_classes=asked.classes, images=1 + asked.small, dropout=settings.dropout,
+            use_checkpoint=settings.use_checkpoint,
+        )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[..., Any]] = {"unet": unet, "dit": Dit}

@@ -54,8 +54,9 @@ def painter(
     net: Network,
     device: torch.device,
     tick: Callable[[], Any] = lambda: None,
-    guide: Guide | None = None,
     low_res_noise: float = 0.0,
+    guide: Guide | None = None,
+    weak: build.Weak | None = None,
 ) -> Painter:
     """What draws with a model. `tick` is called after each step of the solver.
 
@@ -71,7 +72,7 @@ def painter(
         if config.task.enlarges:
             cond |= _low_res(config, job, low_res_noise, device)
         known = (consistent(cond["low_res"]),) if config.sample.consistent else ()
-        denoise: Any = partial(build.sampling_denoiser(config, net, *known), cond=cond)
+        denoise = build.drawing(config, net, cond, *known, weak=weak)
         if guide:
             denoise = guided(denoise, classifier_gradient(guide.net, labels, guide.scale))
 

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iddpm import build
 from iddpm.config import Config, ema_rates
-from iddpm.nn.layers import Stage
 from iddpm.parallel import shard
 from iddpm.parallel.shard import Layout
 from iddpm.training.memory import ACTIVATION, BUFFER, COPY, GRADIENT, IMAGES, Live, Profile
@@ -50,7 +49,8 @@ def watch(config: Config, layout: Layout, cuda: bool) -> tuple[list[list[Shape]]
             stack.enter_context(pretended(layout.processes))
         with torch.device("meta"):
             net = build.network(config.updated({"use_checkpoint": True})).train()
-        shapes, stages = groups(net), [m for m in net.modules() if isinstance(m, Stage) and m.recompute]
+        shapes = groups(net)
+        stages: list[Any] = [m for m in net.modules() if getattr(m, "recompute", False)]
         if sharded:  # while still on the meta device: fake tensors take ten times as long to be cut into 1,024 parts
             shard.spread(net, layout.shard)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

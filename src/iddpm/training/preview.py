@@ -39,7 +39,7 @@ def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter)
     """Add val_loss and its terms to the meter: the present weights' on one batch, whose images and noise follow from the step."""
     settings, mine = config.train, processes.share(config.train.batch_size)
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
-    batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images)
+    batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images, train=False)
     with shard.gathered(state.net):  # so no process waits for another, and their microbatches may differ in number
         _, denoiser, schedule, objective = method_of(config, state.net.eval())
         device = state.device

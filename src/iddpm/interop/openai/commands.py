@@ -128,7 +128,7 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     identity = {k: v for k, v in given.items() if k not in ("batch_size", "device")} | {"weights": digest_of(weights)}
     draw_into(
         out, config, job, identity,
-        draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide)], rest, size),
+        draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide=guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
         replacing=True,  # as the original does
     )  # fmt: skip
