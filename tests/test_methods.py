@@ -39,8 +39,8 @@ METHODS: dict[str, dict] = {
         grid="karras",
     ),
     "jit": dict(
-        noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun", network="dit",
-        patch_size=2, width=32, depth=2, heads=2,
+        noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun",
+        network="dit", patch_size=2, width=32, depth=2, heads=2,
     ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
@@ -157,6 +157,21 @@ def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures
     ]
     assert main(command) == 0
     assert 0.5 < json.loads(out.read_text())["bits_per_dim"] < 60
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("flow", []), ("edm", ["--grid", "karras", "--trace", "hutchinson"]), ("v", ["--dequantization", "uniform"]),
+    ("iddpm hybrid", []),
+])  # fmt: skip
+def test_the_likelihood_by_the_ode_says_how_it_was_found(trained, name, line, pictures, tmp_path, capsys):
+    out = tmp_path / "ode.json"
+    command = ["nll", str(trained / name / "whole"), str(pictures), "--num_samples", "3", "--device", "cpu", "--out", str(out)]
+    assert main([*command, "--ode", "True", "--sampling_steps", "8", *line]) == 0
+    found = json.loads(out.read_text())
+    assert 0.5 < found["bits_per_dim"] < 80 and found["steps"] == 8 and len(found["per_image"]) == found["images"] == 3
+    assert found["trace"] == ("hutchinson" if "hutchinson" in line else "exact") and found["trace"] in capsys.readouterr().out
+    assert found["dequantization"] == ("uniform" if "uniform" in line else "truncated_normal")
+    assert main([*command, "--trace", "exact"]) == 2 and main([*command, "--ode", "True", "--curve", "5,8"]) == 2
 
 
 @pytest.mark.parametrize("name", ["flow", "edm"])

@@ -7,11 +7,12 @@ from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
+from iddpm.words import many
 
 if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
 
-BOUND = ("sampling_steps", "clip_denoised")  # all of Sample that the bound depends on: it has no solver
+BOUND = ("sampling_steps", "clip_denoised", "grid")  # all of Sample that the bound depends on: it has no solver
 
 
 def _parser(parser: Parser) -> None:
@@ -29,6 +30,10 @@ def _nll(run: str, data: str, **given: Any) -> None:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
     if measure.curve and measure.per_image:
         raise UserError("--per_image is of one chain, and --curve of several: give one")
+    if flag := next((f for f in ("trace", "dequantization") if f in given and not measure.ode), ""):
+        raise UserError(f"--{flag} has no effect without --ode")
+    if flag := next((f for f in ("curve", "per_image", "against", "clip_denoised") if f in given and measure.ode), ""):
+        raise UserError(f"--{flag} is of the bound, not of --ode: give one")
     folder = place(data)
     from iddpm import build
     from iddpm.look import bounds as report
@@ -40,8 +45,11 @@ def _nll(run: str, data: str, **given: Any) -> None:
     with processes.session(build.device(which.device)):
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
-        beside = runs[0].home / ("nll_curve.json" if measure.curve else "nll.json")
+        beside = runs[0].home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
         out = file_to_write(measure.out or beside, "--out", ".json", "")
+        if measure.ode:
+            _by_ode(measure, runs[0], folder, out)
+            return
         per_image = file_to_write(measure.per_image, "--per_image", ".csv", ".npz") if measure.per_image else None
         chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
@@ -68,6 +76,31 @@ def _nll(run: str, data: str, **given: Any) -> None:
                 report.write(points[0], out, folder, per_image)
             for state in states:
                 state.unlink(missing_ok=True)
+
+
+def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None:
+    """The likelihood of the probability-flow ODE, told and written."""
+    import json
+
+    from iddpm.measure.likelihood import describe, open_held_out, was_trained_on
+    from iddpm.measure.ode import bits_by_ode
+    from iddpm.parallel import processes
+    from iddpm.store.remote import write_file
+
+    images = open_held_out(opened.config, folder, keep=not measure.num_samples)
+    if not processes.rank():
+        print(describe(images))
+        if was_trained_on(opened.config, images):
+            print(f"{opened.home} was trained on these images, and so knows them better than others")
+    found = bits_by_ode(opened, images, measure)
+    if processes.rank():
+        return
+    about = opened.weights.about
+    write_file(out, json.dumps(found | dict(step=about["step"], ema_rate=about.get("ema_rate", 0), data=str(folder)), indent=1))
+    error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
+    how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
+    how += f"; {found['trace']} trace, {found['dequantization']} dequantization"
+    print(f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}")
 
 
 def _require_same_images(runs: "list[Opened]") -> None:

@@ -212,6 +212,21 @@ class Measure:
     seed: int = opt(0, "seed of this choice and of the noise", 0, 2**63 - 1)
     curve: str = opt("", "instead: bits/dim for several numbers of steps, on chains respaced to them, as 10,50,250,all")
     out: str = opt("", "where the numbers go; empty: nll.json or nll_curve.json in the run. Tables and a picture go beside it")
+    ode: bool = opt(
+        False, "instead of the bound: the likelihood by the probability-flow ODE, on which deterministic solvers move"
+    )
+    trace: str = opt(
+        "auto",
+        "its divergence, exactly (a backward pass for each dimension) or by a random probe; auto: exactly up to 64 dimensions",
+        choices=("auto", "exact", "hutchinson"),
+        only="ode",
+    )
+    dequantization: str = opt(
+        "truncated_normal",
+        "the noise within a pixel's bin that its density is of",
+        choices=("uniform", "truncated_normal"),
+        only="ode",
+    )
     per_image: str = opt("", "also the bits/dim of each image, as a .csv or .npz")
     against: str = opt("", "another run, measured on the same images and noise: tells the difference to it")
 

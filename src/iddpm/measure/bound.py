@@ -167,7 +167,7 @@ def bits_per_dim(
     stride, looks = 1, 0  # terms between two looks at all processes: as many as take SAVE_EVERY
     for r in _rounds(progress.done, grid.steps, batch_size):
         images, first = slice(r.every.start, r.every.stop), int(progress.done[r.every.start])
-        x0, cond = _batch(config, data, chosen[r.call.start : r.call.stop], device)
+        x0, cond = batch_of(config, data, chosen[r.call.start : r.call.stop], device)
         noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
         if first == 0:
             prior = processes.gather(prior_term(grid, x0)[: len(r.mine)].cpu()).double().numpy()
@@ -203,7 +203,7 @@ def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes
                 yield processes.Round(*(range(a + part.start, a + part.stop) for part in r))
 
 
-def _batch(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def batch_of(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and small image without noise."""
     m, cond = config.model, {}
     x0 = torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1
