@@ -14,7 +14,7 @@ from iddpm import build
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS
 from iddpm.config import Config, check
-from iddpm.config.choices import KINDS, Number, choices
+from iddpm.config.choices import KINDS, Field, choices
 from iddpm.config.presets import PRESETS
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
@@ -47,7 +47,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def number(name: str, about: Number) -> str:
+def number(name: str, about: Field) -> str:
     """A number of a row: its flag, default, range and meaning."""
     default = "empty" if about.default == "" else about.default
     ends = f", {about.low:g} to {about.high:g}" if about.low is not None and about.high is not None else ""

@@ -16,7 +16,7 @@ from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config, Data, Diffusion, Draw, Evaluate, Measure, Model, Sample, Train, Which, check, make
 from iddpm.config import choices as table
-from iddpm.config.choices import KINDS, Number, choices
+from iddpm.config.choices import KINDS, Field, choices
 from iddpm.config.fields import fields_of, own_numbers
 from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.schedule import Cosine, Flow, Level
@@ -56,7 +56,7 @@ def help_of(verb: str, capsys) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def another(number: Number) -> Any:
+def another(number: Field) -> Any:
     """A value that a number may have, and that is not its default."""
     if number.type is str:
         return "something"
@@ -93,7 +93,7 @@ def test_the_numbers_of_a_row_are_what_its_constructor_takes_unasked(kind, name)
     for number, hint in hints.items():
         if get_origin(hint) is Annotated:
             type_, *about = get_args(hint)
-            found[number] = Number(type_, inspect.signature(row).parameters[number].default, *about)
+            found[number] = Field(type_, inspect.signature(row).parameters[number].default, *about)
     assert choices(kind)[name].numbers == found
     assert all(type(number.default) is number.type for number in found.values())
 
@@ -116,7 +116,7 @@ def test_a_default_lies_in_its_range_and_has_words(kind, name, number):
 
 def test_rows_that_share_a_number_agree_on_it():
     """It is one flag, whichever of them is chosen."""
-    found: dict[str, Number] = {}
+    found: dict[str, Field] = {}
     for kind, name, number in NUMBERS:
         assert found.setdefault(number, choices(kind)[name].numbers[number]) == choices(kind)[name].numbers[number], (
             name,
@@ -190,7 +190,7 @@ def choosing(group: type, number: str, owners: bool) -> dict[str, str]:
 
 @pytest.mark.parametrize(("group", "number"), OWN)
 def test_a_number_is_taken_where_a_row_has_it_and_else_refused(group, number):
-    value = another(own_numbers(group)[number].number)
+    value = another(own_numbers(group)[number])
     if group is Evaluate:
         assert dict(make(group, {**choosing(group, number, owners=True), number: value}).own) == {number: value}
         with pytest.raises(UserError, match=f"--{number} has no effect"):
@@ -241,7 +241,7 @@ def test_a_row_of_a_program_is_known_as_ours_are(add, capsys):
     assert add("solver", Half) == "Half"
     assert list(choices("solver"))[-1] == "Half"
     assert choices("solver")["Half"] == (
-        "Goes half of the way at each step", {"pull": Number(float, 0.5, "how far", 0.0, 1.0)}, choices("solver")["Half"].knows,
+        "Goes half of the way at each step", {"pull": Field(float, 0.5, "how far", 0.0, 1.0)}, choices("solver")["Half"].knows,
     )  # fmt: skip
     text = help_of("train", capsys)
     assert f"--solver {'|'.join(choices('solver'))} " in text and "--pull X how far (solver Half) [0.5]" in text

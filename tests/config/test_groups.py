@@ -13,8 +13,8 @@ from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config, check, every_field
 from iddpm.config import choices as table
-from iddpm.config.choices import choices
-from iddpm.config.fields import Field, fields_of
+from iddpm.config.choices import Field, choices
+from iddpm.config.fields import fields_of
 from iddpm.config.run import VERSION, typed
 from iddpm.config.tasks import TASK_OF, TASKS
 from iddpm.diffusion.schedule import Flow, Level

@@ -210,7 +210,7 @@ def written_in_place(patch):
         with open(path, "wb") as file:
             write(file)
 
-    patch.setattr(files, "_write", old)
+    patch.setattr(files, "replace", old)
 
 
 @red_with(saved_before_the_step_is_counted)

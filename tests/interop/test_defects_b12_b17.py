@@ -276,7 +276,7 @@ def test_b15_a_stopped_job_keeps_what_it_has_drawn(trained, tmp_path, monkeypatc
 
 
 def ddim_is_not_read(patch):
-    patch.setitem(flags.MEANINGS, "use_ddim", lambda value: {"solver": "ancestral"})
+    patch.setitem(flags.MEANINGS, "use_ddim", ("solver", lambda value: "ancestral"))
 
 
 def base_samples_in_a_cycle(patch):

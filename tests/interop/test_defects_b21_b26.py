@@ -354,13 +354,13 @@ def attention_is_always_recomputed(patch):
 
 
 def measured_as_trained(patch):
-    batch = nll._batch
+    batch = nll.batch_of
 
     def old(config: Config, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond = batch(config, *args)
         return (x0.flip(-1) if config.data.random_flip else x0), cond
 
-    patch.setattr(nll, "_batch", old)
+    patch.setattr(nll, "batch_of", old)
 
 
 @red_with(blob_logdir_is_not_read)

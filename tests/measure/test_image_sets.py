@@ -233,8 +233,8 @@ def another(name: str) -> tuple[dict[str, object], object]:
     """What else must be set for a setting of Sample to have an effect, and a value of it that the tiny run does not have."""
     field, around = fields_of(Sample).get(name), {}
     if field is None:
-        field, owners = own_numbers(Sample)[name]
-        around = {chooser: rows[0] for chooser, rows in owners.items()}
+        field = own_numbers(Sample)[name]
+        around = {chooser: rows[0] for chooser, rows in field.rows.items()}
     elif allowed := field.allowed():
         return {}, next(choice for choice in allowed if choice != field.default)
     default = field.default

@@ -1,17 +1,12 @@
 """`iddpm import`: a run from the original's files. `iddpm export`: such files from a run."""
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from iddpm.cli.flags import Parser, Verb, boolean
-from iddpm.cli.original import add_flag
-from iddpm.config import Config, Diffusion, Model, Sample, Train
+from iddpm.cli.flags import Parser, Verb
+from iddpm.config import Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
-
-if TYPE_CHECKING:
-    from iddpm.store.checkpoint import Saved
 
 # ---- import
 
@@ -26,17 +21,14 @@ def _import_parser(parser: Parser) -> None:
     parser.add_argument("--run", default="", metavar="DIR", help="the folder to make of it [runs/NAME]")
     parser.add_argument("--published", default="", metavar="NAME", help="it is this published file: take its flags")
     text = "the classes it was trained on: the folder of its images, or their names in order, or how many [all rows]"
-    parser.add_argument("--classes", default="", metavar="DIR|NAMES|N", help=text)
-    parser.booleans.add("alone")
+    parser.add_flag("classes", str, text, metavar="DIR|NAMES|N", default="")
     text = "only this file, not the optimizer and averages beside it: training cannot go on [False]"
-    parser.add_argument("--alone", type=boolean, default=False, metavar="BOOL", help=text)
+    parser.add_flag("alone", bool, text, default=False)
     for group in (Model, Diffusion, Sample, Train):
         parser.add_fields(group)
-    section = parser.add_argument_group("The original's names of these")
-    taken = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     for name, like in FLAGS.items():
-        if name not in taken and name not in NOT_HERE:
-            add_flag(parser, section, name, like, default=argparse.SUPPRESS)
+        if not parser.has(name) and name not in NOT_HERE:
+            parser.add_flag(name, type(like), title="The original's names of these")
     parser.epilog = (
         "What the shapes of the weights show need not be given: widths, blocks, attention, learned variance, classes.\n"
         "What neither shapes nor flags say is taken from the original's defaults, and the command says so. A file that\n"
@@ -57,21 +49,13 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     write_config(folder, config)
     count = sum(t.numel() for t in saved.weights.values())
     print("\n".join([f"{path}: {len(saved.weights)} tensors, {count:,} weights", *notes]))
-    print(f"wrote {folder / 'config.json'} and {step} ({_content(saved)})")
-    print(f"next: {_next(config, saved, folder)}")
-
-
-def _content(saved: "Saved") -> str:
+    lone = saved.state.get("weights_only")
     averages = [f"average {rate}" for rate in saved.averages]
-    rest = "no optimizer" if saved.state.get("weights_only") else f"the optimizer after {saved.step} steps"
-    return ", ".join(["weights", *averages, rest])
-
-
-def _next(config: Config, saved: "Saved", run: Path) -> str:
-    use = config.task.next.format(run=run, data="IMAGES")
-    if saved.state.get("weights_only"):
-        return f"{use}; to train from these weights, iddpm train DATA --run NEW --init_from {run} --steps N"
-    return f"{use}; to train on, iddpm train DATA --run {run} --steps N"
+    content = ", ".join(["weights", *averages, "no optimizer" if lone else f"the optimizer after {saved.step} steps"])
+    print(f"wrote {folder / 'config.json'} and {step} ({content})")
+    use = config.task.next.format(run=folder, data="IMAGES")
+    new = f"to train from these weights, iddpm train DATA --run NEW --init_from {folder} --steps N"
+    print(f"next: {use}; {new if lone else f'to train on, iddpm train DATA --run {folder} --steps N'}")
 
 
 IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion (.pt)")
@@ -95,8 +79,7 @@ def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) 
 
     weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
     folder = Path(out) if out else beside(weights.path) / "openai"
-    written, notes = exported(weights, folder, label_rows)
-    print("\n".join([f"wrote in {folder}: {', '.join(written)}", *notes]))
+    print("\n".join(exported(weights, folder, label_rows)))
 
 
 EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights, averages and optimizer as the original's files (.pt)")

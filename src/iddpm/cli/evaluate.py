@@ -1,14 +1,13 @@
 """`iddpm evaluate`: how good samples are, by the metrics of the field, against real images."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Evaluate, Sample, Which, make, settings_of
 from iddpm.errors import UserError
-from iddpm.store.remote import place, remote
+from iddpm.store.remote import place
 
 if TYPE_CHECKING:
     from iddpm.measure.image_sets import ImageSet
@@ -30,12 +29,16 @@ def _evaluate(samples: str, **given: Any) -> None:
         raise UserError(
             "which images are compared? iddpm evaluate SAMPLES --reference DATA: folders, .npz files or archives, or a run"
         )
-    path, run = place(samples), _is_run(place(samples))
-    of_a_run = (settings_of(Sample, Which) | {"labels", "draws"}) - {"device", "batch_size"}
+    from iddpm.store.files import MANIFEST, STEP_DIR
+
+    path = place(samples)
+    run = path.suffix == ".safetensors" or (path / "checkpoints").is_dir()
+    run = run or (bool(STEP_DIR.search(path.name)) and (path / MANIFEST).exists())  # or one of its checkpoints
+    of_a_run = {*settings_of(Sample, Which), "labels", "draws"} - {"device", "batch_size"}
     if not run and (useless := next((k for k in given if k in of_a_run), None)):
         raise UserError(f"--{useless} has no effect: {samples} holds images that are drawn already")
     if settings.save_statistics:
-        _require_writable(place(settings.save_statistics), "--save_statistics", ".npz")
+        file_to_write(settings.save_statistics, "--save_statistics", ".npz")
     from iddpm import build
     from iddpm.look import figures as report
     from iddpm.measure import compare, figures
@@ -44,23 +47,14 @@ def _evaluate(samples: str, **given: Any) -> None:
 
     with processes.session(build.device(which.device)) as device:
         sets = _draws(path, settings, which, changes) if run else [open_images(samples)]
-        resolved = path.resolve()
-        beside = sets[0].home / "metrics.json" if run else resolved.with_name(f"{resolved.name}.metrics.json")
-        out = place(settings.out) if settings.out else beside
-        _require_writable(out, "--out", ".json")
+        beside = sets[0].home / "metrics.json" if run else path.resolve().with_name(f"{path.resolve().name}.metrics.json")
+        out = file_to_write(settings.out or beside, "--out", ".json")
         figures.read(out)  # what is no file of figures is refused before the work
         found = compare.evaluate(sets, settings, device, batch_size=which.batch_size)
         if found:  # on the first process
             report.tell(found, settings, out)
             if run:
                 report.next_steps(samples, found.samples, out, named=bool(settings.out))
-
-
-def _is_run(path: Path) -> bool:
-    from iddpm.store.files import MANIFEST, STEP_DIR
-
-    checkpoint = bool(STEP_DIR.search(path.name)) and (path / MANIFEST).exists()
-    return path.suffix == ".safetensors" or (path / "checkpoints").is_dir() or checkpoint
 
 
 def _draws(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":
@@ -78,24 +72,5 @@ def _draws(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, An
     return [drawn(opened, job(opened.config, range(a, a + n), settings.labels)) for a in starts]
 
 
-def _require_writable(path: Path, flag: str, ending: str) -> None:
-    """Make the folder of a file that is to be written; UserError where it cannot be, or has another ending."""
-    if path.suffix != ending or path.is_dir():
-        raise UserError(f"{flag} {path}: give a name that ends in {ending}")
-    if remote(path):
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({e.strerror}): give another {flag}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written (its folder is read-only): give another {flag}")
-
-
-VERB = Verb(
-    _evaluate,
-    _parser,
-    "SAMPLES --reference DATA",
-    "the quality of samples: FID and its kin, precision, recall, copies",
-    resumes=True,
-)
+HELP = "the quality of samples: FID and its kin, precision, recall, copies"
+VERB = Verb(_evaluate, _parser, "SAMPLES --reference DATA", HELP, resumes=True)

@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             near = difflib.get_close_matches(argv[0], VERBS, n=1)
-            raise UserError(
-                f"unknown verb {argv[0]!r}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
-            )
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+            raise UserError(f"unknown verb {argv[0]!r}: {hint}")
         verb = VERBS[argv[0]]
         parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help, usage=f"iddpm {argv[0]} {verb.usage} [--flag value ...]")
         verb.parser(parser)
@@ -158,7 +157,3 @@ def entry() -> None:
     if "RANK" in os.environ:  # gloo's threads abort an interpreter that takes its time to end, after all is done
         os._exit(code)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    entry()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.store.remote import place
@@ -28,11 +28,13 @@ def _nll(run: str, data: str, **given: Any) -> None:
     changes = {k: v for k, v in given.items() if k in BOUND}
     if measure.curve and "sampling_steps" in changes:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
+    if measure.curve and measure.per_image:
+        raise UserError("--per_image is of one chain, and --curve of several: give one")
     if flag := next((f for f in ("trace", "dequantization") if f in given and not measure.ode), ""):
         raise UserError(f"--{flag} has no effect without --ode")
     if flag := next((f for f in ("curve", "per_image", "against", "clip_denoised") if f in given and measure.ode), ""):
         raise UserError(f"--{flag} is of the bound, not of --ode: give one")
-    per_image, folder = _per_image(measure), place(data)
+    folder = place(data)
     from iddpm import build
     from iddpm.look import bounds as report
     from iddpm.measure import figures
@@ -43,10 +45,12 @@ def _nll(run: str, data: str, **given: Any) -> None:
     with processes.session(build.device(which.device)):
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
         _require_same_images(runs)
-        out = _out(measure, runs[0])
+        beside = runs[0].home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
+        out = file_to_write(measure.out or beside, "--out", ".json", "")
         if measure.ode:
             _by_ode(measure, runs[0], folder, out)
             return
+        per_image = file_to_write(measure.per_image, "--per_image", ".csv", ".npz") if measure.per_image else None
         chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
         images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
@@ -56,15 +60,11 @@ def _nll(run: str, data: str, **given: Any) -> None:
             for opened in runs:
                 if was_trained_on(opened.config, images[0]):
                     print(f"{opened.home} was trained on these images, and so knows them better than others")
-            for path in filter(None, (out, per_image)):
-                path.parent.mkdir(parents=True, exist_ok=True)
         points: list[list[report.Measured]] = []
         states: list[Path] = []  # a file for each run on each chain, from which the same command goes on
         for name, chain in chains.items():
             own = [out.with_name(f"{out.name}{name}{end}.partial") for end in ("", ".against")]
-            done = [
-                report.Measured(o, i, bound_of(o, grid, i, measure, state)) for (o, grid), i, state in zip(chain, images, own)
-            ]
+            done = [report.Measured(o, i, bound_of(o, grid, i, measure, s)) for (o, grid), i, s in zip(chain, images, own)]
             points.append(done)
             states += own
             if leads:
@@ -96,34 +96,11 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
     if processes.rank():
         return
     about = opened.weights.about
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, json.dumps(found | dict(step=about["step"], ema_rate=about.get("ema_rate", 0), data=str(folder)), indent=1))
     error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
     how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
     how += f"; {found['trace']} trace, {found['dequantization']} dequantization"
     print(f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}")
-
-
-def _per_image(measure: Measure) -> Path | None:
-    """The file for the numbers of each image, if there is to be one."""
-    if not measure.per_image:
-        return None
-    path = place(measure.per_image)
-    if path.suffix not in (".csv", ".npz") or path.is_dir():
-        raise UserError(f"--per_image {path}: give a name that ends in .csv or .npz")
-    if measure.curve:
-        raise UserError("--per_image is of one chain, and --curve of several: give one")
-    return path
-
-
-def _out(measure: Measure, first: "Opened") -> Path:
-    """The file for the numbers: JSON, by default in the run."""
-    if not measure.out:
-        return first.home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
-    out = place(measure.out)
-    if out.suffix not in (".json", "") or out.is_dir():
-        raise UserError(f"--out {out}: the numbers are one file of JSON: give a name that ends in .json")
-    return out
 
 
 def _require_same_images(runs: "list[Opened]") -> None:

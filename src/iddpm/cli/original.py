@@ -2,53 +2,43 @@
 
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb, boolean
-from iddpm.interop.openai.formats.flags import COMMANDS
+from iddpm.cli.flags import Parser, Verb
+from iddpm.interop.openai.formats.flags import ADDED, COMMANDS
 
-HELP = {
-    "image_train": "the original's training of a model of images",
-    "image_sample": "the original's sampling, to an npz",
-    "image_nll": "the original's bits per dimension",
-    "super_res_train": "the original's training of a model that enlarges images",
-    "super_res_sample": "the original's enlarging of an npz of samples",
-    "classifier_train": "guided-diffusion's training of a classifier of noisy images",
-    "classifier_sample": "guided-diffusion's sampling, guided by a classifier",
+ROWS = {  # name: our task, the program whose flags they are, and the help
+    "image_train": ("images", "improved", "the original's training of a model of images"),
+    "image_sample": ("images", "improved", "the original's sampling, to an npz"),
+    "image_nll": ("images", "improved", "the original's bits per dimension"),
+    "super_res_train": ("enlarge", "improved", "the original's training of a model that enlarges images"),
+    "super_res_sample": ("enlarge", "improved", "the original's enlarging of an npz of samples"),
+    "classifier_train": ("classify", "guided", "guided-diffusion's training of a classifier of noisy images"),
+    "classifier_sample": ("images", "guided", "guided-diffusion's sampling, guided by a classifier"),
 }
-GUIDED = dict(num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False, use_fp16=False)
-ADDED = dict(  # flags of ours that the original's commands take as well
+OURS = dict(  # flags of ours that the original's commands take as well
     seed=(0, "seed of everything random"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: the best there is"),
     steps=(0, "end training after so many steps; 0: as the original's flags say"),
 )
 
 
-def add_flag(parser: Parser, section: Any, name: str, like: Any, **settings: Any) -> None:
-    """Add a flag of the type of `like` to a section of the parser's help."""
-    if isinstance(like, bool):
-        parser.booleans.add(name)
-    kind, metavar = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X")}.get(type(like), (str, "TEXT"))
-    section.add_argument(f"--{name}", type=kind, metavar=metavar, **settings)
-
-
-def _verb(name: str) -> Verb:
-    program = "guided" if name.startswith("classifier") else "improved"
-    defaults: dict[str, Any] = dict(COMMANDS[program][name])
+def _verb(name: str, task: str, program: str, help: str) -> Verb:
+    defaults, work = dict(COMMANDS[program][name]), name.rpartition("_")[2]
     if program == "improved":
-        defaults |= {k: v for k, v in GUIDED.items() if k not in defaults}
+        defaults |= {k: v for k, v in ADDED.items() if k not in defaults}
     if name != "classifier_train":
         defaults.setdefault("sigma_small", False)  # the original forgot it in super-resolution, guided-diffusion everywhere
-    added = {k: v for k, v in ADDED.items() if k != "steps" or name.endswith("_train")}
+    flags = {k: (v, "") for k, v in defaults.items()} | {k: v for k, v in OURS.items() if k != "steps" or work == "train"}
 
     def parser(p: Parser) -> None:
-        for flag, (value, text) in {**{k: (v, "") for k, v in defaults.items()}, **added}.items():
-            add_flag(p, p, flag, value, default=value, help=f"{text} [{value if value != '' else 'none'}]")
+        for flag, (value, text) in flags.items():
+            p.add_flag(flag, type(value), f"{text} [{value if value != '' else 'none'}]", default=value)
 
     def run(**given: Any) -> None:
         from iddpm.interop.openai import commands
 
-        commands.run(name, given)
+        commands.run(work, task, program, given)
 
-    return Verb(run, parser, "", HELP[name], resumes=name.endswith(("_sample", "_nll")))
+    return Verb(run, parser, "", help, resumes=work in ("sample", "nll"))
 
 
-VERBS = {name: _verb(name) for name in HELP}
+VERBS = {name: _verb(name, *row) for name, row in ROWS.items()}

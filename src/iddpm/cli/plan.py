@@ -39,9 +39,7 @@ class Devices:
 
     processes: int = opt(1, "number of devices, with one process on each", low=1)
     memory_gb: float = opt(0.0, "memory of a device in GiB (of which CUDA takes about 1): tells which microbatch fits", low=0)
-    device_tflops: float = opt(
-        0.0, "nominal speed of a device in TFLOP/s at this --precision: tells how long the run takes", low=0
-    )
+    device_tflops: float = opt(0.0, "nominal TFLOP/s of a device at this --precision: tells how long the run takes", low=0)
     efficiency: float = opt(0.4, "share of the nominal speed that training reaches", low=0.001, high=1)
     measure: bool = opt(False, "instead, time real steps on the --device of this machine")
     bandwidth_gbs: float = opt(0.0, "what a device can send, in GB/s: tells how long communication takes", low=0)
@@ -51,11 +49,9 @@ class Devices:
 def _parser(parser: Parser) -> None:
     parser.add_argument("--preset", default="", help="a recipe to plan", metavar="NAME")
     parser.add_argument("--run", default="", help="the folder of a run, to plan how it would go on elsewhere", metavar="DIR")
-    parser.add_argument(
-        "--num_classes", default=0, type=int, help="with --class_cond: how many classes the data has", metavar="N"
-    )
+    parser.add_flag("num_classes", int, "with --class_cond: how many classes the data has", default=0)
     parser.add_fields(Devices)
-    for _, group in Config().groups():
+    for group in Config().parts:
         parser.add_fields(type(group))
     parser.epilog = (
         "Memory is that of a training step's tensors, right to a few percent on a CPU (benchmarks/plan_memory.md). Unless\n"
@@ -78,9 +74,10 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
     device = build.device(config.train.device) if devices.measure else None
     cuda = (device.type if device else config.train.device) != "cpu"
     planned = plan(config, devices.processes, cuda)
-    micro = min(planned.micro, _largest(planned, config, devices)) if devices.memory_gb else planned.micro
     facts = _facts(planned, config, devices)
-    _say(*_what(planned, config), "", *_memory(planned, config, devices, cuda), *_communication(planned), "")
+    micro = _fitting(planned, config, facts["memory"], devices.memory_gb) if devices.memory_gb else planned.micro
+    _say(*_what(planned, config), "", *_memory(planned, config, facts["memory"], devices.memory_gb, cuda))
+    _say(*_communication(planned), "")
     work = planned.passes[config.model.use_checkpoint].both * planned.images  # FLOP of a step
     if device:
         _say(f"timing real steps on {device} ...")
@@ -165,43 +162,43 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
 
 
-def _memory(planned: "Plan", config: Config, devices: Devices, cuda: bool) -> Iterator[str]:
-    """A table of MiB, without and with --use_checkpoint; then what fits in --memory_gb."""
-    recompute, need, micro = config.model.use_checkpoint, planned.need, planned.micro
-    plain, saving = need[False].parts(micro), need[True].parts(micro)
+def _memory(planned: "Plan", config: Config, facts: dict[str, dict[str, int]], room: float, cuda: bool) -> Iterator[str]:
+    """A table of MiB, without and with --use_checkpoint; then what fits in `room` GiB, where that is given."""
+    recompute, micro = config.model.use_checkpoint, planned.micro
+    plain, saving = facts.values()
     heads = "plain" + " *"[not recompute], "use_checkpoint" + " *"[recompute]
     kind = "as CUDA's kernels keep things" if cuda else "as a CPU's kernels keep things"
     yield f"{'MiB of a device':34}{heads[0]:>12}{heads[1]:>18}    {kind}"
     for name, shown in PARTS.items():
         if plain[name] or saving[name]:
             yield f"  {shown:32}{plain[name] / MIB:>11,.1f} {saving[name] / MIB:>17,.1f}"
-    peaks = f"{need[False].peak(micro) / MIB:>11,.1f} {need[True].peak(micro) / MIB:>17,.1f}"
+    peaks = f"{plain['peak'] / MIB:>11,.1f} {saving['peak'] / MIB:>17,.1f}"
     yield f"  {'at the fullest moment':32}{peaks}   (not all parts are there at once; * the run's)"
     if planned.layout.shard > 1:
         yield f"  validation and sample sheets gather all {4 * planned.parameters / MIB:,.1f} MiB of the weights on each device"
-    if not devices.memory_gb:
+    if not room:
         return
-    fits = {on: need[on].largest(devices.memory_gb * GIB) for on in (False, True)}
-    yield f"  {f'images at a time in {devices.memory_gb:g} GiB':32}{fits[False]:>11,} {fits[True]:>17,}"
+    fits = [memory["largest_microbatch"] for memory in facts.values()]
+    yield f"  {f'images at a time in {room:g} GiB':32}{fits[0]:>11,} {fits[1]:>17,}"
     if fits[recompute] < micro:
-        more = f", or {min(fits[True], planned.images)} with --use_checkpoint True" if fits[True] > fits[recompute] else ""
+        more = f", or {min(fits[1], planned.images)} with --use_checkpoint True" if fits[1] > fits[recompute] else ""
         yield f"  {micro} at a time do not fit: --microbatch {fits[recompute]}{more}"
 
 
-def _largest(planned: "Plan", config: Config, devices: Devices) -> int:
-    """The largest microbatch that fits; UserError where one image does not, with what would help."""
-    need, room = planned.need[config.model.use_checkpoint], devices.memory_gb * GIB
-    if largest := need.largest(room):
-        return largest
+def _fitting(planned: "Plan", config: Config, facts: dict[str, dict[str, int]], room: float) -> int:
+    """The microbatch that fits in `room` GiB; UserError where one image does not, with what would help."""
+    need = planned.need[config.model.use_checkpoint]
+    if largest := facts[f"use_checkpoint={config.model.use_checkpoint}"]["largest_microbatch"]:
+        return min(largest, planned.micro)
     # What does not shrink with the microbatch: only sharding it out helps against that.
     held = sum(need.parts(1)[part] for part in ("weights", "gradients", "optimizer", "averages"))
     ways = [f"more than {need.peak(1) / GIB:.2f} GiB"]
-    if planned.need[True].peak(1) <= room:
+    if facts["use_checkpoint=True"]["largest_microbatch"]:
         ways.append("--use_checkpoint True")
     if planned.layout.shard < planned.layout.processes:
         ways.append("try --shard -1")
     raise UserError(
-        f"--memory_gb {devices.memory_gb:g} cannot take one image at a time, which needs {need.peak(1) / GIB:.2f} GiB "
+        f"--memory_gb {room:g} cannot take one image at a time, which needs {need.peak(1) / GIB:.2f} GiB "
         f"({held / GIB:.2f} of them for weights, gradients, optimizer and averages): take {' or '.join(ways)}"
     )
 
@@ -267,7 +264,7 @@ def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:
         "flops_per_image": {"forward": off.forward, "forward_backward": off.both, "forward_backward_use_checkpoint": on_.both},
         "memory": memory,
         "communication": [traffic._asdict() for traffic in planned.traffic],
-        "assumed": {k: getattr(devices, k) for k in ("memory_gb", "device_tflops", "efficiency", "measure", "bandwidth_gbs")},
+        "assumed": {k: v for k, v in vars(devices).items() if k not in ("processes", "json")},
     }
 
 

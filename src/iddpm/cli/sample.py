@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,7 @@ def _sample(run: str, **given: Any) -> None:
             _find_grid(run, draw.find_grid, given, which)
             return
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
-        ups = [open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip()]
-        chain = [first, *ups]
+        chain = [first, *(open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip())]
         _check(draw, chain)
         guide = _guide(draw, first, which) if draw.classifier else None
         weak = _weak(draw, first, which) if draw.autoguide else None
@@ -74,22 +74,18 @@ def _sample(run: str, **given: Any) -> None:
         identity = _identity(draw, chain, others, task)
         default = first.home / "samples" / f"sample_{step:08d}_{len(task.seeds)}.png"
         out = place(draw.out) if draw.out else free(default, identity)
+
+        def drawing(rest: "Job", tick: Callable[[], Any]) -> "Iterator[np.ndarray]":
+            painters = []
+            for o in chain:
+                noise = draw.low_res_noise if o.config.model.low_res_noise else 0.0  # only for a model trained with it
+                painters.append(painter(o.config, o.net, o.device, tick, noise, **(steering if o is first else {})))
+            return images(painters, rest, which.batch_size)
+
         drawn = draw_into(
-            out,
-            chain[-1].config,
-            task,
-            identity,
-            draw=lambda rest, tick: images(
-                [
-                    painter(o.config, o.net, o.device, tick, _noise(draw, o.config), **(steering if o is first else {}))
-                    for o in chain
-                ],
-                rest,
-                which.batch_size,
-            ),
+            out, chain[-1].config, task, identity, drawing, keep=bool(small),
             ticks=lambda n: sum(g.steps for g in grids) * -(-n // (which.batch_size * processes.world())),
-            keep=bool(small),
-        )
+        )  # fmt: skip
         if processes.rank():
             return
         whose = f"average {rate}" if rate else "raw weights"
@@ -98,7 +94,7 @@ def _sample(run: str, **given: Any) -> None:
         how = f"{first.config.sample.solver}, {' + '.join(str(g.steps) for g in grids)} steps, {whose}"
         print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
         if small and drawn is not None:
-            _compare(first.config, out, drawn, small, task)
+            _compare(first.config, out, drawn, small, list(task.seeds))
 
 
 def _find_grid(run: str, steps: int, given: dict[str, Any], which: Which) -> None:
@@ -145,11 +141,6 @@ def _too_few(config: Config, steps: int) -> str:
         f"{steps} steps are too few for --solver ancestral with the variance beta, whose noise stays in the images: take "
         f"{FEW} or more, or --solver ddim or dpmpp_2m"
     )
-
-
-def _noise(draw: Draw, config: Config) -> float:
-    """The noise on small images: only for a model trained with it."""
-    return draw.low_res_noise if config.model.low_res_noise else 0.0
 
 
 def _check(draw: Draw, chain: "list[Opened]") -> None:
@@ -211,15 +202,7 @@ def _weak(draw: Draw, first: "Opened", which: Which) -> "tuple[Opened, Weak]":
 
 def _same_world(flag: str, theirs: Config, ours: Config) -> None:
     """Raise UserError where a model that is to guide another sees other images, other noise, or other classes."""
-    for name in (
-        "image_size",
-        "image_channels",
-        "diffusion_steps",
-        "noise_schedule",
-        "snr_shift",
-        "zero_terminal_snr",
-        "rescale_timesteps",
-    ):
+    for name in SAME_WORLD:
         if (a := theirs.flat()[name]) != (b := ours.flat()[name]):
             also = ": it would see other noise" if name in fields_of(ours.diffusion) else ""
             raise UserError(f"{flag} has --{name} {a}, the model {b}{also}")
@@ -229,24 +212,23 @@ def _same_world(flag: str, theirs: Config, ours: Config) -> None:
         raise UserError(f"{flag} draws classes, and the model knows none")
 
 
-def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", task: "Job") -> None:
+def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", seeds: list[int]) -> None:
     """Beside the enlarged images: how faithful they are, and a sheet of the first of them."""
     from iddpm.measure.fidelity import fidelity
     from iddpm.sampling.sheets import comparison_file
 
-    seeds = list(task.seeds)
     small, originals = given.low_res[seeds], None if given.originals is None else given.originals[seeds]
-    sheet, few = out.with_name(f"{out.stem}_compared.png"), slice(0, 16)
-    comparison_file(config, sheet, drawn[few], small[few], None if originals is None else originals[few])
+    sheet, record = (out.with_name(f"{out.stem}_compared.{ending}") for ending in ("png", "json"))
+    comparison_file(config, sheet, drawn[:16], small[:16], None if originals is None else originals[:16])
     print(f"beside the small images and their bicubic enlargement: {sheet}")
     if originals is None:
         return
     result = fidelity(config, drawn, small, originals)
-    record = out.with_name(f"{out.stem}_compared.json")
     record.write_text(json.dumps(result, indent=1))
-    for name, unit, text in (("psnr", " dB", "PSNR"), ("ssim", "", "SSIM")):
+    for name, unit in (("psnr", " dB"), ("ssim", "")):
         if f"{name}_model" in result:
-            print(f"{text} {result[f'{name}_model']:.3f}{unit} (bicubic {result[f'{name}_bicubic']:.3f}{unit})")
+            model, bicubic = (f"{result[f'{name}_{by}']:.3f}{unit}" for by in ("model", "bicubic"))
+            print(f"{name.upper()} {model} (bicubic {bicubic})")
     print(f"the numbers: {record}")
 
 

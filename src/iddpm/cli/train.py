@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb, boolean, listed
+from iddpm.cli.flags import Parser, Verb, listed
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
 
@@ -19,14 +19,11 @@ def _parser(parser: Parser) -> None:
     parser.add_argument(
         "--run", default="", help="the run's folder [runs/PRESET or runs/DATA, with -2 for other flags]", metavar="DIR"
     )
-    parser.booleans.add("dry_run")
-    parser.add_argument(
-        "--dry_run", type=boolean, default=False, metavar="BOOL", help="say what would be done, time a step, and stop"
-    )
-    for _, group in Config().groups():
+    parser.add_flag("dry_run", bool, "say what would be done, time a step, and stop", default=False)
+    for group in Config().parts:
         parser.add_fields(type(group), "What most people need", only=FIRST)
-    for _, group in Config().groups():
-        parser.add_fields(type(group), without=FIRST)
+    for group in Config().parts:
+        parser.add_fields(type(group))
     rows = listed({name: text for name, (text, _) in PRESETS.items()})
     parser.epilog = f"presets (a flag given beside a preset wins over it):\n{rows}"
 

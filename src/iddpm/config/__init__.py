@@ -1,23 +1,13 @@
 """What a run is made of: groups of settings, their fields, presets. Imports no torch, so that help answers at once."""
 
 from iddpm.config.check import check
-from iddpm.config.fields import check_fields, fields_of, make, own_numbers, settings_of
+from iddpm.config.fields import fields_of, make, own_numbers, settings_of
 from iddpm.config.groups import ENDLESS, FOUND, Data, Diffusion, Draw, Edit, Evaluate, Measure, Model, Sample, Train, Which
-from iddpm.config.parse import (
-    check_sampling_steps,
-    ema_rates,
-    image_size,
-    is_chain,
-    numbers,
-    seed_list,
-    small_size,
-    total_steps,
-    whole,
-)
+from iddpm.config.parse import ema_rates, image_size, is_chain, numbers, seed_list, small_size, total_steps, whole
 from iddpm.config.run import Config, every_field
 
 __all__ = [
-    "ENDLESS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample", "Train", "Which",
-    "check", "check_fields", "check_sampling_steps", "ema_rates", "every_field", "fields_of", "image_size", "is_chain", "make",
-    "numbers", "own_numbers", "seed_list", "settings_of", "small_size", "total_steps", "whole",
+    "ENDLESS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample", "Train",
+    "Which", "check", "ema_rates", "every_field", "fields_of", "image_size", "is_chain", "make", "numbers", "own_numbers",
+    "seed_list", "settings_of", "small_size", "total_steps", "whole",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What cannot work, or would be silently ignored, is refused before anything is done."""
 
-from iddpm.config.fields import check_fields, check_own, fields_of, unmet
-from iddpm.config.parse import check_sampling_steps, ema_rates, image_size, numbers, small_size
+from iddpm.config.fields import check_groups, fields_of, unmet
+from iddpm.config.parse import ema_rates, image_size, is_chain, numbers, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
@@ -13,16 +13,11 @@ def check(config: Config) -> Config:
 
     What depends on the rows chosen together (a learned variance on a continuous schedule) is checked by `build.require_fit`.
     """
-    now, own = config.flat(), dict(config.own)
-    for _, group in config.groups():
-        check_fields(group)
-        check_own(group, own)
-    for _, group in config.groups():
-        for name, f in fields_of(group).items():
-            if f.only and getattr(group, name) != f.default:
-                for reason in unmet(f.only, now):
-                    raise UserError(f"--{name} has no effect {reason}; its default is {f.default!r}")
-    model, train = config.model, config.train
+    now, model, train, data = config.flat(), config.model, config.train, config.data
+    check_groups(config.parts, dict(config.own))
+    for name, f in fields_of(*config.parts).items():
+        if now[name] != f.default and (reason := next(unmet(f.only, now), None)):
+            raise UserError(f"--{name} has no effect {reason}; its default is {f.default!r}")
     image_size(model)
     if config.task.enlarges:
         small_size(model)
@@ -35,9 +30,23 @@ def check(config: Config) -> Config:
     numbers(model.attention_resolutions, "attention_resolutions")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
-    if config.data.validation and config.data.validation == config.data.path:
-        raise UserError(f"--validation {config.data.validation} is what the run is trained on: give held-out images")
+    if data.validation and data.validation == data.path:
+        raise UserError(f"--validation {data.validation} is what the run is trained on: give held-out images")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
-    check_sampling_steps(config)
+    _check_sampling_steps(config)
     return config
+
+
+def _check_sampling_steps(config: Config) -> None:
+    """Raise UserError where the spec asks for more steps than there are (the strides of ddimN come later)."""
+    spec, d = config.sample.sampling_steps, config.diffusion
+    counts = [whole(part.strip()) or 0 for part in spec.removeprefix("ddim").split(",")] if spec != "all" else []
+    if not all(counts):
+        raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
+    if not is_chain(d) and whole(spec) is None:
+        raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {d.noise_schedule} are only counted, as 50")
+    if (grid := config.sample.grid) != "respaced" and spec != "all" and whole(spec) is None:
+        raise UserError(f"--sampling_steps {spec}: the steps of --grid {grid} are only counted, as 50")
+    if is_chain(d) and sum(counts) > d.diffusion_steps:
+        raise UserError(f"--sampling_steps {spec}: the chain has only {d.diffusion_steps} steps (--diffusion_steps)")

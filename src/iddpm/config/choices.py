@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from iddpm.errors import UserError
 
@@ -33,38 +33,54 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 ADDED: dict[tuple[str, str], Any] = {}  # (kind, name): rows of the program that imports us; they win over ours of the same name
 
 
-class Number(NamedTuple):
-    """A setting that belongs to a row: it becomes a flag, offered only where such a row is chosen."""
+class Field(NamedTuple):
+    """A setting, as flags and checks see it: a field of a group, or a number of a row, offered only where that row is chosen."""
 
     type: type
     default: Any
     help: str
     low: float | None = None
     high: float | None = None
+    choices: tuple[str, ...] = ()  # with a kind: names allowed beside its rows
+    kind: str = ""  # the kind of choice whose rows are allowed
+    many: bool = False  # several of them, comma-separated
+    fixed: bool = False  # a resumed run cannot change it
+    flag: bool = True  # a user may set it
+    only: str = ""  # conditions under which it has an effect, see `fields.unmet`
+    rows: Mapping[str, list[str]] = {}  # of a number: the rows that have it, by the field that chooses among them
+
+    def allowed(self) -> tuple[str, ...]:
+        """The values it may have; none listed: any."""
+        return (*self.choices, *choices(self.kind)) if self.kind else self.choices
+
+    def chosen(self, value: Any) -> list[Any]:
+        """What a value names: itself, or the parts of a list; an empty list stands for all that is allowed."""
+        if not self.many:
+            return [value]
+        return [part.strip() for part in value.split(",") if part.strip()] or list(self.allowed())
 
 
 class Choice(NamedTuple):
     """What is known of a row without importing it."""
 
     help: str
-    numbers: Mapping[str, Number]
+    numbers: Mapping[str, Field]
     knows: frozenset[str]  # its methods, and what it can be called with: what `only` of a field may ask for
 
 
 def choices(kind: str) -> dict[str, Choice]:
     """The rows of a kind by name, ours in the order of their files, then the program's."""
-    return _ours(kind) | {name: _described(row) for (k, name), row in ADDED.items() if k == kind}
+    ours = {name: choice for name, (_, choice) in _ours(kind).items()}
+    return ours | {name: _described(row) for (k, name), row in ADDED.items() if k == kind}
 
 
 def row(kind: str, name: str) -> Any:
     """The row itself: the first use that imports its file."""
     if (kind, name) in ADDED:
         return ADDED[kind, name]
-    module, table = KINDS[kind]
-    for path in _files(module):
-        if name in _table(path, table):
-            return getattr(import_module(".".join(("iddpm", *path.relative_to(ROOT).with_suffix("").parts))), table)[name]
-    raise UserError(f"--{kind} {name!r} is not one of: {', '.join(choices(kind))}")
+    if name not in _ours(kind):
+        raise UserError(f"--{kind} {name!r} is not one of: {', '.join(choices(kind))}")
+    return getattr(import_module(_ours(kind)[name][0]), KINDS[kind][1])[name]
 
 
 def make(kind: str, name: str, numbers: Mapping[str, Any] = {}) -> Any:
@@ -94,62 +110,47 @@ def add(kind: str, row: Any, name: str = "") -> str:
     return name
 
 
-def _files(module: str) -> list[Path]:
-    path = ROOT.joinpath(*module.split("."))
-    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-
-
 @cache
-def _ours(kind: str) -> dict[str, Choice]:
+def _ours(kind: str) -> dict[str, tuple[str, Choice]]:
+    """Our rows of a kind: the module in which each stands, and what its text says of it."""
     module, table = KINDS[kind]
-    return {name: choice for path in _files(module) for name, choice in _table(path, table).items()}
+    place, found = ROOT.joinpath(*module.split(".")), dict[str, tuple[str, Choice]]()
+    for path in sorted(place.glob("*.py")) or [place.with_suffix(".py")]:
+        text = path.read_text(encoding="utf-8")
+        if table not in text:  # most files of a package hold none; parsing costs milliseconds
+            continue
+        body = ast.parse(text).body
+        named = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        name = ".".join(("iddpm", *path.relative_to(ROOT).with_suffix("").parts))
+        for node in body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table and isinstance(node.value, ast.Dict):
+                rows = zip(node.value.keys, node.value.values)
+                found |= {ast.literal_eval(key): (name, _read(named[ast.unparse(value)])) for key, value in rows if key}
+    return found
 
 
-@cache
-def _table(path: Path, table: str) -> dict[str, Choice]:
-    """The rows of a table that stands in a file: of a dict literal, whose values are names of that file."""
-    text = path.read_text(encoding="utf-8")
-    if table not in text:  # most files of a package hold none; parsing costs milliseconds
-        return {}
-    body = ast.parse(text).body
-    named = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table:
-            assert isinstance(node.value, ast.Dict)
-            rows = zip(node.value.keys, node.value.values)
-            return {ast.literal_eval(key): _read(named.get(ast.unparse(value))) for key, value in rows if key}
-    return {}
-
-
-def _read(node: ast.FunctionDef | ast.ClassDef | None) -> Choice:
-    if node is None:
-        return Choice("", {}, frozenset())
-    numbers, knows = {}, set()
+def _read(node: Any) -> Choice:
+    """What the text of a function or of a class says of it."""
     if isinstance(node, ast.FunctionDef):
         knows = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
-    for field in node.body if isinstance(node, ast.ClassDef) else ():
-        if isinstance(field, ast.FunctionDef):
-            knows.add(field.name)
-        elif isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation).startswith("Annotated["):
-            assert isinstance(field.annotation, ast.Subscript) and isinstance(field.annotation.slice, ast.Tuple) and field.value
-            kind, *about = field.annotation.slice.elts
-            values = [ast.literal_eval(part) for part in about]
-            numbers[ast.unparse(field.target)] = Number(TYPES[ast.unparse(kind)], ast.literal_eval(field.value), *values)
-    return Choice(_first_line(ast.get_docstring(node)), numbers, frozenset(knows))
+        return Choice(_first_line(ast.get_docstring(node)), {}, frozenset(knows))
+    numbers = {}
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and ast.unparse(part.annotation).startswith("Annotated["):
+            kind, *about = part.annotation.slice.elts  # type: ignore[attr-defined]
+            numbers[ast.unparse(part.target)] = Field(TYPES[kind.id], *map(ast.literal_eval, (part.value, *about)))
+    methods = frozenset(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+    return Choice(_first_line(ast.get_docstring(node)), numbers, methods)
 
 
 def _described(row: Any) -> Choice:
     """The same of a program's row, which is at hand."""
-    numbers = {}
-    if isinstance(row, type):
-        for name, hint in get_type_hints(row, include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                kind, *about = get_args(hint)
-                numbers[name] = Number(kind, getattr(row, name), *about)
-        knows = frozenset(name for name in dir(row) if callable(getattr(row, name)))
-    else:
-        knows = frozenset(inspect.signature(row).parameters)
-    return Choice(_first_line(inspect.getdoc(row)), numbers, knows)
+    if not isinstance(row, type):
+        return Choice(_first_line(inspect.getdoc(row)), {}, frozenset(inspect.signature(row).parameters))
+    hints = {name: hint for name, hint in get_type_hints(row, include_extras=True).items() if hasattr(hint, "__metadata__")}
+    numbers = {name: Field(hint.__origin__, getattr(row, name), *hint.__metadata__) for name, hint in hints.items()}
+    methods = frozenset(name for name in dir(row) if callable(getattr(row, name)))
+    return Choice(_first_line(inspect.getdoc(row)), numbers, methods)
 
 
 def _first_line(text: str | None) -> str:

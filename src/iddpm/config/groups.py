@@ -10,8 +10,10 @@ from iddpm.config.tasks import TASKS
 FOUND = ("found_path", "found_bound")  # grids of a model's own
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
 
+_fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet")
-_enlarge = partial(opt, only="task=enlarge")
+_enlarge = partial(opt, fixed=True, only="task=enlarge")
+_draws = partial(opt, fixed=True, only="task=images|enlarge")  # for models of images, not for classifiers
 _chain = partial(opt, fixed=True, only="noise_schedule:betas")  # for discrete chains: schedules that have betas
 _measured = partial(opt, only="eval_every")
 
@@ -20,88 +22,60 @@ _measured = partial(opt, only="eval_every")
 class Model:
     """The network."""
 
-    task: str = opt("images", f"what to train: {'; '.join(t.help for t in TASKS.values())}", choices=tuple(TASKS), fixed=True)
-    network: str = opt("unet", "the architecture that learns it", kind="network", fixed=True)
-    image_size: str = opt("64", "pixels, or HEIGHTxWIDTH", fixed=True)
-    small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH", fixed=True)
-    low_res_noise: float = _enlarge(
-        0.0,
-        "noise up to this deviation on the small image in training, and its level told to the network "
-        "(conditioning augmentation)",
-        low=0,
-        high=1,
-        fixed=True,
-    )
-    image_channels: int = opt(3, "1 grey, 3 colour, 4 with transparency", low=1, high=4, fixed=True)
-    num_channels: int = _unet(128, "channels of the first level", low=1, high=65536)
-    num_res_blocks: int = _unet(2, "residual blocks per level", low=1, high=64)
+    task: str = _fixed("images", f"what to train: {'; '.join(t.help for t in TASKS.values())}", choices=tuple(TASKS))
+    network: str = _fixed("unet", "the architecture that learns it", kind="network")
+    image_size: str = _fixed("64", "pixels, or HEIGHTxWIDTH")
+    small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH")
+    low_res_noise: float = _enlarge(0.0, "noise up to this deviation on the small image in training, told to the network", 0, 1)
+    image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
+    num_channels: int = _unet(128, "channels of the first level", 1, 65536)
+    num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
     attention_resolutions: str = _unet("16,8", "sizes (of the shorter side) that get attention; empty: none")
-    num_heads: int = _unet(4, "attention heads", low=1, high=65536)
-    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", low=-1, high=65536)
-    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", low=-1, high=65536)
+    num_heads: int = _unet(4, "attention heads", 1, 65536)
+    num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", -1, 65536)
+    num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", -1, 65536)
     resblock_updown: bool = _unet(False, "change sizes inside residual blocks")
     new_attention_order: bool = _unet(False, "attention's channels are q, k, v, then heads (some published weights)")
     classifier_pool: str = opt(
-        "attention",
-        "how the classifier pools its features over the image",
+        "attention", "how the classifier pools its features over the image", fixed=True, only="task=classify",
         choices=("adaptive", "attention", "spatial", "spatial_v2"),
-        fixed=True,
-        only="task=classify",
-    )
+    )  # fmt: skip
     use_scale_shift_norm: bool = _unet(True, "time and class scale and shift the normalised features")
-    dropout: float = opt(0.0, "share of features dropped in training", low=0, high=0.999)
+    dropout: float = opt(0.0, "share of features dropped in training", 0, 0.999)
     use_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
-    class_cond: bool = opt(False, "condition on the classes of the data", fixed=True)
-    class_dropout: float = opt(
-        0.0,
-        "share of images trained without their class, so that --guidance can be used; 0.1 is usual",
-        low=0,
-        high=0.9,
-        fixed=True,
+    class_cond: bool = _fixed(False, "condition on the classes of the data")
+    class_dropout: float = _fixed(
+        0.0, "share of images trained without their class, so that --guidance can be used; 0.1 is usual", 0, 0.9,
         only="task=images|enlarge class_cond",
-    )
-    num_classes: int = opt(0, "classes the network knows", low=0, high=10**7, fixed=True, flag=False)
+    )  # fmt: skip
+    num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 
 @dataclass(frozen=True)
 class Diffusion:
     """The process, and what is learned of it."""
 
-    noise_schedule: str = opt("linear", "how the noise grows with time", kind="noise_schedule", fixed=True)
-    diffusion_steps: int = _chain(1000, "steps T of the chain", low=1, high=10**6)
-    parametrization: str = opt("eps", "what the network predicts", kind="parametrization", fixed=True, only="task=images|enlarge")
+    noise_schedule: str = _fixed("linear", "how the noise grows with time", kind="noise_schedule")
+    diffusion_steps: int = _chain(1000, "steps T of the chain", 1, 10**6)
+    parametrization: str = _draws("eps", "what the network predicts", kind="parametrization")
     learn_sigma: bool = _chain(
-        False,
-        "learn the variance too, between its two bounds (twice the output channels)",
+        False, "learn the variance too, between its two bounds (twice the output channels)",
         only="task=images|enlarge noise_schedule:betas",
-    )
+    )  # fmt: skip
     sigma_small: bool = _chain(
-        False,
-        "of the two fixed variances take the posterior's, not beta",
+        False, "of the two fixed variances take the posterior's, not beta",
         only="task=images|enlarge noise_schedule:betas learn_sigma=False",
-    )
-    snr_shift: float = opt(
-        1.0,
-        "how many times as large sigma/alpha is at every step: larger images need more noise (as 2 for twice the side)",
-        low=0.01,
-        high=100,
-        fixed=True,
-    )
+    )  # fmt: skip
+    snr_shift: float = _fixed(
+        1.0, "how many times as large sigma/alpha is at every step: larger images need more noise (as 2 for twice the side)",
+        0.01, 100,
+    )  # fmt: skip
     zero_terminal_snr: bool = _chain(False, "the last step is pure noise")
     rescale_timesteps: bool = _chain(True, "tell the network step i of T as i * 1000/T, not as i")
-    objective: str = opt(
-        "auto",
-        "the loss; auto: hybrid with learn_sigma, else simple",
-        kind="objective",
-        choices=("auto",),
-        fixed=True,
-        only="task=images|enlarge",
-    )
-    weighting: str = opt(
-        "uniform", "weight of the squared error at each noise level", kind="weighting", fixed=True, only="objective:weighting"
-    )
-    noised: bool = opt(True, "learn from images of every noise level, not from clean ones", fixed=True, only="task=classify")
+    objective: str = _draws("auto", "the loss; auto: hybrid with learn_sigma, else simple", kind="objective", choices=("auto",))
+    weighting: str = _fixed("uniform", "weight of the squared error at each level", kind="weighting", only="objective:weighting")
+    noised: bool = _fixed(True, "learn from images of every noise level, not from clean ones", only="task=classify")
     schedule_sampler: str = opt(
         "uniform", "how training draws its noise levels (the law of t)", kind="schedule_sampler", fixed=True, only="noised=True"
     )
@@ -117,16 +91,15 @@ class Data:
     """The images."""
 
     labels: str = opt(
-        "auto",
-        "where classes come from; original: prefix if every name has one, else folder",
+        "auto", "where classes come from; original: prefix if every name has one, else folder",
         choices=("auto", "file", "folder", "prefix", "original", "none"),
-    )
+    )  # fmt: skip
     validation: str = opt("", "held-out images, on which the loss is measured every --validation_interval steps")
     random_flip: bool = opt(False, "mirror half of the training images")
     random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")
     on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
-    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", low=0, high=10**6)
-    num_workers: int = opt(2, "threads that prepare batches ahead", low=1, high=1024)
+    cache_gb: float = opt(2.0, "keep decoded images in memory up to this size", 0, 10**6)
+    num_workers: int = opt(2, "threads that prepare batches ahead", 1, 1024)
     path: str = opt("", "the images", flag=False)
     rule: str = opt("", "how the classes were found", flag=False)
     classes: tuple[str, ...] = opt((), "names of the classes", flag=False)
@@ -138,54 +111,43 @@ class Data:
 class Train:
     """The training."""
 
-    steps: int = opt(0, "end after this many optimizer steps", low=0)
-    images: int = opt(0, "end after this many images instead", low=0)
-    batch_size: int = opt(64, "images per step, over all processes together", low=1)
-    microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", low=-1)
-    lr: float = opt(1e-4, "learning rate", low=0)
-    lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", low=0)
-    lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", low=-1)
-    weight_decay: float = opt(0.0, "AdamW's decay", low=0)
-    adam_beta2: float = opt(0.999, "AdamW's second-moment rate", low=0, high=0.999999)
-    grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", low=0)
-    ema_rate: str = opt("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from", fixed=True)
+    steps: int = opt(0, "end after this many optimizer steps", 0)
+    images: int = opt(0, "end after this many images instead", 0)
+    batch_size: int = opt(64, "images per step, over all processes together", 1)
+    microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", -1)
+    lr: float = opt(1e-4, "learning rate", 0)
+    lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", 0)
+    lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", -1)
+    weight_decay: float = opt(0.0, "AdamW's decay", 0)
+    adam_beta2: float = opt(0.999, "AdamW's second-moment rate", 0, 0.999999)
+    grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)
+    ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
     precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
-    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", low=0, high=1)
+    fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0, 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    seed: int = opt(0, "seed of everything random", low=0, high=2**63 - 1, fixed=True)
-    log_interval: int = opt(50, "steps between log lines", low=1)
-    validation_interval: int = opt(100, "steps between measurements on --validation", low=1)
-    save_interval: int = opt(1000, "steps between checkpoints", low=1)
-    sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", low=0)
-    keep: int = opt(3, "newest checkpoints to keep; 0: all", low=0)
-    keep_every: int = opt(0, "also keep every checkpoint whose step is a multiple of this; 0: none", low=0)
+    seed: int = _fixed(0, "seed of everything random", 0, 2**63 - 1)
+    log_interval: int = opt(50, "steps between log lines", 1)
+    validation_interval: int = opt(100, "steps between measurements on --validation", 1)
+    save_interval: int = opt(1000, "steps between checkpoints", 1)
+    sample_interval: int = opt(1000, "steps between sample grids; 0: only at the end", 0)
+    keep: int = opt(3, "newest checkpoints to keep; 0: all", 0)
+    keep_every: int = opt(0, "also keep every checkpoint whose step is a multiple of this; 0: none", 0)
     async_save: bool = opt(True, "write checkpoints in the background: training stops only while they are copied in memory")
-    shard: int = opt(
-        0,
-        "how many processes divide one copy of the weights (FSDP2); 0: each holds a whole copy (DDP), -1: all divide one",
-        low=-1,
-    )
-    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", low=1, high=10**7)
+    shard: int = opt(0, "how many processes divide one copy of the weights (FSDP2); 0: none do (DDP), -1: all", -1)
+    timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1, 10**7)
     noise_candidates: int = opt(
-        1,
-        "draw so many noises for each image and train on the nearest (Wang et al. 2025, k-nearest immiscible diffusion)",
-        low=1,
-        high=64,
-        only="task=images|enlarge",
-    )
-    init_from: str = opt("", "start from the weights of this run or .safetensors file (fine-tuning)", fixed=True)
-    init_reset: bool = opt(False, "layers of --init_from that do not fit start anew", fixed=True, only="init_from")
+        1, "draw so many noises for each image and train on the nearest (Wang et al. 2025, k-nearest immiscible diffusion)",
+        1, 64, only="task=images|enlarge",
+    )  # fmt: skip
+    init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
+    init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
     tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
-    eval_every: int = opt(
-        0, "steps between measurements of drawn samples; the best checkpoint is kept. 0: never", low=0, only="task=images"
-    )
-    eval_samples: int = _measured(256, "how many samples such a measurement draws", low=4)
-    eval_reference: str = _measured(
-        "", "the real images they are compared with; empty: those of --validation, else the training images"
-    )
+    eval_every: int = opt(0, "steps between measurements of samples, of which the best stays; 0: never", 0, only="task=images")
+    eval_samples: int = _measured(256, "how many samples such a measurement draws", 4)
+    eval_reference: str = _measured("", "the real images compared with; empty: those of --validation, else of training")
     eval_extractor: str = _measured("lite0-128", "the network whose features are compared", kind="extractor")
-    eval_batch: int = _measured(64, "samples that a process draws at a time for it", low=1)
+    eval_batch: int = _measured(64, "samples that a process draws at a time for it", 1)
 
 
 @dataclass(frozen=True)
@@ -200,55 +162,48 @@ class Sample:
     found: tuple[float, ...] = opt((), "the levels of a grid that was found", flag=False)
     skip_first: bool = opt(False, "save the first call of the network: at the noisiest level eps is x / sigma")
     guidance: float = opt(
-        1.0,
-        "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)",
-        low=0,
-        high=1000,
+        1.0, "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)", 0, 1000
     )
     guidance_kind: str = opt("cfg", "how guidance goes beyond", kind="guidance_kind")
-    guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", low=0)
-    guidance_high: float = opt(1e9, "and at most this", low=0)
-    guidance_rescale: float = opt(
-        0.0, "bring the spread of guided images back to that of unguided ones, by this share", low=0, high=1
-    )
+    guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", 0)
+    guidance_high: float = opt(1e9, "and at most this", 0)
+    guidance_rescale: float = opt(0.0, "bring the spread of guided images back to that of unguided ones, by this share", 0, 1)
     dynamic_threshold: float = opt(
-        0.0, "divide the predicted image by this quantile of its values where that is above 1 (0.995); 0: clip", low=0, high=1
+        0.0, "divide the predicted image by this quantile of its values where that is above 1 (0.995); 0: clip", 0, 1
     )
-    consistent: bool = _enlarge(False, "at each step, also make the predicted image shrink to exactly the small one")
+    consistent: bool = opt(False, "at each step, make the predicted image shrink to exactly the small one", only="task=enlarge")
 
 
 @dataclass(frozen=True)
 class Which:
     """Which weights, and on what they run."""
 
-    checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest complete one", low=-1)
+    checkpoint_step: int = opt(-1, "the checkpoint of this step; -1: the newest complete one", -1)
     best: bool = opt(False, "the checkpoint that --eval_every found best")
-    ema_rate: float = opt(-1.0, "the average of this rate; 0: the raw weights, -1: the first rate of the run", low=-1, high=1)
+    ema_rate: float = opt(-1.0, "the average of this rate; 0: the raw weights, -1: the first rate of the run", -1, 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     precision: str = opt("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
-    batch_size: int = opt(64, "images computed at a time; they come out the same", low=1)
+    batch_size: int = opt(64, "images computed at a time; they come out the same", 1)
 
 
 @dataclass(frozen=True)
 class Draw:
     """What to draw."""
 
-    num_samples: int = opt(0, "images; 0: 64, or 10 of each class", low=0)
+    num_samples: int = opt(0, "images; 0: 64, or 10 of each class", 0)
     seeds: str = opt("", "seeds instead of a number of images, as 0-63 or 7,9,20-29")
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
     classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
-    classifier_scale: float = opt(1.0, "strength of the classifier's guidance", low=0)
+    classifier_scale: float = opt(1.0, "strength of the classifier's guidance", 0)
     autoguide: str = opt("", "a smaller run, or an earlier checkpoint of this one, to guide away from")
     autoguidance: float = opt(
-        2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", low=0, only="autoguide"
+        2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", 0, only="autoguide"
     )
     then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")
-    low_res_noise: float = opt(0.0, "noise put on the small images, for a model trained with it", low=0, high=1)
-    find_grid: int = opt(
-        0, "instead: find the best levels for this many steps, by --grid found_path or found_bound", low=0, high=59
-    )
+    low_res_noise: float = opt(0.0, "noise put on the small images, for a model trained with it", 0, 1)
+    find_grid: int = opt(0, "instead: find the best levels for so many steps, by --grid found_path or found_bound", 0, 59)
     out: str = opt("", "a grid.png, a file.npz or a folder of PNGs; empty: a grid in the run's samples/")
 
 
@@ -271,8 +226,8 @@ class Edit:
 class Measure:
     """What to measure."""
 
-    num_samples: int = opt(0, "images to measure, chosen by the seed; 0: all", low=0)
-    seed: int = opt(0, "seed of this choice and of the noise", low=0, high=2**63 - 1)
+    num_samples: int = opt(0, "images to measure, chosen by the seed; 0: all", 0)
+    seed: int = opt(0, "seed of this choice and of the noise", 0, 2**63 - 1)
     curve: str = opt("", "instead: bits/dim for several numbers of steps, on chains respaced to them, as 10,50,250,all")
     out: str = opt("", "where the numbers go; empty: nll.json or nll_curve.json in the run. Tables and a picture go beside it")
     ode: bool = opt(
@@ -301,13 +256,11 @@ class Evaluate:
     reference: str = opt("", "real images: a folder, an .npz or archive of them; or an .npz of their statistics (mu, sigma)")
     extractor: str = opt("lite0-128", "the network whose features are compared", kind="extractor")
     metrics: str = opt("", "some of these, comma-separated; empty: all that apply", kind="metrics", many=True)
-    num_samples: int = opt(0, "images; 0: all of a file, 2048 of a run", low=0)
-    num_reference: int = opt(0, "reference images, drawn by the seed; 0: all", low=0)
+    num_samples: int = opt(0, "images; 0: all of a file, 2048 of a run", 0)
+    num_reference: int = opt(0, "reference images, drawn by the seed; 0: all", 0)
     labels: str = opt("", "a run's classes to draw, by name or number; empty: all")
-    seed: int = opt(
-        0, "a run's first seed, and the seed of the choice among more images than are compared", low=0, high=2**63 - 1
-    )
-    draws: int = opt(1, "sets of samples to draw from a run: figures are their mean, errors come from their spread", low=1)
+    seed: int = opt(0, "a run's first seed, and that of the choice among more images than are compared", 0, 2**63 - 1)
+    draws: int = opt(1, "sets of samples to draw from a run: figures are their mean, errors come from their spread", 1)
     save_statistics: str = opt("", "also write the reference's mu and sigma to this .npz, for other tools and later use")
     out: str = opt("", "where the figures go; empty: metrics.json in the run, or beside the samples")
     own: tuple[tuple[str, Any], ...] = ()  # the numbers of the extractor and the metrics that are chosen

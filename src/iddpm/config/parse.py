@@ -5,7 +5,6 @@ from typing import Any
 
 from iddpm.config.choices import choices
 from iddpm.config.groups import Diffusion, Model, Train
-from iddpm.config.run import Config
 from iddpm.errors import UserError
 
 MOST_SEEDS = 10**7
@@ -46,24 +45,6 @@ def _size(text: str, name: str, low: int) -> tuple[int, int]:
     if not len(sides) == len(parts) <= 2:
         raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
     return sides[0], sides[-1]
-
-
-def check_sampling_steps(config: Config) -> None:
-    """Raise UserError where the spec of sampling steps asks for more than there are (the strides of ddimN come later)."""
-    spec, chain = config.sample.sampling_steps, is_chain(config.diffusion)
-    text = spec.removeprefix("ddim")
-    parts = [whole(part.strip()) for part in text.split(",")]
-    if not (spec == "all" or all(parts)):
-        raise UserError(f"--sampling_steps {spec!r}: give a count (250), counts per section (10,15,20), ddimN (ddim50), or all")
-    if not chain and whole(spec) is None:
-        name = config.diffusion.noise_schedule
-        raise UserError(f"--sampling_steps {spec}: the steps of --noise_schedule {name} are only counted, as 50")
-    if config.sample.grid != "respaced" and spec != "all" and whole(spec) is None:
-        raise UserError(f"--sampling_steps {spec}: the steps of --grid {config.sample.grid} are only counted, as 50")
-    total = sum(part or 0 for part in parts)
-    if chain and total > config.diffusion.diffusion_steps:
-        steps = config.diffusion.diffusion_steps
-        raise UserError(f"--sampling_steps {spec}: the chain has only {steps} steps (--diffusion_steps)")
 
 
 def is_chain(d: Diffusion) -> bool:

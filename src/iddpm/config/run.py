@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iddpm.config.choices import add
-from iddpm.config.fields import WORDS, Field, check_range, fields_of, own_numbers, unmet
+from iddpm.config.choices import Field, add
+from iddpm.config.fields import check_range, conditions, fields_of, is_read, own_numbers, settings_of, unmet, values_of
 from iddpm.config.groups import Data, Diffusion, Model, Sample, Train
 from iddpm.config.tasks import TASK_OF, TASKS, Task
 from iddpm.errors import UserError
 from iddpm.records import decode, fits
 
 VERSION = 2  # of the JSON. 1 (without a number) knew no tasks, and the solver's eta was a field
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,25 @@ class Config:
     def groups(self) -> Iterator[tuple[str, Any]]:
         return ((name, getattr(self, name)) for name in ("model", "diffusion", "data", "train", "sample"))
 
+    @property
+    def parts(self) -> list[Any]:
+        """The groups without their names."""
+        return [group for _, group in self.groups()]
+
     def numbers(self) -> dict[str, Any]:
         """The numbers of the rows chosen: as given, else their defaults."""
-        given, found = dict(self.own), {}
-        settings = {name for _, group in self.groups() for name in fields_of(group)}
-        for _, group in self.groups():
-            for name, about in own_numbers(group).items():
-                if name in settings:  # only a program's row can have it
-                    rows = " or ".join(f"--{chooser} {'|'.join(rows)}" for chooser, rows in about.rows.items())
-                    raise UserError(f"{name!r}, a number of {rows}, is a setting's name already: give it another name")
-                if about.is_read(group):
-                    found[name] = given.get(name, about.number.default)
+        given, fields, now, found = dict(self.own), fields_of(*self.parts), values_of(*self.parts), {}
+        for name, f in own_numbers(*self.parts).items():
+            if name in fields:  # only a program's row can have it
+                owner = conditions(f, fields)
+                raise UserError(f"{name!r}, a number of --{owner}, is a setting's name already: give it another name")
+            if is_read(f, fields, now):
+                found[name] = given.get(name, f.default)
         return found
 
     def flat(self) -> dict[str, Any]:
         """Every setting of every group by its name, with the numbers of the rows chosen."""
-        return {name: getattr(group, name) for _, group in self.groups() for name in fields_of(group)} | self.numbers()
+        return values_of(*self.parts) | self.numbers()
 
     def updated(self, flat: Mapping[str, Any]) -> "Config":
         """A copy with the named settings changed, whichever group they belong to.
@@ -64,23 +68,25 @@ class Config:
         Where `flat` chooses another row, the numbers of the row before are dropped, but for those that `flat` names: of these
         `check` says that they have no effect.
         """
-        groups = {name: _replaced(group, flat) for name, group in self.groups()}
-        known = {name for _, group in self.groups() for name in (*fields_of(group), *own_numbers(group))}
-        assert not (unknown := set(flat) - known - {"preset"}), unknown
-        changed = dataclasses.replace(self, **groups, preset=flat.get("preset", self.preset))
-        own = {k: about.rows for _, group in self.groups() for k, about in own_numbers(group).items()}
-        kept = {k: v for k, v in self.own if k in changed.numbers() or not set(own[k]) & set(flat)}
+        assert not (unknown := flat.keys() - settings_of(*self.parts).keys() - {"preset"}), unknown
+        changed, own = dataclasses.replace(self._with(flat), preset=flat.get("preset", self.preset)), own_numbers(*self.parts)
+        kept = {k: v for k, v in self.own if k in changed.numbers() or not own[k].rows.keys() & flat.keys()}
         given = {k: v for k, v in flat.items() if k in own}
         return dataclasses.replace(changed, own=tuple(sorted((kept | given).items())))
 
     def effective(self) -> "Config":
         """A copy in which what has no effect is at its default, and the numbers of rows that are not chosen are dropped."""
         now = self.flat()
-        for name, f in ((name, f) for _, group in self.groups() for name, f in fields_of(group).items()):
+        for name, f in fields_of(*self.parts).items():
             if any(unmet(f.only, now)):  # which name settings that stand before the field
                 now[name] = f.default
-        changed = dataclasses.replace(self, **{name: _replaced(group, now) for name, group in self.groups()})
+        changed = self._with(now)
         return dataclasses.replace(changed, own=tuple(sorted(changed.numbers().items())))
+
+    def _with(self, flat: Mapping[str, Any]) -> "Config":
+        """A copy with the fields changed that are named."""
+        changed = {n: dataclasses.replace(g, **{k: flat[k] for k in fields_of(g) if k in flat}) for n, g in self.groups()}
+        return dataclasses.replace(self, **changed)
 
     def to_json(self) -> str:
         groups = {name: dataclasses.asdict(group) for name, group in self.groups()}
@@ -96,9 +102,7 @@ class Config:
         version = raw.pop("version", 1)
         if type(version) is not int or version not in range(1, VERSION + 1):
             raise UserError(f"{source} is of version {version}, this iddpm reads up to {VERSION}: it needs a newer iddpm")
-        fields: dict[str, Any] = {name: f for _, group in Config().groups() for name, f in fields_of(group).items()}
-        fields |= {name: about.number for _, group in Config().groups() for name, about in own_numbers(group).items()}
-        fields["preset"] = Field(str, "", "")
+        fields = every_field() | {"preset": Field(str, "", "")}
         if absent := {"preset", *(name for name, _ in Config().groups())} - set(raw):
             raise UserError(f"{source} is not a config of iddpm (it has no {min(absent)})")
         flat: dict[str, Any] = {}
@@ -111,29 +115,19 @@ class Config:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")
             try:
                 flat[name] = fits(value, fields[name].type)
-            except ValueError:
-                wanted = WORDS.get(fields[name].type, "a list of names")
-                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
-            try:
                 check_range(name, flat[name], fields[name])
             except UserError as e:
                 raise UserError(f"{source}: {e}") from None
+            except ValueError:
+                wanted = WORDS.get(fields[name].type, "a list of names")
+                raise UserError(f"{source}: {name} is {value!r}, where {wanted} must be: mend it, or restore the file") from None
         config = Config().updated(flat)
         return config.effective() if version == 1 else config
 
 
-def _replaced(group: Any, flat: Mapping[str, Any]) -> Any:
-    return dataclasses.replace(group, **{k: v for k, v in flat.items() if k in fields_of(group)})
-
-
 def every_field() -> dict[str, Field]:
-    """The fields of a run's config by name, and the numbers of its rows as fields: theirs are fixed but for a solver's."""
-    groups = [group for _, group in Config().groups()]
-    found = {name: f for group in groups for name, f in fields_of(group).items()}
-    for group in groups:
-        for name, about in own_numbers(group).items():
-            found[name] = Field(*about.number, fixed=any(fields_of(group)[chooser].fixed for chooser in about.rows))
-    return found
+    """The fields of a run's config by name, and the numbers of its rows."""
+    return settings_of(*Config().parts)
 
 
 def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
@@ -141,27 +135,21 @@ def typed(settings: Mapping[str, Any], *groups: type) -> dict[str, Any]:
 
     UserError for a setting that no group has (without groups: of a run), naming the nearest one, and for a value of another type.
     """
-    fields = {n: f for group in groups for n, f in fields_of(group).items()} or every_field()
-    rows = {n: add(fields[n].kind, value) for n, value in settings.items() if n in fields and fields[n].kind and callable(value)}
-    settings = {**settings, **rows}
-    fields = every_field()  # with the numbers of the rows just added
-    if groups:
-        own = {n: Field(*about.number) for group in groups for n, about in own_numbers(group).items()}
-        fields = own | {n: f for group in groups for n, f in fields_of(group).items()}
-    return {name: _as_field(name, value, fields) for name, value in settings.items()}
-
-
-def _as_field(name: str, value: Any, fields: Mapping[str, Field]) -> Any:
-    if name not in fields or not fields[name].flag:
-        near = difflib.get_close_matches(name, [n for n, f in fields.items() if f.flag], n=1)
-        raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-    f = fields[name]
-    if f.type is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
-        return str(value)
-    if f.type is str and isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    if f.type is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, f.type) or (f.type is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r}: give {WORDS[f.type]}")
-    return value
+    kinds = {name: f.kind for name, f in settings_of(*groups or Config().parts).items()}
+    rows = {n: add(kinds[n], value) for n, value in settings.items() if kinds.get(n) and callable(value)}
+    fields = {n: f for n, f in settings_of(*groups or Config().parts).items() if f.flag}  # with the numbers of these rows
+    found = {}
+    for name, value in {**settings, **rows}.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        kind = fields[name].type
+        if kind is str and isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        elif kind is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
+            value = str(value)
+        try:
+            found[name] = fits(value.item() if hasattr(value, "item") else value, kind)  # also a number of numpy's
+        except ValueError:
+            raise UserError(f"{name}={value!r}: give {WORDS[kind]}") from None
+    return found

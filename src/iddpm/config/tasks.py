@@ -7,22 +7,20 @@ class Task(NamedTuple):
     """What a task is, does and needs."""
 
     help: str
+    next: str  # what a user does with the trained run, with {run} and {data}
     draws: bool = False  # makes images from noise alone: can be measured against real ones
     enlarges: bool = False  # is shown a small image, and makes a large one of it
     classifies: bool = False  # makes no images: tells the class of noisy ones, to guide another model
-    next: str = ""  # what a user does with the trained run, with {run} and {data}
 
 
 TASKS = {
-    "images": Task("a model of images", draws=True, next="iddpm sample {run}"),
+    "images": Task("a model of images", "iddpm sample {run}", draws=True),
     "enlarge": Task(
         "a model that enlarges images (super-resolution)",
+        "iddpm sample {run} --high_res {data}, or iddpm sample BASE --then {run}",
         enlarges=True,
-        next="iddpm sample {run} --high_res {data}, or iddpm sample BASE --then {run}",
     ),
-    "classify": Task(
-        "a classifier of noisy images, to guide a model", classifies=True, next="iddpm sample RUN --classifier {run}"
-    ),
+    "classify": Task("a classifier of noisy images, to guide a model", "iddpm sample RUN --classifier {run}", classifies=True),
 }
 
 # What --network said of the task before the two were parted: in configs of version 1, and in users' fingers.

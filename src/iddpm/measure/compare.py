@@ -187,7 +187,7 @@ def _about(
     """What every figure carries; the keys name the images by their content."""
     images = features.images
     own = dict(settings.own)
-    numbers = {k: own.get(k, about.number.default) for k, about in own_numbers(Evaluate).items() if "metrics" in about.rows}
+    numbers = {k: own.get(k, f.default) for k, f in own_numbers(Evaluate).items() if "metrics" in f.rows}
     ends = [images.title(k).removeprefix("seed ") for k in (0, images.n - 1)]
     return dict(
         n=len(features), samples=images.name, samples_key=features.folder.name, **{k: images.about.get(k) for k in MADE},

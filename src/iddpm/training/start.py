@@ -155,7 +155,7 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
     given, config = _implied(given), Config()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
-        inherited = settings_of(other.model, other.diffusion, other.sample)
+        inherited = set(settings_of(other.model, other.diffusion, other.sample))
         if other.data.classes:  # the rows of named classes go by their names, whatever their number
             inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})

@@ -26,7 +26,9 @@ def install(name: str = "improved_diffusion") -> None:
     before = sys.modules.get(name)
     if before is not None and not hasattr(before, "__iddpm__"):
         raise ImportError(f"{name} is imported already, from {getattr(before, '__file__', '?')}: call install() before")
-    package = _module(name, __iddpm__=True, __path__=[], __doc__=__doc__)
+    package = sys.modules[name] = ModuleType(name, __doc__)
+    package.__spec__ = ModuleSpec(name, None, is_package=True)
+    vars(package).update(__iddpm__=True, __path__=[])
     for part in MODULES:
         source = "guided" if name == "guided_diffusion" and part in GUIDED else part
         module = importlib.import_module(f"{__name__}.python.{source}")
@@ -41,10 +43,3 @@ def __getattr__(name: str) -> ModuleType:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.python.{name}")
-
-
-def _module(name: str, **content: object) -> ModuleType:
-    module = sys.modules[name] = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None, is_package="__path__" in content)
-    vars(module).update(content)
-    return module

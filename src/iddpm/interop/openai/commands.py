@@ -32,11 +32,10 @@ Given = dict[str, Any]  # the original's flags, all of them
 OURS = ("time", "images", "images_per_second", "skipped", "lr")  # columns of our log that the original has not
 
 
-def run(name: str, given: Given) -> None:
-    """Do what the command of that name does."""
-    task, program, work = COMMANDS[name]
+def run(work: str, task: str, program: str, given: Given) -> None:
+    """Train, sample or measure (`work`) for one of our tasks, by the flags of one of the two programs."""
     with processes.session(build.device(given["device"])):  # first: the batch of a config depends on how many there are
-        work(_config(task, program, given), given, processes.own_device(build.device(given["device"])))
+        WORK[work](_config(task, program, given), given, processes.own_device(build.device(given["device"])))
 
 
 def _config(task: str, program: str, given: Given) -> Config:
@@ -61,12 +60,12 @@ class _Log:
     """The rows of a run in the original's columns and files; the terms of a classifier's loss begin with train_."""
 
     def __init__(self, config: Config):
-        self.renamed = ("loss", "acc@") if config.task.classifies else ()
+        self.terms = ("loss", "acc@") if config.task.classifies else ()
 
     def row(self, **values: Any) -> None:
         for name, value in values.items():
             if name not in OURS:
-                logger.logkv(f"train_{name}" if name.startswith(self.renamed) else name, value)
+                logger.logkv(f"train_{name}" if name.startswith(self.terms) else name, value)
         logger.logkv("samples", values["images"])
         logger.dumpkvs()
 
@@ -78,19 +77,18 @@ class _Log:
 
 
 def _train(config: Config, given: Given, device: torch.device) -> None:
-    if given["steps"]:
-        config = config.updated({"steps": given["steps"]})
-    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # the original then ends at its first checkpoint
-        config = config.updated({"steps": config.train.save_interval})
+    # with this variable the original ends at its first checkpoint
+    if steps := config.train.save_interval if os.environ.get("DIFFUSION_TRAINING_TEST") else given["steps"]:
+        config = config.updated({"steps": steps})
     _path(given, "data_dir", "images")
     logger.configure()
     folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
     # The original would begin anew and overwrite what lies there. A run goes on only from a checkpoint that is named.
     resume = Path(given["resume_checkpoint"]) if given["resume_checkpoint"] else None
-    if resume is None and (held := files.models(folder)):
-        raise UserError(
-            f"{folder} holds checkpoints already: go on with --resume_checkpoint {held[-1]}, or set another OPENAI_LOGDIR"
-        )
+    held = [path for path in sorted(folder.glob("model*.pt")) if files.name_of(path)["digits"]]
+    if held and not resume:
+        way = f"go on with --resume_checkpoint {held[-1]}, or set another OPENAI_LOGDIR"
+        raise UserError(f"{folder} holds checkpoints already: {way}")
     images, config = open_data(config)
     logger.log(images.describe())
     logger.log(f"logs in {logger.get_dir()}, checkpoints in {folder}")
@@ -127,15 +125,13 @@ def _sample(config: Config, given: Given, device: torch.device) -> None:
     n, (height, width), size = len(job.seeds), image_size(config.model), given["batch_size"]
     out = Path(logger.get_dir()) / f"samples_{n}x{height}x{width}x{config.model.image_channels}.npz"
     # Batches and devices do not change the images: a stopped job goes on with others.
+    identity = {k: v for k, v in given.items() if k not in ("batch_size", "device")} | {"weights": digest_of(weights)}
     draw_into(
-        out,
-        config,
-        job,
-        {**{k: v for k, v in given.items() if k not in ("batch_size", "device")}, "weights": digest_of(weights)},
+        out, config, job, identity,
         draw=lambda rest, tick: draw.images([draw.painter(config, net, device, tick, guide=guide)], rest, size),
         ticks=lambda n: grid.steps * -(-n // (size * processes.world())),
         replacing=True,  # as the original does
-    )
+    )  # fmt: skip
     if processes.rank() == 0:
         print(f"{many(n, 'image')}: {out}")
 
@@ -197,13 +193,4 @@ def _nll(config: Config, given: Given, device: torch.device) -> None:
     logger.log(f"terms, from the noisiest step down to 0: {', '.join(map(str, tables))}; all numbers: {folder / 'nll.json'}")
 
 
-Work = Callable[[Config, Given, torch.device], None]
-COMMANDS: dict[str, tuple[str, str, Work]] = {  # the task, the program whose flags these are, and what is done
-    "image_train": ("images", "improved", _train),
-    "image_sample": ("images", "improved", _sample),
-    "image_nll": ("images", "improved", _nll),
-    "super_res_train": ("enlarge", "improved", _train),
-    "super_res_sample": ("enlarge", "improved", _sample),
-    "classifier_train": ("classify", "guided", _train),
-    "classifier_sample": ("images", "guided", _sample),
-}
+WORK: dict[str, Callable[[Config, Given, torch.device], None]] = {"train": _train, "sample": _sample, "nll": _nll}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,32 +21,26 @@ from iddpm.store.weights import Weights
 # ---- import
 
 
-class Imported(NamedTuple):
-    """What a run is made of, and how its config came about."""
-
-    saved: Saved
-    config: Config
-    notes: list[str]
-
-
-def imported(path: Path, given: Mapping[str, Any], published: str = "", classes: str = "", alone: bool = False) -> Imported:
-    """The state in a model's or an average's file and, unless `alone`, the files beside it.
+def imported(
+    path: Path, given: Mapping[str, Any], published: str = "", classes: str = "", alone: bool = False
+) -> tuple[Saved, Config, list[str]]:
+    """The state in a model's or an average's file and, unless `alone`, the files beside it; its config, and how that came about.
 
     `given` holds flags, the original's and ours alike; `published` names the published file that it is; `classes` names what
     the labels mean (see `_named`). UserError where the files do not belong together, or where something has to be asked.
     """
     weights, record = files.read(path), files.record_of(path)
     if record and published:
-        raise UserError(f"--published: {path} was written by iddpm, which kept its config in {record.name}")
+        raise UserError(f"--published: {path} was written by iddpm, which kept its config in {record.path.name}")
     config, notes = _stored(record, given) if record else _settled(weights, given, path, published)
     # An average that lies alone is weights by themselves; with a part of its run beside it, it stands for the run.
-    average = files.AVERAGE.match(path.name)
-    beside = [path.parent / f"{kind}{average[2]}.pt" for kind in ("model", "opt")] if average else [path]
+    name = files.name_of(path)
+    beside = [path.with_name(f"{kind}{name['digits']}.pt") for kind in ("model", "opt")] if name["rate"] else [path]
     kin = files.family(path) if not alone and any(p.exists() for p in beside) else None
     if record and kin:
-        return Imported(files.load_run(path, config)[0], _named(config, classes), notes)
+        return files.load_run(path, config)[0], _named(config, classes), notes
 
-    rates = _rates(kin, average, config, given) if kin else []
+    rates = _rates(kin, float(name["rate"] or 0), config, given) if kin else []
     config = config.updated({"ema_rate": ",".join(map(str, rates))})
     if kin and kin.optimizer:
         saved = files.load_run(path, config)[0]
@@ -54,26 +48,25 @@ def imported(path: Path, given: Mapping[str, Any], published: str = "", classes:
             saved.state["images"] = 0
     else:
         # A file's number is all that is known of how long it was trained, where no optimizer counted.
-        number = files.number_of(path) or (row_of(published).steps if published else 0)
+        number = int(name["digits"] or 0) or (row_of(published).steps if published else 0)
         weights = files.read(kin.model) if kin else weights
         kept = files.read_averages(kin, rates) if kin else {}
         saved = Saved(number, weights, kept, {}, dict(step=number, images=0, weights_only=True))
     averages = {f"average {rate}": average for rate, average in saved.averages.items()}
-    for name, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
-        check_fit(shapes_of(tensors), config, f"{path.parent / name}")
-    return Imported(saved, _named(config, classes), notes)
+    for part, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
+        check_fit(shapes_of(tensors), config, f"{path.parent / part}")
+    return saved, _named(config, classes), notes
 
 
-def _stored(record: Path, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
+def _stored(record: files.Record, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The config that iddpm kept, with flags that do not contradict it."""
-    config = files.recorded(record)
-    fields, now = every_field(), config.flat()
+    fields, now = every_field(), record.config.flat()
     for name, value in given.items():
         if name not in fields:
-            raise UserError(f"--{name}: {record} holds the config; change it by our names, if at all")
+            raise UserError(f"--{name}: {record.path} holds the config; change it by our names, if at all")
         if fields[name].fixed and value != now.get(name):
-            raise UserError(f"--{name} {value} contradicts {record}, which says {now.get(name, 'none')}")
-    return build.require_fit(check(config.updated(given))), [f"config: {record}"]
+            raise UserError(f"--{name} {value} contradicts {record.path}, which says {now.get(name, 'none')}")
+    return build.require_fit(check(record.config.updated(given))), [f"config: {record.path}"]
 
 
 def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:
@@ -81,17 +74,13 @@ def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path
     settled = settle(shapes_of(weights), given, str(path), published)
     if published:
         return settled.config, [f"config: that of the published {published.removesuffix('.pt')}"]
-    notes = []
-    if settled.assumed:
-        text = line(settled.assumed, {})
-        notes.append(f"its shapes do not tell these, taken as by default in {settled.program}-diffusion: {text}")
-    if settled.alike:
-        notes.append(f"its shapes are those of a published file; if it is that: --published {' or '.join(settled.alike)}")
-    return settled.config, notes
+    taken = f"its shapes do not tell these, taken as by default in {settled.program}-diffusion: {line(settled.assumed, {})}"
+    alike = f"its shapes are those of a published file; if it is that: --published {' or '.join(settled.alike)}"
+    return settled.config, [taken] * bool(settled.assumed) + [alike] * bool(settled.alike)
 
 
-def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, Any]) -> list[float]:
-    """The averages to take along: those asked for, or all, the one whose file was given first."""
+def _rates(kin: files.Family, first: float, config: Config, given: Mapping[str, Any]) -> list[float]:
+    """The averages to take along: those asked for, or all, first that whose file was given: it is the one sampled from."""
     if "ema_rate" in given:
         return list(ema_rates(config.train))
     if not kin.averages and not config.task.classifies and kin.optimizer:
@@ -99,7 +88,6 @@ def _rates(kin: files.Family, average: Any, config: Config, given: Mapping[str, 
             f"ema_RATE_{kin.digits}.pt is missing beside {kin.model}: training would go on without averages; "
             f"for the weights by themselves give --alone"
         )
-    first = float(average[1]) if average else None  # the first rate of a run is the one that is sampled from
     return sorted(kin.averages, key=lambda rate: (rate != first, -rate))
 
 
@@ -111,60 +99,49 @@ def _named(config: Config, text: str) -> Config:
     if not m.class_cond:
         raise UserError("--classes: this network knows no classes")
     if Path(text).is_dir():
-        found = Images.open(text, image_size(m), m.image_channels, labels=config.data.labels, cache_bytes=0)
-        names = tuple(found.classes)
-    elif text.isdigit():
-        names = tuple(map(str, range(int(text))))
+        names = Images.open(text, image_size(m), m.image_channels, labels=config.data.labels, cache_bytes=0).classes
     else:
-        names = tuple(part.strip() for part in text.split(","))
+        names = tuple(map(str, range(int(text))) if text.isdigit() else (part.strip() for part in text.split(",")))
     if len(names) > m.num_classes:
         raise UserError(f"--classes {text}: the network has room for {m.num_classes}")
-    return config.updated({"classes": names})
+    return config.updated({"classes": tuple(names)})
 
 
 # ---- export
 
 
-def exported(weights: Weights, folder: Path, label_rows: int) -> tuple[list[str], list[str]]:
-    """Write the whole checkpoint that weights belong to, or, where there are only weights, these.
+def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
+    """Write the whole checkpoint that weights belong to, or, where there are only weights, these; returns what to tell of it.
 
-    Returns the names of the files, and what there is to say of them.
     `label_rows` is how many rows label_emb is to have, the further ones zeros; 0: as many as trained.
     """
-    config, notes = _padded_config(weights.config, label_rows)
+    config, notes, have = weights.config, [], weights.config.model.num_classes
+    if config.model.class_cond and not config.task.classifies and label_rows not in (0, have):
+        if label_rows < have:
+            raise UserError(f"--label_rows {label_rows}: the network has {have}")
+        config = config.updated({"num_classes": label_rows})
+        zeros = f"those from {have} on are zeros (--label_rows 0 leaves them out)"
+        notes = [f"label_emb has {label_rows} rows, as the original's: {zeros}"]
 
     def padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With zeros for the rows of label_emb that are not there: its weights, and AdamW's moments of them."""
-        out = dict(tensors)
-        for name, value in tensors.items():
-            if name.startswith("label_emb.weight") and value.ndim == 2:
-                more = value.new_zeros(config.model.num_classes - len(value), value.shape[1])
-                out[name] = torch.cat([value, more])
-        return out
+        more = config.model.num_classes - have
+        rows = {name: t for name, t in tensors.items() if name.startswith("label_emb.weight") and t.ndim == 2}
+        return {**tensors, **{name: torch.cat([t, t.new_zeros(more, t.shape[1])]) for name, t in rows.items()}}
 
     if (weights.path.parent / "state").is_dir():  # a run's checkpoint, and no lone file: its optimizer goes along
         saved = checkpoint.load(weights.path.parent)
         averages = {rate: padded(average) for rate, average in saved.averages.items()}
         saved = saved._replace(weights=padded(saved.weights), averages=averages, optimizer=padded(saved.optimizer))
         kin = files.family(files.save_run(folder, config, saved))
-        written = [p.name for p in (kin.model, *kin.averages.values(), kin.optimizer, kin.record) if p]
+        written = [*kin.record.files, kin.record.path.name] if kin.record else []
         best = next((kin.averages[rate] for rate in ema_rates(config.train) if rate in kin.averages), kin.model)
     else:
         step, rate = weights.about["step"], weights.about.get("ema_rate")
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
         files.write_weights(best, padded(weights.tensors), config)
         written = [best.name]
-    return written, [*notes, f"next: {_command(config, best)}"]
-
-
-def _padded_config(config: Config, rows: int) -> tuple[Config, list[str]]:
-    have = config.model.num_classes
-    if not config.model.class_cond or config.task.classifies or not rows or rows == have:
-        return config, []
-    if rows < have:
-        raise UserError(f"--label_rows {rows}: the network has {have}")
-    said = f"label_emb has {rows} rows, as the original's: those from {have} on are zeros (--label_rows 0 leaves them out)"
-    return config.updated({"num_classes": rows}), [said]
+    return [f"wrote in {folder}: {', '.join(written)}", *notes, f"next: {_command(config, best)}"]
 
 
 def _command(config: Config, file: Path) -> str:

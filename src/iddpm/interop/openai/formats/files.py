@@ -8,12 +8,11 @@ The number is the optimizer steps tried. In files that the original wrote, it is
 user renamed them to: there the count comes from the optimizer's state.
 """
 
+import errno
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict
 
@@ -31,7 +30,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved
 from iddpm.store.files import Entry
-from iddpm.store.remote import flush, sha256
+from iddpm.store.remote import replace, sha256, write_file
 from iddpm.store.weights import Weights, require_finite
 
 # ---- reading a file
@@ -44,11 +43,10 @@ def load(path: Path) -> Any:
 
     UserError where there is no such file, it is cut short, no file of torch.save, or holds objects of other kinds.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(OLD))
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}") from e
+    if not path.is_file():
+        raise UserError(f"{path}: {'that is a folder' if path.is_dir() else 'there is no such file'}")
+    with open(path, "rb") as file:
+        start = file.read(len(OLD))
     if not start:
         raise UserError(f"{path} is empty")
     if not start.startswith(ZIP) and start != OLD[: len(start)]:
@@ -72,16 +70,15 @@ def read(path: Path) -> dict[str, Tensor]:
     """The weights of a file, float32, by name in their order; UserError where it holds something else."""
     found = load(path)
     if isinstance(found, dict) and {"state", "param_groups"} <= set(found):
-        match = OPTIMIZER.match(path.name)
-        model = f"model{match[1]}.pt" if match else "a model's file"
+        model = f"model{digits}.pt" if (digits := name_of(path)["digits"]) else "a model's file"
         raise UserError(f"{path} is an optimizer's state and holds no weights: give {model}, or an average (ema_...)")
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path} holds no weights but a {type(found).__name__}")
     if odd := next((k for k, v in found.items() if not isinstance(v, Tensor)), None):
-        inner = isinstance(found[odd], dict)
+        mend = f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)"
         raise UserError(
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
-            + (f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)" if inner else "")
+            + (mend if isinstance(found[odd], dict) else "")
         )
     if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
         raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
@@ -97,7 +94,24 @@ def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
 
 # ---- which files belong together
 
-MODEL, AVERAGE, OPTIMIZER = re.compile(r".*model(\d+)\.pt$"), re.compile(r"ema_(.+)_(\d+)\.pt$"), re.compile(r"opt(\d+)\.pt$")
+NAME = re.compile(r"(?:.*model|ema_(?P<rate>.+)_|(?P<optimizer>opt))(?P<digits>\d+)\.pt$")
+
+
+class Record(NamedTuple):
+    """Our own file beside the original's: what it is of, and size and digest of each of them."""
+
+    path: Path
+    config: Config
+    state: dict[str, Any]
+    files: dict[str, Entry]
+
+
+class RecordFile(TypedDict):
+    """The same, as JSON."""
+
+    config: dict[str, Any]
+    state: RunState
+    files: dict[str, Entry]
 
 
 class Family(NamedTuple):
@@ -107,7 +121,13 @@ class Family(NamedTuple):
     digits: str  # of their names; "" where nothing says
     averages: dict[float, Path]
     optimizer: Path | None
-    record: Path | None  # our own file
+    record: Record | None
+
+
+def name_of(path: PurePath) -> dict[str, str]:
+    """What a file's name says, "" where it does not: `rate` of an average, `digits` of the number, whether an `optimizer`."""
+    match = NAME.match(path.name)
+    return match.groupdict("") if match else dict.fromkeys(NAME.groupindex, "")
 
 
 def family(path: Path) -> Family:
@@ -115,42 +135,24 @@ def family(path: Path) -> Family:
 
     Where the name has no number, the folder's only optimizer says it. UserError where a file is missing, or a choice is open.
     """
-    folder = path.parent
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    if average := AVERAGE.match(path.name):
-        model = folder / f"model{average[2]}.pt"
+    name = name_of(path)
+    if name["rate"]:
+        model = path.with_name(f"model{name['digits']}.pt")
         if not model.exists():
             raise UserError(f"{model.name} is missing beside {path}: without it, these averages cannot be trained on")
         return family(model)
-    if OPTIMIZER.match(path.name):
+    if name["optimizer"]:
         read(path)  # raises: it is no model
-    digits = _digits(path)
-    if not digits:
-        found = sorted(folder.glob("opt*.pt"))
-        if len(found) > 1:
-            names = ", ".join(p.name for p in found[:3])
-            raise UserError(f"{path}: which optimizer belongs to it, {names}? rename it as theirs, model%06d.pt")
-        match = OPTIMIZER.match(found[0].name) if found else None
-        digits = match[1] if match else ""
-    if not digits:
-        return Family(path, "", {}, None, None)
-    averages = {}
-    for other in sorted(folder.glob(f"ema_*_{digits}.pt")):
-        if match := AVERAGE.match(other.name):
-            averages[float(match[1])] = other
-    optimizer = folder / f"opt{digits}.pt"
-    return Family(path, digits, averages, optimizer if optimizer.exists() else None, record_of(path))
-
-
-def number_of(path: Path) -> int:
-    """The number in the name of a model's or an average's file, or 0."""
-    return int(_digits(path) or 0)
-
-
-def _digits(path: Path) -> str:
-    match = AVERAGE.match(path.name) or MODEL.match(path.name)
-    return match[match.re.groups] if match else ""
+    optimizers = {name_of(p)["digits"]: p for p in sorted(path.parent.glob("opt*.pt"))}
+    if not name["digits"] and len(optimizers) > 1:
+        names = ", ".join(p.name for p in [*optimizers.values()][:3])
+        raise UserError(f"{path}: which optimizer belongs to it, {names}? rename it as theirs, model%06d.pt")
+    digits = name["digits"] or next(iter(optimizers), "")
+    averages = {name_of(p)["rate"]: p for p in sorted(path.parent.glob(f"ema_*_{digits}.pt")) if digits}
+    rates = {float(rate): p for rate, p in averages.items() if rate}
+    return Family(path, digits, rates, optimizers.get(digits), record_of(path))
 
 
 def read_averages(kin: Family, rates: Iterable[float]) -> dict[float, dict[str, Tensor]]:
@@ -162,32 +164,20 @@ def read_averages(kin: Family, rates: Iterable[float]) -> dict[float, dict[str, 
     return {rate: read(kin.averages[rate]) for rate in rates}
 
 
-def record_of(path: Path) -> Path | None:
-    """Our own file that holds the digest of a model's or an average's file, if there is one."""
-    record = path.with_name(f"iddpm{_digits(path)}.json")
-    return record if record.exists() and path.name in _record(record)["files"] else None
-
-
-def recorded(record: Path) -> Config:
-    """The config in our own file."""
-    return Config.from_json(json.dumps(_record(record)["config"]), str(record))
-
-
-class Record(TypedDict):
-    """Our own file beside the original's."""
-
-    files: dict[str, Entry]
-    state: RunState
-    config: dict[str, Any]
-
-
-def _record(path: Path) -> dict[str, Any]:
+def record_of(path: Path) -> Record | None:
+    """Our own file that holds the digest of a model's or an average's file, if there is one; UserError where it is damaged."""
+    record = path.with_name(f"iddpm{name_of(path)['digits']}.json")
+    if not record.exists():
+        return None
     try:
-        return dict(decode(path.read_bytes(), Record, path))
+        found = decode(record.read_bytes(), RecordFile, record)
     except OSError as e:
-        raise UserError(f"{path}: {reason(e)}") from None
+        raise UserError(f"{record}: {reason(e)}") from None
     except UserError:
-        raise UserError(f"{path} is damaged: delete it to read the files beside it as the original's") from None
+        raise UserError(f"{record} is damaged: delete it to read the files beside it as the original's") from None
+    if path.name not in found["files"]:
+        return None
+    return Record(record, Config.from_json(json.dumps(found["config"]), str(record)), dict(found["state"]), found["files"])
 
 
 # ---- a run's checkpoints
@@ -200,34 +190,29 @@ def load_run(path: Path, config: Config | None = None) -> tuple[Saved, Config | 
     updates times the config's batch. UserError naming what is missing or damaged: nothing is left out or begun anew.
     """
     kin = family(path)
-    stored, law, state = None, dict[str, Tensor](), None
-    if kin.record:
-        found = _record(kin.record)
-        for name, known in found["files"].items():
-            file = kin.record.with_name(name)
+    record, law = kin.record, dict[str, Tensor]()
+    if record:
+        for name, known in record.files.items():
+            file = record.path.with_name(name)
             if not file.exists():
                 raise UserError(f"{file} is missing")
             if PurePath(name).name != name or known != (file.stat().st_size, sha256(file)):
                 raise UserError(f"{file} is damaged")
-        stored, state = recorded(kin.record), found["state"]
-        law = load_file(kin.record.with_suffix(".safetensors")) if state.get("law") else {}
+        law = load_file(record.path.with_suffix(".safetensors")) if record.state.get("law") else {}
     weights, slots, updates = read(kin.model), dict[str, Tensor](), 0
     if kin.optimizer:
         slots, updates = read_optimizer(kin.optimizer, shapes_of(weights))
-    elif not (state and state.get("weights_only")):
+    elif not (record and record.state.get("weights_only")):
         name = f"opt{kin.digits or '*'}.pt"
         raise UserError(f"{name} is missing beside {path}: without it, training cannot go on from there")
-    settled = config or stored
+    settled = config or (record.config if record else None)
     averages = read_averages(kin, ema_rates(settled.train) if settled else kin.averages)
-    if state is None:  # the original's files: what they do not tell is as if the run had been at these settings all along
-        images = updates * config.train.batch_size if config else 0
-        state = dict(step=updates, images=images, skipped=0, skipped_in_a_row=0, ema_updates=updates, lg_loss_scale=0.0, law=[])
-    return Saved(state["step"], weights, averages, slots | {f"law.{k}": v for k, v in law.items()}, state), stored
-
-
-def models(folder: Path) -> list[Path]:
-    """The model%06d.pt of a folder, by name."""
-    return [p for p in sorted(folder.glob("model*.pt")) if re.fullmatch(r"model\d+\.pt", p.name)]
+    # What the original's files do not tell is as if the run had been at these settings all along.
+    counts = dict(step=updates, images=updates * config.train.batch_size if config else 0, ema_updates=updates)
+    rest = dict[str, Any](skipped=0, skipped_in_a_row=0, lg_loss_scale=0.0, law=[])
+    state = record.state if record else rest | counts
+    slots |= {f"law.{name}": value for name, value in law.items()}
+    return Saved(state["step"], weights, averages, slots, state), record.config if record else None
 
 
 class Store:
@@ -263,11 +248,10 @@ def read_model(path: Path, config: Config) -> Weights:
     """
     tensors = read(path)
     check_fit(shapes_of(tensors), config, str(path))
-    average = AVERAGE.match(path.name)
-    about = dict(step=number_of(path), ema_rate=float(average[1]) if average else 0)
+    name = name_of(path)
     if record := record_of(path):
-        stored = recorded(record)
-        config = config.updated({"classes": stored.data.classes, "rule": stored.data.rule})
+        config = config.updated({"classes": record.config.data.classes, "rule": record.config.data.rule})
+    about = dict(step=int(name["digits"] or 0), ema_rate=float(name["rate"] or 0))
     return Weights(path, require_finite(tensors, path), config, about)
 
 
@@ -288,14 +272,14 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     # A kill between two files leaves no record, so that a half-written checkpoint is never taken for ours.
     record.unlink(missing_ok=True)  # of a run that was here before: its digests are of other files
     for name, content in contents.items():
-        _write(folder / name, partial(torch.save, content))
+        save(folder / name, content)
     if law := {name: saved.optimizer[f"law.{name}"] for name in saved.state.get("law", [])}:
         name = f"iddpm{digits}.safetensors"
-        _write(folder / name, lambda file: file.write(safetensors.torch.save(law)))
+        write_file(folder / name, safetensors.torch.save(law))
         contents[name] = law
     digests = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in contents}
     about = dict(iddpm=iddpm.__version__, config=json.loads(config.to_json()), state=saved.state, files=digests)
-    _write(record, lambda file: file.write(json.dumps(about, indent=1).encode()))
+    write_file(record, json.dumps(about, indent=1))
     return folder / f"model{digits}.pt"
 
 
@@ -310,22 +294,17 @@ def _ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, T
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], config: Config) -> None:
     """One file of weights, in the original's order."""
+    save(path, _ordered(tensors, network_shapes(config)))
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """torch.save in one step, in a folder that is made where it is missing; OSError on a full disk."""
+
+    def write(file: Any) -> None:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as e:  # how torch tells of a full disk
+            raise OSError(errno.EIO, f"cannot write: {str(e).splitlines()[0]}") from None
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = _ordered(tensors, network_shapes(config))
-    _write(path, partial(torch.save, content))
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file aside, flush it, rename it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except RuntimeError as e:  # how torch tells of a full disk
-        raise OSError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    flush(path.parent)
+    replace(path, write)

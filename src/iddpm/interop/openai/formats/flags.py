@@ -3,11 +3,11 @@
 `program` says whose they are: improved-diffusion's, or guided-diffusion's, which added some and changed two defaults.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from iddpm.config import ENDLESS, Config, Diffusion, Model, fields_of, image_size, numbers, small_size
+from iddpm.config import ENDLESS, Config, fields_of, image_size, numbers, small_size
+from iddpm.config.fields import values_of
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 
@@ -30,11 +30,10 @@ IMAGE: dict[str, Any] = dict(
     timestep_respacing="", use_kl=False, predict_xstart=False, rescale_timesteps=True, rescale_learned_sigmas=True,
     use_checkpoint=False, use_scale_shift_norm=True,
 )  # fmt: skip
-GUIDED_IMAGE: dict[str, Any] = dict(
-    image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1, num_head_channels=-1,
-    attention_resolutions="16,8", channel_mult="", dropout=0.0, class_cond=False, use_checkpoint=False,
-    use_scale_shift_norm=True, resblock_updown=False, use_fp16=False, use_new_attention_order=False, **DIFFUSION,
+ADDED: dict[str, Any] = dict(  # by guided-diffusion
+    num_head_channels=-1, channel_mult="", resblock_updown=False, use_new_attention_order=False, use_fp16=False,
 )  # fmt: skip
+GUIDED_IMAGE = {k: v for k, v in IMAGE.items() if k != "sigma_small"} | ADDED | DIFFUSION
 
 
 def _super_res(image: Mapping[str, Any], *without: str) -> dict[str, Any]:
@@ -103,28 +102,23 @@ OTHERWISE = dict(  # the original's names that are others here, with the same va
     large_size="image_size", use_new_attention_order="new_attention_order", data_dir="path", val_data_dir="validation",
     eval_interval="validation_interval", iterations="steps", **{theirs: ours for ours, theirs in PREFIXED.items()},
 )  # fmt: skip
-FLAGS = {name: default for table in COMMANDS.values() for command in table.values() for name, default in command.items()}
-FIELDS = {name for _, group in Config().groups() for name in fields_of(group)}
-OURS = {name: name for name in FLAGS if name in FIELDS} | OTHERWISE  # the original's name: ours
-SIZES = ("image_size", "large_size", "small_size")  # numbers there, words here, where 64x96 is a size too
-
-Fields = dict[str, Any]
-MEANINGS: dict[str, Callable[[Any], Fields]] = {  # of flags whose values are others here
-    "class_cond": lambda v: {"class_cond": v, "num_classes": NUM_CLASSES if v else 0, "labels": "original" if v else "none"},
-    "predict_xstart": lambda v: {"parametrization": "x0" if v else "eps"},
-    "use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
-    "classifier_use_fp16": lambda v: {"precision": "fp16" if v else "fp32"},
-    "timestep_respacing": lambda v: {"sampling_steps": v or "all"},
-    "use_ddim": lambda v: {"solver": "ddim" if v else "ancestral"},
-    "lr_anneal_steps": lambda v: {"lr_anneal_steps": v, "steps": v or ENDLESS},
-    "anneal_lr": lambda v: {"lr_anneal_steps": -1 if v else 0},
+MEANINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # names and values that are others here
+    "predict_xstart": ("parametrization", lambda v: "x0" if v else "eps"),
+    "use_fp16": ("precision", lambda v: "fp16" if v else "fp32"),
+    "classifier_use_fp16": ("precision", lambda v: "fp16" if v else "fp32"),
+    "timestep_respacing": ("sampling_steps", lambda v: v or "all"),
+    "use_ddim": ("solver", lambda v: "ddim" if v else "ancestral"),
+    "anneal_lr": ("lr_anneal_steps", lambda v: -1 if v else 0),
+    "image_size": ("image_size", str),  # words here, where 64x96 is a size too
+    "large_size": ("image_size", str),
+    "small_size": ("small_size", str),
 }
-TWINS = OTHERWISE | dict(  # the original's flag, and ours that says the same
-    use_kl="objective", rescale_learned_sigmas="objective", predict_xstart="parametrization", use_fp16="precision",
-    classifier_use_fp16="precision", timestep_respacing="sampling_steps", use_ddim="solver", anneal_lr="lr_anneal_steps",
-)  # fmt: skip
-ALWAYS: Fields = dict(ema_warmup=False, keep=0, sample_interval=0)  # what the original does without a flag
-OF_CLASSIFIERS: Fields = dict(  # they see the step's own number, learn from mirrored crops, and are not averaged
+FLAGS = {name: default for table in COMMANDS.values() for command in table.values() for name, default in command.items()}
+SAME = {name: name for name in FLAGS if name in fields_of(*Config().parts)} | OTHERWISE  # the original's name: ours
+TWINS = OTHERWISE | {theirs: ours for theirs, (ours, _) in MEANINGS.items() if theirs not in SAME}  # which say the same
+TWINS |= dict(use_kl="objective", rescale_learned_sigmas="objective")
+ALWAYS: dict[str, Any] = dict(ema_warmup=False, keep=0, sample_interval=0)  # what the original does without a flag
+OF_CLASSIFIERS: dict[str, Any] = dict(  # they see the step's own number, learn from mirrored crops, and are not averaged
     num_head_channels=64, class_cond=True, num_classes=NUM_CLASSES, labels="original", rescale_timesteps=False,
     random_flip=True, random_crop=True, ema_rate="", learn_sigma=False, sigma_small=False, parametrization="eps",
 )  # fmt: skip
@@ -143,12 +137,13 @@ def to_config(task: str, given: Mapping[str, Any], program: str = "improved", pr
         return name in CLASSIFIER | DIFFUSION or name not in GUIDED_IMAGE if judge else not name.startswith("classifier_")
 
     flags = {k: v for k, v in (NETWORKS[program][task] | dict(given)).items() if meant(k)}
-    flat: Fields = {"task": task, **ALWAYS}
-    for name, value in flags.items():
-        if name in MEANINGS:
-            flat |= MEANINGS[name](value)
-        elif name in OURS:
-            flat[OURS[name]] = str(value) if name in SIZES else value
+    flat = {"task": task, **ALWAYS} | {SAME[name]: value for name, value in flags.items() if name in SAME}
+    flat |= {MEANINGS[name][0]: MEANINGS[name][1](value) for name, value in flags.items() if name in MEANINGS}
+    if "class_cond" in flags:
+        known = flags["class_cond"]
+        flat |= dict(num_classes=NUM_CLASSES if known else 0, labels="original" if known else "none")
+    if "lr_anneal_steps" in flags:
+        flat["steps"] = flags["lr_anneal_steps"] or ENDLESS
     if "batch_size" in flags:
         flat["batch_size"] = flags["batch_size"] * processes
     flat |= OF_CLASSIFIERS if judge else {"objective": objective(flags)}
@@ -170,7 +165,6 @@ def objective(flags: Mapping[str, Any]) -> str:
 
 # ---- and back
 
-SCHEDULES = ("linear", "cosine")
 SUPPORTED: dict[str, dict[str, tuple[int, ...]]] = {  # sizes without --channel_mult
     "improved": {"images": (32, 64, 256), "enlarge": (64, 256)},
     "guided": {"images": (64, 128, 256, 512), "enlarge": (64, 256, 512), "classify": (64, 128, 256, 512)},
@@ -187,7 +181,9 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
         if task not in networks:
             continue
         flags = _candidate(config, networks[task])
-        fault = _unsupported(program, task, flags) or _difference(to_config(task, flags, program), config)
+        named, wanted = plain(to_config(task, flags, program)), plain(config)
+        different = (f"--{name} {config.flat()[name] or 'none'}" for name in wanted if named[name] != wanted[name])
+        fault = _unsupported(program, task, flags) or next(different, None)
         if fault is None:
             return program, flags
         faults.append(fault)
@@ -195,15 +191,15 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _candidate(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    flat, d, side = config.flat(), config.diffusion, max(image_size(config.model))
+    flat, d, size = config.flat(), config.diffusion, image_size(config.model)
     half = config.train.precision == "fp16"
     own = flat | {theirs: flat[ours] for theirs, ours in OTHERWISE.items()} | dict(
-        image_size=side, large_size=side, use_fp16=half, classifier_use_fp16=half, use_kl=d.objective == "vlb",
+        image_size=max(size), large_size=max(size), use_fp16=half, classifier_use_fp16=half, use_kl=d.objective == "vlb",
         predict_xstart=d.parametrization == "x0", timestep_respacing=flat["sampling_steps"].replace("all", ""),
     )  # fmt: skip
     if config.task.enlarges:
         own["small_size"] = max(small_size(config.model))
-    if _plain(config.model, "channel_mult") == _plain(dataclasses.replace(config.model, channel_mult=""), "channel_mult"):
+    if plain(config)["channel_mult"] == plain(config.updated({"channel_mult": ""}))["channel_mult"]:
         own["channel_mult"] = ""
     scaled = {"hybrid": True, "hybrid_unscaled": False}  # elsewhere it has no effect
     own["rescale_learned_sigmas"] = scaled.get(d.objective_name, defaults["rescale_learned_sigmas"])
@@ -217,38 +213,27 @@ def _unsupported(program: str, task: str, flags: Mapping[str, Any]) -> str | Non
         return f"--image_size {size} ({program}-diffusion knows {', '.join(map(str, sizes))})"
     if any(m % 1 for m in mult):
         return f"--channel_mult {flags['channel_mult']} (it takes whole numbers)"
-    if flags["noise_schedule"] not in SCHEDULES:
+    if flags["noise_schedule"] not in ("linear", "cosine"):
         return f"--noise_schedule {flags['noise_schedule']}"
     attention = flags.get("classifier_attention_resolutions", flags.get("attention_resolutions"))
     return None if attention else "--attention_resolutions none"
 
 
-def _difference(named: Config, wanted: Config) -> str | None:
-    """The first setting of the network or the process in which two configs differ, but for how many classes are trained."""
-    for a, b in ((named.model, wanted.model), (named.diffusion, wanted.diffusion)):
-        for name in fields_of(a):
-            if name not in ("num_classes", "noised", "schedule_sampler") and _plain(a, name) != _plain(b, name):
-                return f"--{name} {getattr(b, name) or 'none'}"
-    return None
+def plain(config: Config) -> dict[str, Any]:
+    """What makes the network and the process of a config, each value spelled in one way; not how many classes are trained."""
+    from iddpm.nn import channel_mult_for
 
-
-def _plain(group: Model | Diffusion, name: str) -> Any:
-    """The value of a field, spelled in one way."""
-    if isinstance(group, Diffusion):
-        same = name == "rescale_timesteps" and group.diffusion_steps == 1000  # the network sees the same times
-        return group.objective_name if name == "objective" else True if same else getattr(group, name)
-    if name == "channel_mult":
-        from iddpm.nn import channel_mult_for
-
-        given = numbers(group.channel_mult, "channel_mult", float)
-        return given or channel_mult_for(min(image_size(group)))
-    if name == "image_size":
-        return image_size(group)
-    if name == "attention_resolutions":
-        return sorted(numbers(group.attention_resolutions, name))
-    return getattr(group, name)
+    m, d = config.model, config.diffusion
+    found = values_of(m, d) | dict(
+        image_size=image_size(m),
+        channel_mult=numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(min(image_size(m))),
+        attention_resolutions=sorted(numbers(m.attention_resolutions, "attention_resolutions")),
+        objective=d.objective_name,
+        rescale_timesteps=d.rescale_timesteps or d.diffusion_steps == 1000,  # the network sees the same times
+    )
+    return {name: value for name, value in found.items() if name not in ("num_classes", "noised", "schedule_sampler")}
 
 
 def line(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The flags that are not at their defaults, as typed."""
-    return " ".join(f"--{k} {v}" for k, v in flags.items() if v != defaults.get(k, dataclasses.MISSING))
+    return " ".join(f"--{k} {v}" for k, v in flags.items() if k not in defaults or v != defaults[k])

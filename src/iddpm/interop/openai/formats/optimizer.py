@@ -63,19 +63,15 @@ def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[in
     """
     state: dict[int, dict[str, Tensor]] = {}
     for k, names in enumerate(groups(shapes, layout)):
-        held = [name for name in names if f"{name}.step" in slots]
-        if not held:
-            continue
-        steps = {float(slots[f"{name}.step"]) for name in held}
-        if len(held) < len(names) or len(steps) > 1:
+        steps = {float(slots.get(f"{name}.step", -1)) for name in names}
+        if len(steps) > 1:
             raise UserError("these parameters were not all stepped together: they cannot be one flat parameter")
-        state[k] = {"step": slots[f"{names[0]}.step"].detach().cpu().float().clone()}
+        if steps <= {-1.0}:  # never, for want of a gradient
+            continue
+        state[k] = {"step": torch.tensor(steps.pop())}
         for slot in MOMENTS:
             parts = [slots[f"{name}.{slot}"].detach().cpu() for name in names]
-            if layout == "each":
-                state[k][slot] = parts[0]
-                continue
-            whole = torch.cat([part.flatten() for part in parts])
+            whole = parts[0] if layout == "each" else torch.cat([part.flatten() for part in parts])
             state[k][slot] = whole.view(1, -1) if layout == "guided" and k else whole
     return state
 

@@ -2,16 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from iddpm import build
-from iddpm.config import Config, Model, check, image_size, numbers, settings_of
+from iddpm.config import Config, Model, check, image_size, settings_of
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
-from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, PREFIXED, TWINS, line, to_config
+from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, PREFIXED, TWINS, line, plain, to_config
 from iddpm.interop.openai.formats.published import PUBLISHED, Published
 from iddpm.nn import attention_rates, channel_mult_for
 
@@ -56,68 +56,54 @@ def tell(shapes: Shapes, source: str) -> Told:
             raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
     # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
-    numbered = {k.split(".")[1] for k in shapes if k.startswith("input_blocks.")}
-    count = len(numbered)
-    if numbered != set(map(str, range(count))):  # before anything counts up to one of them
-        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks are not 0 to {count - 1}")
-    blocks = [_block(shapes, f"input_blocks.{k}.") for k in range(1, count)]
-    updown = not any(b.convolution for b in blocks)
-    depth, levels = _levels(shapes, blocks, updown, source)
+    depth, strided, levels = _levels(shapes, source)
     # With scale and shift, the embedding gives two numbers for each channel, else one.
     emb, out = shapes["input_blocks.1.0.emb_layers.1.weight"], shapes["input_blocks.1.0.in_layers.2.weight"]
     fields = dict(num_channels=width, num_res_blocks=depth, use_scale_shift_norm=emb[0] == 2 * out[0])
     if len(levels) > 1:  # a single level changes no size, either way
-        fields["resblock_updown"] = updown
+        fields["resblock_updown"] = not strided
     draws = any(k.startswith("output_blocks.") for k in shapes)
     fields |= _ends(shapes, first) if draws else _judge(shapes, first, len(levels))
-    attention = tuple(k for k, group in enumerate(levels) if group[0].attention)
-    return Told(fields, tuple(group[0].width / width for group in levels), attention)
+    attention = tuple(k for k, level in enumerate(levels) if level.attention)
+    return Told(fields, tuple(level.width / width for level in levels), attention)
 
 
 class Block(NamedTuple):
     """A stage of the way down: the channels that come out, and what it has."""
 
     width: int
-    attention: bool
-    convolution: bool  # a strided one: it halves the size
+    attention: bool = False
+    strided: bool = False  # a convolution that halves the size, and no residual block
 
 
-def _block(shapes: Shapes, name: str) -> Block:
-    if f"{name}0.op.weight" in shapes:
-        return Block(shapes[f"{name}0.op.weight"][0], False, True)
-    return Block(shapes.get(f"{name}0.in_layers.2.weight", (0,))[0], f"{name}1.qkv.weight" in shapes, False)
+def _levels(shapes: Shapes, source: str) -> tuple[int, bool, list[Block]]:
+    """Residual blocks per level, whether strided convolutions part the levels, and a block of each.
 
-
-def _levels(shapes: Shapes, blocks: Sequence[Block], updown: bool, source: str) -> tuple[int, list[Sequence[Block]]]:
-    """Residual blocks per level, and those of each level.
-
-    The way down has depth blocks at each level and, but for the last, one that halves. Where that is a residual block too, its
-    place follows from the first stage of the way up with two residual blocks, or else from where widths and attention change.
+    A level is `depth` residual blocks alike and, but for the last, a stage that halves the size. Where several depths fit, they
+    are wide alike: then the fewest levels. Where residual blocks also double the size, the first stage of the way up that has
+    two of them tells: a level ends there in one, beside its depth + 1 others.
     """
-    total = len(blocks) + 1  # depth + 1 times the levels
-    if not updown:
-        depths = [next(k for k, b in enumerate(blocks) if b.convolution)]
-    else:
-        # On the way up a level ends in a block that doubles the size, beside the depth + 1 others: the first stage with two
-        # residual blocks is number `depth`. A classifier has no way up.
-        double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
-        ups = [int(m[1]) for k in shapes if (m := double.match(k))]
-        depths = [min(ups)] if ups else [d for d in range(1, total) if total % (d + 1) == 0]
-    fits = [(d, groups) for d in depths if (groups := _grouped(blocks, d)) is not None]
-    if not fits:
-        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks do not form levels")
-    return max(fits)  # where several fit, they are wide alike: the fewest levels
-
-
-def _grouped(blocks: Sequence[Block], depth: int) -> list[Sequence[Block]] | None:
-    groups = [blocks[k : k + depth + 1] for k in range(0, len(blocks), depth + 1)]
-    for group in groups:
-        own, halving = group[:depth], group[depth:]
-        if len({(b.width, b.attention) for b in own}) > 1 or any(b.width != own[0].width or b.attention for b in halving):
-            return None
-        if len(own) < depth or any(b.convolution for b in own):
-            return None
-    return groups
+    numbered = {k.split(".")[1] for k in shapes if k.startswith("input_blocks.")}
+    if numbered != set(map(str, range(len(numbered)))):  # before anything counts up to one of them
+        last = len(numbered) - 1
+        raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks are not 0 to {last}")
+    blocks = []
+    for k in range(1, len(numbered)):
+        name = f"input_blocks.{k}"
+        strided = shapes.get(f"{name}.0.op.weight")
+        out = strided or shapes.get(f"{name}.0.in_layers.2.weight", (0,))
+        blocks.append(Block(out[0], f"{name}.1.qkv.weight" in shapes, strided is not None))
+    double = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight$")
+    doubling = [int(match[1]) for k in shapes if (match := double.match(k))]
+    parted = any(block.strided for block in blocks)
+    for depth in [min(doubling)] if doubling else range(len(blocks), 0, -1):
+        found = [blocks[k : k + depth + 1] for k in range(0, len(blocks), depth + 1)]
+        levels = [group[0] for group in found]
+        whole = [[Block(x.width, x.attention)] * depth + [Block(x.width, False, parted)] for x in levels]
+        whole[-1].pop()
+        if found == whole:
+            return depth, parted, levels
+    raise UserError(f"{source} holds no network of improved- or guided-diffusion: its input blocks do not form levels")
 
 
 def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
@@ -128,8 +114,7 @@ def _ends(shapes: Shapes, first: int) -> dict[str, Any]:
     usual = [c for c in (1, 3, 4, 2) if first in (c, 2 * c) and last in (c, 2 * c)]
     channels = usual[0] if usual else min(first, last)
     task = "enlarge" if usual and first == 2 * channels else "images"
-    ends = dict(image_channels=channels, learn_sigma=last == 2 * channels, class_cond=rows > 0, num_classes=rows)
-    return dict(task=task, **ends)
+    return dict(task=task, image_channels=channels, learn_sigma=last == 2 * channels, class_cond=rows > 0, num_classes=rows)
 
 
 def _judge(shapes: Shapes, first: int, levels: int) -> dict[str, Any]:
@@ -156,21 +141,15 @@ SHOWN = (  # told by shapes and set by flags, in the order in which a contradict
 def check_fit(shapes: Shapes, config: Config, source: str) -> None:
     """Raise UserError where tensors are not those of a config's network: the first three, and the flags that would fit."""
     wanted = network_shapes(config)
-    if faults := list(_mismatches(shapes, wanted)):
+    faults = [
+        f"{name} is {_text(shapes[name])}, not {_text(shape)}" if name in shapes else f"{name} is missing"
+        for name, shape in wanted.items() if shapes.get(name) != shape
+    ]  # fmt: skip
+    faults += [f"{name} {_text(shape)} is not of that network" for name, shape in shapes.items() if name not in wanted]
+    if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         needs = ", ".join(cures(tell(shapes, source), config)) or "another program: its shapes are those of no flags"
         raise UserError(f"{source} does not fit the flags: {'; '.join(faults[:3])}{more}. It needs {needs}")
-
-
-def _mismatches(shapes: Shapes, wanted: Shapes) -> Iterable[str]:
-    for name, shape in wanted.items():
-        if name not in shapes:
-            yield f"{name} is missing"
-        elif shapes[name] != shape:
-            yield f"{name} is {_text(shapes[name])}, not {_text(shape)}"
-    for name, shape in shapes.items():
-        if name not in wanted:
-            yield f"{name} {_text(shape)} is not of that network"
 
 
 def _text(shape: tuple[int, ...]) -> str:
@@ -183,10 +162,12 @@ def cures(told: Told, config: Config) -> list[str]:
     if task != m.task:
         return [f"--task {task}, for it is {KINDS[task].words}, not {KINDS[m.task].words}"]
     side = min(image_size(m))
-    has, is_ = config.flat(), told.at(side)
-    has["channel_mult"] = numbers(m.channel_mult, "channel_mult", float) or channel_mult_for(side)
-    has["attention_resolutions"] = _attention_levels(config, len(told.mult))
-    is_ |= {"channel_mult": told.mult, "attention_resolutions": told.attention}
+    try:
+        rates = attention_rates(plain(config)["attention_resolutions"], side, len(told.mult))
+    except ValueError:
+        rates = (0,)  # which no level has
+    has = config.flat() | {"channel_mult": plain(config)["channel_mult"], "attention_resolutions": rates}
+    is_ = told.at(side) | {"channel_mult": told.mult, "attention_resolutions": tuple(2**level for level in told.attention)}
     different = [name for name in SHOWN if name in is_ and is_[name] != has[name]]
     found = []
     for name in different:
@@ -202,14 +183,6 @@ def cures(told: Told, config: Config) -> list[str]:
     if told.fields["num_classes"] != m.num_classes and "class_cond" not in different:
         found.append(f"a network of {told.fields['num_classes']} classes, not {m.num_classes}")
     return found
-
-
-def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
-    resolutions, side = numbers(config.model.attention_resolutions, "attention_resolutions"), min(image_size(config.model))
-    try:
-        return tuple(rate.bit_length() - 1 for rate in attention_rates(resolutions, side, levels))
-    except ValueError:
-        return (-1,)  # none that could be told
 
 
 # ---- the config of a file: what its shapes tell, and what a user says of the rest
@@ -234,7 +207,7 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
     nothing to go by for the image size, the chain's length or its schedule.
     """
     told = tell(shapes, source)
-    task = told.fields["task"]
+    task = TASKS[told.fields["task"]]
     if twice := [(k, v) for k, v in TWINS.items() if k in given and v in given]:
         raise UserError(f"--{twice[0][0]} and --{twice[0][1]} say the same in two ways: give one")
     if published:  # its row says all; flags given beside it win, and are checked against the shapes below
@@ -242,18 +215,22 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
         program, assumed = row.program, {}
         config = to_config(row.task, row.flags | dict(given), program)
     else:
-        program, side = _program(told, given), _side(told, given)
-        missing = _missing(shapes, told, given, side)
-        if side is None or missing:
-            raise UserError(_question(told, program, missing, source))
-        fields = told.at(side)
-        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if TASKS[task].classifies else fields
-        config = to_config(task, named | dict(given), program)
+        guided = task.classifies or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
+        guided = guided or any(given.get(k) not in (None, False, -1, "") for k in SIGNS)
+        program = "guided" if guided else "improved"
+        size = given.get("large_size") or given.get("image_size") or told.fields.get("image_size")
+        wanted = ["small_size"] * task.enlarges + ["diffusion_steps", "noise_schedule"]
+        missing = [name for name in wanted + ["low_res_noise"] * ("level_embed.0.weight" in shapes) if name not in given]
+        if not size or missing:
+            raise UserError(_question(told, program, missing if size else [KINDS[told.fields["task"]].size, *missing], source))
+        fields = told.at(min(image_size(Model(image_size=str(size)))))
+        named = {PREFIXED.get(k, k): v for k, v in fields.items()} if task.classifies else fields
+        config = to_config(told.fields["task"], named | dict(given), program)
         config = config.updated({k: v for k, v in fields.items() if k in ALONE and k not in given})
         assumed = {k: v for k, v in _assumed(told, config, program).items() if k not in given and TWINS.get(k) not in given}
-    void = ("learn_sigma",) if TASKS[task].classifies else ()  # a classifier's recipes pass it, to no effect
+    void = ("learn_sigma",) if task.classifies else ()  # a classifier's recipes pass it, to no effect
     # Our own flags last: they say what the original's cannot.
-    ours = settings_of(*(group for _, group in config.groups()))
+    ours = settings_of(*config.parts)
     config = config.updated({k: v for k, v in given.items() if k in ours and k not in void})
     check_fit(shapes, config, source)
     return Settled(build.require_fit(check(config)), program, assumed, [] if published else alike(told))
@@ -271,23 +248,6 @@ def row_of(published: str) -> Published:
 def alike(told: Told) -> list[str]:
     """The published files whose networks have these shapes."""
     return [name for name, row in PUBLISHED.items() if not cures(told, row.config())]
-
-
-def _program(told: Told, given: Mapping[str, Any]) -> str:
-    guided = TASKS[told.fields["task"]].classifies or told.fields.get("resblock_updown") or any(m % 1 for m in told.mult)
-    return "guided" if guided or any(given.get(k) not in (None, False, -1, "") for k in SIGNS) else "improved"
-
-
-def _side(told: Told, given: Mapping[str, Any]) -> int | None:
-    text = given.get("large_size") or given.get("image_size") or told.fields.get("image_size")
-    return min(image_size(Model(image_size=str(text)))) if text else None
-
-
-def _missing(shapes: Shapes, told: Told, given: Mapping[str, Any], side: int | None) -> list[str]:
-    task = told.fields["task"]
-    wanted = ["small_size"] * TASKS[task].enlarges + ["diffusion_steps", "noise_schedule"]
-    wanted += ["low_res_noise"] * ("level_embed.0.weight" in shapes)
-    return [KINDS[task].size] * (side is None) + [name for name in wanted if name not in given]
 
 
 def _question(told: Told, program: str, missing: list[str], source: str) -> str:

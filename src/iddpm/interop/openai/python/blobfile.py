@@ -5,6 +5,8 @@ from typing import Any
 
 import fsspec
 
+from iddpm.store.remote import place
+
 __all__ = ["BlobFile", "basename", "dirname", "exists", "isdir", "join", "listdir"]
 
 
@@ -15,17 +17,14 @@ def BlobFile(path: str, mode: str = "r", **settings: Any) -> Any:
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
-    files, place = fsspec.core.url_to_fs(path)
-    return bool(files.exists(place))
+    return place(path).exists()
 
 
 def isdir(path: str) -> bool:
     """Whether there is a folder."""
-    files, place = fsspec.core.url_to_fs(path)
-    return bool(files.isdir(place))
+    return place(path).is_dir()
 
 
 def listdir(path: str) -> list[str]:
     """The names in a folder, sorted; none where there is no such folder."""
-    files, place = fsspec.core.url_to_fs(path)
-    return sorted(basename(found.rstrip("/")) for found in files.ls(place, detail=False)) if files.exists(place) else []
+    return sorted(found.name for found in place(path).iterdir()) if exists(path) else []

@@ -1,20 +1,20 @@
 """The diffusion process as the original's class: its methods call each other as there, and ours do the arithmetic."""
 
 import enum
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm.diffusion import parametrization
 from iddpm.diffusion.bound import mean_flat, prior_term
 from iddpm.diffusion.denoiser import VARIANCES
 from iddpm.diffusion.grid import Chain, Step
-from iddpm.diffusion.schedule import MAX_BETA, Cosine, Level, Linear
+from iddpm.diffusion.schedule import MAX_BETA, Cosine, Linear
 from iddpm.interop.openai.python.losses import discretized_gaussian_log_likelihood, normal_kl
 
 Model = Callable[..., Tensor]  # (x, t, **model_kwargs)
@@ -75,18 +75,28 @@ class LossType(enum.Enum):
 LEARNED = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A schedule that is its betas."""
+def chain_of(betas: Sequence[float] | np.ndarray, kept: Sequence[int] | None = None) -> Chain:
+    """The chain of the betas (T,), on the steps `kept` of it."""
+    values = torch.from_numpy(np.array(betas, dtype=np.float64))
+    schedule: Any = SimpleNamespace(steps=len(values), betas=lambda: values)
+    return Chain(schedule, kept)
 
-    values: np.ndarray
 
-    @property
-    def steps(self) -> int:
-        return len(self.values)
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A method's arguments, to pass on by name; cond_fn only where given, since an overridden p_sample may not know it."""
+    return {k: v for k, v in arguments.items() if k != "self" and (k != "cond_fn" or v is not None)}
 
-    def betas(self) -> Tensor:
-        return torch.from_numpy(np.array(self.values, dtype=np.float64))
+
+def _last_of(progressive: Callable[..., Iterator[Out]]) -> Callable[..., Tensor]:
+    """The method that takes the same and gives the images (B, C, H, W) that the walk ends in."""
+
+    @functools.wraps(progressive)
+    def loop(self: "GaussianDiffusion", *args: Any, **settings: Any) -> Tensor:
+        (last,) = deque(getattr(self, progressive.__name__)(*args, **settings), maxlen=1)
+        return last["sample"]
+
+    loop.__name__, loop.__doc__ = progressive.__name__.removesuffix("_progressive"), "The last sample of the same."
+    return loop
 
 
 class GaussianDiffusion:
@@ -106,11 +116,9 @@ class GaussianDiffusion:
         assert self.betas.ndim == 1, "betas must be 1-D"
         assert (self.betas > 0).all() and (self.betas <= 1).all(), "each beta must lie in (0, 1]"
         self.num_timesteps = len(self.betas)
-        self.chain = Chain(Given(self.betas))
+        self.chain = chain_of(self.betas)
         s = self.chain.table
         self._steps = torch.stack(s).float()  # (columns, T)
-        level, previous = parametrization.eps(Level(*s[:3])), parametrization.previous(s)
-        self._from_eps, self._from_xprev = (torch.stack([c.skip, c.out]).float() for c in (level, previous))
 
         # what forks read
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
@@ -128,7 +136,7 @@ class GaussianDiffusion:
     def _at(self, t: Tensor, x: Tensor) -> Step:
         """The chain's steps t (B,), float32, which broadcast over x (B, ...)."""
         self._steps = self._steps.to(t.device)  # once: it stays there
-        return Step(*_columns(self._steps, t, x))
+        return Step(*self._steps[:, t].view(len(self._steps), -1, *(1,) * (x.ndim - 1)))
 
     # ---- q: from clean to noisy
 
@@ -187,13 +195,13 @@ class GaussianDiffusion:
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         assert x_t.shape == eps.shape
-        skip, out = _columns(self._from_eps, t, x_t)
-        return skip * x_t + out * eps
+        recip, recipm1 = self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod
+        return _extract_into_tensor(recip, t, x_t.shape) * x_t - _extract_into_tensor(recipm1, t, x_t.shape) * eps
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         assert x_t.shape == xprev.shape
-        skip, out = _columns(self._from_xprev, t, x_t)
-        return skip * x_t + out * xprev
+        of_x0, of_xt = self.posterior_mean_coef1, self.posterior_mean_coef2
+        return _extract_into_tensor(1 / of_x0, t, x_t.shape) * xprev - _extract_into_tensor(of_xt / of_x0, t, x_t.shape) * x_t
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         step = self._at(t, x_t)
@@ -256,37 +264,26 @@ class GaussianDiffusion:
         sample = alpha * out["pred_xstart"] + sigma * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    def p_sample_loop(
-        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
-        denoised_fn: Denoised = None, model_kwargs: Kwargs = None, device: Device = None, progress: bool = False,
-        cond_fn: Model | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Images of `shape` (B, C, H, W), from `noise` or from drawn numbers, on `device` or the model's."""
-        return _last(self.p_sample_loop_progressive(**_given(locals())))
-
     def p_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         denoised_fn: Denoised = None, model_kwargs: Kwargs = None, device: Device = None, progress: bool = False,
         cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
-        """What p_sample gives at each step; the next starts from its "sample"."""
-        return self._walk(self.p_sample, **_given(locals()))
+        """What p_sample gives at each step, the next from its "sample", on the way to images of `shape` (B, C, H, W).
 
-    def ddim_sample_loop(
-        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
-        denoised_fn: Denoised = None, model_kwargs: Kwargs = None, device: Device = None, progress: bool = False,
-        eta: float = 0.0, cond_fn: Model | None = None,
-    ) -> Tensor:  # fmt: skip
-        """As p_sample_loop, by DDIM."""
-        return _last(self.ddim_sample_loop_progressive(**_given(locals())))
+        They start from `noise` or from drawn numbers, on `device` or the model's.
+        """
+        return self._walk(self.p_sample, **_given(locals()))
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         denoised_fn: Denoised = None, model_kwargs: Kwargs = None, device: Device = None, progress: bool = False,
         eta: float = 0.0, cond_fn: Model | None = None,
     ) -> Iterator[Out]:  # fmt: skip
-        """What ddim_sample gives at each step; the next starts from its "sample"."""
+        """As p_sample_loop_progressive, by DDIM."""
         return self._walk(self.ddim_sample, **_given(locals()))
+
+    p_sample_loop, ddim_sample_loop = _last_of(p_sample_loop_progressive), _last_of(ddim_sample_loop_progressive)
 
     def _walk(
         self, step: Callable[..., Out], model: Any, shape: Sequence[int], noise: Tensor | None, device: Device, progress: bool,
@@ -364,21 +361,6 @@ class GaussianDiffusion:
         tables = {name: torch.stack(column, dim=1) for name, column in columns.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": tables["vb"].sum(dim=1) + prior, "prior_bpd": prior, **tables}
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A method's arguments, to pass on by name; cond_fn only where given, since an overridden p_sample may not know it."""
-    return {k: v for k, v in arguments.items() if k != "self" and (k != "cond_fn" or v is not None)}
-
-
-def _last(path: Iterator[Out]) -> Tensor:
-    (last,) = deque(path, maxlen=1)
-    return last["sample"]
-
-
-def _columns(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """table[:, t], of (C, T), as (C, B, 1, ...): each of the C broadcasts over x (B, ...)."""
-    return table.to(t.device)[:, t].view(len(table), -1, *(1,) * (x.ndim - 1))
 
 
 def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:

@@ -1,14 +1,13 @@
 """guided-diffusion's arguments and defaults where they are not improved-diffusion's: its script_util, unet, image_datasets."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from iddpm.interop.openai.formats import flags
 from iddpm.interop.openai.python import image_datasets, script_util, unet
 from iddpm.interop.openai.python.respace import SpacedDiffusion
-from iddpm.interop.openai.python.script_util import called, create_gaussian_diffusion, network
+from iddpm.interop.openai.python.script_util import copy_of, network, with_process
 
 BASES = (script_util, unet, image_datasets)  # what is not defined here is theirs
 __all__ = [name for module in BASES for name in vars(module) if not name.startswith("__")]
@@ -53,14 +52,7 @@ class SuperResModel(unet.SuperResModel, UNetModel):
 # ---- script_util
 
 
-def model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the image scripts."""
-    return dict(flags.GUIDED_IMAGE)
-
-
-def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the super-resolution scripts."""
-    return dict(flags.GUIDED_SUPER_RES)
+model_and_diffusion_defaults, sr_model_and_diffusion_defaults = map(copy_of, (flags.GUIDED_IMAGE, flags.GUIDED_SUPER_RES))
 
 
 def create_model_and_diffusion(
@@ -71,8 +63,7 @@ def create_model_and_diffusion(
     resblock_updown: bool, use_fp16: bool, use_new_attention_order: bool, sigma_small: bool = False,
 ) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the image flags."""
-    given = locals()
-    return called(create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(create_model, locals())
 
 
 def create_model(
@@ -93,8 +84,7 @@ def sr_create_model_and_diffusion(
     resblock_updown: bool, use_fp16: bool, sigma_small: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the super-resolution flags."""
-    given = locals()
-    return called(sr_create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(sr_create_model, locals())
 
 
 def sr_create_model(
@@ -109,12 +99,4 @@ def sr_create_model(
 # ---- image_datasets
 
 
-def load_data(
-    *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, deterministic: bool = False,
-    random_crop: bool = False, random_flip: bool | None = None,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
-    """image_datasets.load_data, mirrored at random unless said otherwise, or deterministic: likelihoods are of the images."""
-    return image_datasets.load_data(
-        data_dir=data_dir, batch_size=batch_size, image_size=image_size, class_cond=class_cond, deterministic=deterministic,
-        random_crop=random_crop, random_flip=not deterministic if random_flip is None else random_flip,
-    )  # fmt: skip
+load_data = partial(image_datasets.load_data, random_flip=None)  # mirrored unless deterministic: likelihoods are of the images

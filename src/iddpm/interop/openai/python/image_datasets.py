@@ -24,11 +24,11 @@ CROP = 0.8  # the smallest share of an image's side that a random crop shows
 
 def load_data(
     *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, deterministic: bool = False,
-    random_crop: bool = False, random_flip: bool = False,
+    random_crop: bool = False, random_flip: bool | None = False,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
     """Endless pairs of images (B, 3, H, W) in [-1, 1] and {} or {"y": classes (B,) int64}, of this process's share.
 
-    random_crop shows 80 to 100 % of each side, random_flip mirrors half of the images.
+    random_crop shows 80 to 100 % of each side, random_flip mirrors half of the images (None: where not deterministic).
     Classes are the file names up to "_" if every name has one, else the sub-folders; the log says which. The order, and the
     numbers that an epoch takes from torch's global generator for it, are those of the original's DataLoader. UserError, at
     once, for a folder without images, and where a process's share is smaller than a batch.
@@ -43,7 +43,7 @@ def load_data(
     if len(data) < batch_size:
         shares = f", shared among {world()} processes," if world() > 1 else ""
         raise UserError(f"{data_dir} has {len(images)} images{shares}: too few for a batch of {batch_size}; lower --batch_size")
-    return _batches(data, batch_size, image_size, not deterministic, random_flip)
+    return _batches(data, batch_size, image_size, not deterministic, not deterministic if random_flip is None else random_flip)
 
 
 def _batches(

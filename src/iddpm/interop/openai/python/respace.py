@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from iddpm.diffusion.grid import Chain, respace
-from iddpm.interop.openai.python.gaussian_diffusion import GaussianDiffusion, Given, Kwargs, Model, Out
+from iddpm.diffusion.grid import respace
+from iddpm.interop.openai.python.gaussian_diffusion import GaussianDiffusion, Kwargs, Model, Out, chain_of
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -20,7 +20,7 @@ class SpacedDiffusion(GaussianDiffusion):
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any):
         self.use_timesteps = set(use_timesteps)
         self.original_num_steps = len(kwargs["betas"])
-        chain = Chain(Given(kwargs["betas"]), [i for i in self.use_timesteps if i < self.original_num_steps])
+        chain = chain_of(kwargs["betas"], [i for i in self.use_timesteps if i < self.original_num_steps])
         self.timestep_map = chain.kept
         super().__init__(**(kwargs | {"betas": chain.betas.numpy()}))
 

@@ -18,29 +18,16 @@ NUM_CLASSES = 1000  # read when a network is made, so it can be set
 # ---- defaults
 
 
-def model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the image scripts."""
-    return dict(flags.IMAGE)
+def copy_of(table: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """A function that gives a dict of its own to each who asks for some flags."""
+    return lambda: dict(table)
 
 
-def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of the super-resolution scripts; sigma_small among them, which the original forgot."""
-    return dict(flags.SUPER_RES, sigma_small=False)
-
-
-def diffusion_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a process."""
-    return dict(flags.DIFFUSION)
-
-
-def classifier_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a classifier."""
-    return dict(flags.CLASSIFIER)
-
-
-def classifier_and_diffusion_defaults() -> dict[str, Any]:
-    """guided-diffusion's flags of a classifier and its process."""
-    return classifier_defaults() | diffusion_defaults()
+model_and_diffusion_defaults = copy_of(flags.IMAGE)
+sr_model_and_diffusion_defaults = copy_of(flags.SUPER_RES | {"sigma_small": False})  # which the original forgot
+diffusion_defaults = copy_of(flags.DIFFUSION)  # these are guided-diffusion's
+classifier_defaults = copy_of(flags.CLASSIFIER)
+classifier_and_diffusion_defaults = copy_of(flags.CLASSIFIER | flags.DIFFUSION)
 
 
 # ---- image models
@@ -54,8 +41,7 @@ def create_model_and_diffusion(
     num_head_channels: int = -1, resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
 ) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the image flags."""
-    given = locals()
-    return called(create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(create_model, locals())
 
 
 def create_model(
@@ -76,8 +62,7 @@ def sr_create_model_and_diffusion(
     num_head_channels: int = -1, resblock_updown: bool = False, use_fp16: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
     """The network and the process of the super-resolution flags."""
-    given = locals()
-    return called(sr_create_model, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(sr_create_model, locals())
 
 
 def sr_create_model(
@@ -117,8 +102,7 @@ def create_classifier_and_diffusion(
     use_kl: bool, predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:  # fmt: skip
     """guided-diffusion's classifier and the process whose noise it sees."""
-    given = locals()
-    return called(create_classifier, given), called(create_gaussian_diffusion, given, steps=diffusion_steps)
+    return with_process(create_classifier, locals())
 
 
 def create_classifier(
@@ -160,10 +144,14 @@ def sizes(side: int, attention_resolutions: str, channel_mult: str = "", widest:
     return dict(channel_mult=mult, attention_resolutions=attention_rates(resolutions, side, len(mult)))
 
 
-def called(function: Callable[..., Any], values: Mapping[str, Any], **more: Any) -> Any:
+def with_process(create: Callable[..., Any], given: Mapping[str, Any]) -> tuple[Any, SpacedDiffusion]:
+    """The network that `create` makes, and the process, each of those flags that it takes."""
+    return called(create, given), called(create_gaussian_diffusion, {**given, "steps": given["diffusion_steps"]})
+
+
+def called(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """function(...) with those of the values that it takes."""
-    taken = inspect.signature(function).parameters
-    return function(**{name: value for name, value in values.items() if name in taken}, **more)
+    return function(**{name: value for name, value in values.items() if name in inspect.signature(function).parameters})
 
 
 # ---- argparse

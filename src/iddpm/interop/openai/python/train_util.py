@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from iddpm.errors import UserError
+from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats.optimizer import flatten, slots_of
-from iddpm.interop.openai.python import blobfile as bf
 from iddpm.interop.openai.python import dist_util, fp16_util, logger
 from iddpm.interop.openai.python.nn import update_ema
 from iddpm.interop.openai.python.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from iddpm.parallel.processes import barrier, rank, same, world
+from iddpm.parallel.processes import barrier, every, rank, same, world
 from iddpm.parallel.shard import spread
+from iddpm.store.remote import place
 from iddpm.training.loop import MAX_SKIPS
 from iddpm.training.state import LossScale
 
@@ -104,14 +104,14 @@ class TrainLoop:
 
     def _load_optimizer_state(self) -> None:
         """AdamW's moments; the rate and decay stay those asked for (B6), and the true number of steps is the optimizer's (B7)."""
-        path = bf.join(bf.dirname(self._main_checkpoint()), f"opt{self.resume_step:06}.pt")
-        if not bf.exists(path):
+        path = place(self._main_checkpoint()).with_name(f"opt{self.resume_step:06}.pt")
+        if not path.exists():
             logger.warn(f"no {path}: the optimizer starts anew, at step {self.resume_step}")
             return
         logger.log(f"loading optimizer state from checkpoint: {path}")
-        saved = dist_util.load_state_dict(path, map_location="cpu")
+        saved = dist_util.load_state_dict(str(path), map_location="cpu")
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        slots, updates = slots_of(saved, shapes, path)
+        slots, updates = slots_of(saved, shapes, str(path))
         state = flatten(slots, shapes, "flat" if self.use_fp16 else "each")
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         extra = saved.get(EXTRA, {})
@@ -236,19 +236,18 @@ class TrainLoop:
     def save(self) -> None:
         """modelN, ema_RATE_N and optN, N the steps made (B7); the model last, so that its presence says that all is there."""
         number = f"{self.step + self.resume_step:06d}.pt"
+        folder = place(get_blob_logdir())
         for rate, params in [*zip(self.ema_rate, self.ema_params), (0, self.master_params)]:  # 0 stands for the model
             weights = self._master_params_to_state_dict(params)
             if rank() == 0:
                 logger.log(f"saving model {rate}...")
                 if not rate:
-                    _write(f"opt{number}", self.opt.state_dict() | {EXTRA: self._extra()})
-                _write(f"ema_{rate}_{number}" if rate else f"model{number}", weights)
+                    sampler = self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
+                    extra = dict(step=self.step + self.resume_step, skipped=self.skipped, sampler=sampler)
+                    extra |= {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
+                    files.save(folder / f"opt{number}", self.opt.state_dict() | {EXTRA: extra})
+                files.save(folder / (f"ema_{rate}_{number}" if rate else f"model{number}"), weights)
         barrier()
-
-    def _extra(self) -> dict[str, Any]:
-        sampler = self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
-        done = dict(step=self.step + self.resume_step, skipped=self.skipped, sampler=sampler)
-        return done | ({"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {})
 
     def _master_params_to_state_dict(self, master_params: Any) -> dict[str, Tensor]:
         return fp16_util.masters_to_state_dict(self.model, master_params, self.use_fp16)
@@ -268,14 +267,13 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 def _number_beside(main: str) -> int:
     """The number in the names of the files beside a checkpoint: its own, or that of the one optimizer file there (B4)."""
-    name = bf.basename(main)
-    if number := re.search(r"(?:model|^ema_[\d.e-]+_)(\d+)\.pt$", name):
-        return int(number[1])
-    found = [re.fullmatch(r"opt(\d+)\.pt", other) for other in bf.listdir(bf.dirname(main) or ".")]
-    numbers = [int(match[1]) for match in found if match]
+    path = place(main)
+    if digits := files.name_of(path)["digits"]:
+        return int(digits)
+    numbers = [int(digits) for other in path.parent.glob("opt*.pt") if (digits := files.name_of(other)["digits"])]
     if len(numbers) == 1:
         return numbers[0]
-    logger.warn(f"{name} does not say its step, and {len(numbers)} optimizer files lie beside it: its weights alone are used")
+    logger.warn(f"{path.name} does not say its step; {len(numbers)} optimizer files lie beside it: its weights alone are used")
     return 0
 
 
@@ -291,25 +289,15 @@ def find_resume_checkpoint() -> str | None:
 
 def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> str | None:
     """The file of an average beside a checkpoint, if there is one."""
-    path = bf.join(bf.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt") if main_checkpoint else ""
-    return path if path and bf.exists(path) else None
+    path = place(main_checkpoint).with_name(f"ema_{rate}_{step:06d}.pt") if main_checkpoint else None
+    return str(path) if path and path.exists() else None
 
 
 def _refuse_to_overwrite() -> None:
     folder = get_blob_logdir()
-    there = [name for name in bf.listdir(folder) if re.fullmatch(r"model\d+\.pt", name)] if rank() == 0 else []
+    there = sorted(path.name for path in place(folder).glob("model*.pt") if files.name_of(path)["digits"])
     if there := same(there):
         raise UserError(f"{folder} holds {there[-1]} already: go on with --resume_checkpoint, or set another OPENAI_LOGDIR")
-
-
-def _write(name: str, content: Mapping[str, Any]) -> None:
-    """A file in the folder of checkpoints, complete or absent."""
-    path = bf.join(get_blob_logdir(), name)
-    aside = path if "://" in path else f"{path}.tmp"  # an object store shows a file when it is whole
-    with bf.BlobFile(aside, "wb") as file:
-        torch.save(dict(content), file)
-    if aside != path:
-        os.replace(aside, path)
 
 
 # ---- numbers
@@ -319,9 +307,7 @@ def _average_row() -> None:
     """Make the means of the row to come those over all processes, on each of them."""
     if world() > 1:
         row = logger.get_current()
-        parts: list[Any] = [None] * world()
-        dist.all_gather_object(parts, {name: row.counted()[name] for name in row.name2cnt})
-        row.name2val.update(logger.weighted_mean(parts))
+        row.name2val.update(logger.weighted_mean(every({name: row.counted()[name] for name in row.name2cnt})))
 
 
 def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
