@@ -1,6 +1,7 @@
 """Every named method from end to end: trained, stopped and gone on with, sampled, measured; two of them on two processes."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -80,8 +81,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, name):
     assert losses[0] == losses[1] and np.isfinite(losses[0]).all()
 
 
-@pytest.mark.parametrize("solver", ["", *choices("solver")])
-@pytest.mark.parametrize("name", METHODS)
+EVERY_SOLVER = ("iddpm hybrid", "edm", "flow", "v, continuous")  # the others with their own
+
+
+@pytest.mark.parametrize(("name", "solver"), [*((name, "") for name in METHODS), *product(EVERY_SOLVER, choices("solver"))])
 def test_it_draws_with_every_solver(trained, name, solver, tmp_path):
     chosen = ["--solver", solver] if solver else []
     command = ["sample", str(trained / name / "whole"), "--num_samples", "2", "--sampling_steps", "4", "--device", "cpu", *chosen]

@@ -236,7 +236,7 @@ def another(name: str) -> tuple[dict[str, object], object]:
         field = own_numbers(Sample)[name]
         around = {chooser: rows[0] for chooser, rows in field.rows.items()}
     elif allowed := field.allowed():
-        return {}, next(choice for choice in allowed if choice != field.default)
+        return {}, [choice for choice in allowed if choice != field.default][-1]
     default = field.default
     return around, (not default) if isinstance(default, bool) else default + 0.5 if isinstance(default, float) else "4"
 

@@ -126,6 +126,7 @@ def drawing(config: Config, precision: str, ema_rate: float) -> dict[str, Any]:
     """What decides samples beside weights, seeds and classes, as a figure tells it."""
     how = {name: f.default for name, f in own_numbers(Sample).items()}  # also those of other solvers
     how |= {name: value for name, value in config.flat().items() if name in settings_of(Sample)}
+    how["found"] = list(config.sample.found)  # as it comes back from JSON
     return how | dict(steps=build.grid(config).steps, precision=precision, ema_rate=ema_rate)
 
 

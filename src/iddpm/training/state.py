@@ -168,6 +168,8 @@ def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[
             for y, name in enumerate(classes):
                 if name in known:
                     rows[y] = tensors[CLASSES][known.index(name)]
+            if len(rows) == len(classes) + 1 and len(tensors[CLASSES]) == len(known) + 1:  # that of no class
+                rows[-1] = tensors[CLASSES][-1]
             tensors[CLASSES] = rows
     fits = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
     misfits = sorted(k for k in own if k not in fits)
