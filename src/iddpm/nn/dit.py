@@ -4,8 +4,6 @@ With what has since proved itself: RMS norms, also of queries and keys (Esser et
 (Su et al. 2021), gated feed-forward layers (Shazeer 2020), as in Li & He 2025 (JiT).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -118,14 +116,3 @@ class DiT(nn.Module):
         patches = self.out(self.norm(h) * (1 + scale) + shift)  # b t p p c
         patches = patches.reshape(len(x), rows, columns, self.patch, self.patch, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, *x.shape[2:]).to(x.dtype)
-
-
-def patch_grid(images: Tensor, patch: int) -> float:
-    """How much of images (N, C, H, W) is a grid of the patches' period: 1 where the step over an edge is as any other.
-
-    The mean square step between neighbours across the edges of patches, over that inside of them, in both directions.
-    """
-    steps = [images.diff(dim=d).square().mean(dim=(0, 1, 5 - d)) for d in (2, 3)]
-    edges = [torch.arange(len(step)) % patch == patch - 1 for step in steps]
-    across, inside = (torch.cat([s[e if on else ~e] for s, e in zip(steps, edges)]).mean() for on in (True, False))
-    return float(across / inside) if inside > 0 else math.inf
