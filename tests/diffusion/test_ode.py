@@ -59,11 +59,10 @@ def test_a_probe_is_right_on_average_where_pixels_mix() -> None:
 
 
 def test_errors_fall_with_the_square_of_the_steps() -> None:
-    x, errors = M + 0.5 * S.expand(2, -1, -1, -1), []
-    exact = log_density(best, x, evenly(Flow(), 3200))
-    for steps in (100, 200):
-        errors.append(float((log_density(best, x, grid_to(steps)) - log_density(best, x, grid_to(3200))).abs().max()))
-    assert 1.7 < math.log2(errors[0] / errors[1]) < 2.4 and exact.isfinite().all()
+    x = M + 0.5 * S.expand(2, -1, -1, -1)
+    coarse, fine, finest = (log_density(best, x, grid_to(steps)) for steps in (51, 101, 201))
+    ratio = (coarse - fine).abs().max() / (fine - finest).abs().max()  # 4, of a method of order 2
+    assert 3.2 < ratio < 5
 
 
 def grid_to(steps: int) -> Grid:
