@@ -172,8 +172,23 @@ def test_a_grid_that_was_found_is_kept_and_drawn_with(trained, name, by, tmp_pat
     assert main([*drawn, "5"]) == 0 and main([*drawn, "4"]) == 2
     (u,) = json.loads((trained / name / "parted" / "grids.json").read_text())[by].values()
     assert len(u) == 5 and u == sorted(set(u)) and u[-1] == 1
-    assert main([*command, "--find_grid", "5", "--sampling_steps", "5"]) == 2
+    for idle in (["--sampling_steps", "5"], ["--out", "x.png"], ["--num_samples", "2"], ["--solver", "heun"]):
+        assert main([*command, "--find_grid", "5", *idle]) == 2
     assert main(["train", "x", "--steps", "1", "--grid", by]) == 2
+
+
+def test_a_bound_needs_no_steps_for_a_solver_and_says_its_grid(trained, pictures, tmp_path):
+    """Of a run whose solver reads three: a chain of one step is measured, and on another grid it is another job."""
+    run, out = trained / "v, continuous" / "whole", tmp_path / "nll.json"
+    command = ["nll", str(run), str(pictures), "--num_samples", "2", "--device", "cpu", "--out", str(out), "--sampling_steps"]
+    assert main([*command, "1"]) == 0
+    found = []
+    for grid in ("uniform", "karras"):
+        assert main([*command, "4", "--grid", grid]) == 0
+        found.append(json.loads(out.read_text())["bits_per_dim"])
+        figures = json.loads((tmp_path / "metrics.json").read_text())
+        assert grid in json.dumps(figures)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize(("name", "line"), [

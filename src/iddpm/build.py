@@ -189,8 +189,12 @@ def law(config: Config) -> Uniform:
 
 
 def solver(config: Config) -> Solver:
-    """The solver of a config, its numbers filled in."""
+    """The solver of a config, its numbers filled in; UserError where it reads more steps than there are."""
     made: Solver = make("solver", config.sample.solver, config.numbers())
+    if (needs := getattr(made, "order", 1)) > (has := grid(config).steps):
+        raise UserError(
+            f"--solver {config.sample.solver} reads {needs} steps, and there are {has}: more --sampling_steps, or --solver ddim"
+        )
     return made
 
 
@@ -221,9 +225,10 @@ def require_fit(config: Config) -> Config:
         raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
     if d.zero_terminal_snr and d.diffusion_steps < 2:
         raise UserError("--zero_terminal_snr stretches a chain: --diffusion_steps 2 or more")
-    if (needs := getattr(solver(config), "order", 1)) > (has := grid(config).steps):
+    if config.sample.guidance_low > config.sample.guidance_high:
         raise UserError(
-            f"--solver {config.sample.solver} reads {needs} steps, and there are {has}: more --sampling_steps, or --solver ddim"
+            f"--guidance_low {config.sample.guidance_low:g} is above --guidance_high {config.sample.guidance_high:g}: nothing "
+            "would be guided"
         )
     if not is_chain(d) and loss in CHAIN_ONLY:
         raise UserError(

@@ -227,3 +227,10 @@ def test_the_first_call_can_be_left_out(solver: str) -> None:
         ends.append(run(made(denoise, grid.start * noise(0, SHAPE), grid, lambda k: noise(k, SHAPE))))
     assert calls[0] == calls[1] + 1
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
+
+
+def test_the_first_call_is_left_out_only_where_all_is_noise() -> None:
+    denoise: Any = Denoiser(lambda x, t: 0.5 * x, PARAMETRIZATIONS["x0"])
+    for step in grid_of("cosine", 5):
+        x0 = first_known(denoise)(X, step).x0
+        torch.testing.assert_close(x0, torch.zeros_like(X) if step.alpha**2 <= 0.02 else 0.5 * X)

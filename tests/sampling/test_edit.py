@@ -46,6 +46,22 @@ def _y(opened) -> int | None:
     return 0 if opened.config.model.class_cond else None
 
 
+def test_a_first_call_that_is_left_out_changes_nothing_part_of_the_way(opened) -> None:
+    """There x is not all noise: neither from an image, nor on the way to its noise."""
+    found = []
+    for config in (opened.config, opened.config.updated(dict(skip_first=True))):
+        part = variations(config, opened.net, CPU, IMAGE, [3], _y(opened), 0.4)
+        found.append((part, noise_of(config, opened.net, CPU, IMAGE, _y(opened)).numpy()))
+    assert all(np.array_equal(a, b) for a, b in zip(*found))
+
+
+def test_an_image_of_another_size_is_told(run, tmp_path, capsys) -> None:
+    Image.fromarray(np.zeros((12, 20), np.uint8)).save(tmp_path / "wide.png")
+    line = [str(run), str(tmp_path / "wide.png"), "--labels", "disc", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
+    assert main(["edit", *line, "--sampling_steps", "3"]) == 0
+    assert "12x20 pixels: scaled, and cut to 8x8" in capsys.readouterr().out
+
+
 def test_the_arc_keeps_the_length_and_ends_at_its_ends() -> None:
     a, b = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(slerp(a[None], b[None], 0.0), a[None])
@@ -91,6 +107,7 @@ def test_the_command(run, tmp_path, capsys) -> None:
         "two seeds": [],
         "no effect between": [str(a), str(b), "--between", "--strength", "0.4"],
         "of --between": [str(a), "--frames", "4"],
+        "between two images ddim leads": [str(a), str(b), "--between", "--solver", "heun"],
         "ends in .png or .gif": [str(a), "--out", str(tmp_path / "x.npz")],
     }.items():
         assert main([*command, *line]) == 2

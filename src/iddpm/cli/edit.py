@@ -35,6 +35,8 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
     seeds = seed_list(edit.seeds) if edit.seeds else [0]
     if not images and len(seeds) != 2:
         raise UserError("give images to edit, or two seeds to go between: --seeds 3,7")
+    if between and given.get("solver", "ddim") != "ddim":
+        raise UserError(f"--solver {given['solver']}: between two images ddim leads, which comes back the way it went")
     if edit.between and edit.seeds:
         raise UserError("--seeds draw nothing between two images: they are brought back to noise")
     from iddpm import build
@@ -87,6 +89,9 @@ def _read(path: str, config: "Config") -> "np.ndarray":
     data = Images.open(path, image_size(config.model), config.model.image_channels, on_broken="fail", labels="none")
     if len(data) != 1:
         raise UserError(f"{path} holds {len(data)} images: give image files")
+    (width, height), (h, w) = data.picture(0).size, data.image_size
+    if (height, width) != (h, w):
+        print(f"{path} has {height}x{width} pixels: scaled, and cut to {h}x{w}, which the model draws")
     pixels: np.ndarray = data.batch([0])[0].transpose(1, 2, 0)
     return pixels
 

@@ -47,8 +47,9 @@ def _sample(run: str, **given: Any) -> None:
         raise UserError("--classifier_scale has no effect without --classifier")
     if "autoguidance" in given and not draw.autoguide:
         raise UserError("--autoguidance has no effect without --autoguide")
-    if flag := next((f for f in STEERING if f in given and given.get("guidance", 1) == 1 and not draw.autoguide), ""):
-        raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
+    idle = given.keys() & (fields_of(Draw).keys() - {"find_grid"} | {"solver"})
+    if draw.find_grid and idle:
+        raise UserError(f"--{min(idle)} has no effect with --find_grid, which draws nothing")
     from iddpm import build
     from iddpm.parallel import processes
     from iddpm.sampling.draw import images, painter
@@ -63,6 +64,9 @@ def _sample(run: str, **given: Any) -> None:
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
         chain = [first, *(open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip())]
         _check(draw, chain)
+        if flag := next((f for f in STEERING if f in given and first.config.sample.guidance == 1 and not draw.autoguide), ""):
+            raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
+        solver = build.solver(first.config)  # now, so that what it refuses leaves nothing behind
         guide = _guide(draw, first, which) if draw.classifier else None
         weak = _weak(draw, first, which) if draw.autoguide else None
         small = inputs(draw, first.config) if first.config.task.enlarges else None
@@ -91,7 +95,8 @@ def _sample(run: str, **given: Any) -> None:
         whose = f"average {rate}" if rate else "raw weights"
         if why := _too_few(first.config, grids[0].steps):
             print(why)
-        how = f"{first.config.sample.solver}, {' + '.join(str(g.steps) for g in grids)} steps, {whose}"
+        steps = "its own" if getattr(solver, "own_steps", False) else " + ".join(str(g.steps) for g in grids)
+        how = f"{first.config.sample.solver}, {steps} steps, {whose}"
         print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
         if small and drawn is not None:
             _compare(first.config, out, drawn, small, list(task.seeds))

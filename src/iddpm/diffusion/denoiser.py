@@ -43,6 +43,11 @@ def wide(columns: Sequence[Any], x: Tensor) -> tuple[Any, ...]:
     return tuple(next(moved) if isinstance(c, Tensor) and c.ndim else c for c in columns)
 
 
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """A number for each image (B,), or one for all, as what broadcasts over images x (B, ...), on their device."""
+    return values.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def times(level: Level | Step | Scalings, x: Tensor) -> Tensor:
     """The time of each of the images x (B, ...), as a network is given it: (B,) float32 on their device."""
     return _moved(level.time.float(), x.device).flatten().expand(len(x))
@@ -138,5 +143,5 @@ class Threshold:
     share: float
 
     def __call__(self, x0: Tensor) -> Tensor:
-        limit = x0.abs().flatten(1).quantile(self.share, dim=1).clamp(min=1).reshape(-1, *(1,) * (x0.ndim - 1))
-        return x0.clamp(-limit, limit) / limit
+        limit = x0.abs().flatten(1).quantile(self.share, dim=1).clamp(min=1)
+        return x0.clamp(-beside(limit, x0), beside(limit, x0)) / beside(limit, x0)

@@ -57,6 +57,10 @@ class Grid:
         """The steps number i (B,) int64, counted from 0 at the least noisy."""
         return Step(*(column[i] for column in self.table))
 
+    def only(self, which: slice | list[int]) -> "Grid":
+        """Some of its steps, each as it is: for what walks a part of the path, or looks at the levels alone."""
+        return Grid(Step(*(column[which] for column in self.table)), self.start, self.level)
+
     def __iter__(self) -> Iterator[Step]:
         """The steps, noisiest first, each entry 0-dim."""
         return (Step(*row) for row in zip(*(column.flip(0).unbind() for column in self.table)))

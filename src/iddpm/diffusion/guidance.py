@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm.diffusion.denoiser import Cond, Denoise, Denoiser, Network, Prediction, moved, times, wide
+from iddpm.diffusion.denoiser import Cond, Denoise, Denoiser, Network, Prediction, beside, moved, times, wide
+from iddpm.diffusion.grid import SEEN, Step
 from iddpm.diffusion.schedule import Level
 
 Gradient = Callable[[Tensor, Any], Tensor]  # (x_t (B, C, H, W), level) -> the scaled gradient, like x_t
@@ -47,7 +48,7 @@ class Apg:
             if self.apg_norm:
                 d = d * (self.apg_norm / _norm(d)).clamp(max=1)
             unit = better / _norm(better)
-            along = (d * unit).flatten(1).sum(1).reshape(-1, *(1,) * (x.ndim - 1)) * unit
+            along = beside((d * unit).flatten(1).sum(1), x) * unit
             return better + (scale - 1) * (d - along + self.apg_parallel * along)
 
         return combine
@@ -63,7 +64,7 @@ class CfgZero:
         def combine(better: Tensor, poorer: Tensor, x: Tensor, level: Any) -> Tensor:
             alpha, sigma = wide((level.alpha, level.sigma), x)
             good, poor = ((x - (alpha + sigma) * x0) / sigma for x0 in (better, poorer))  # eps - x0: the velocity of the flow
-            fit = ((good * poor).flatten(1).sum(1) / poor.square().flatten(1).sum(1)).reshape(-1, *(1,) * (x.ndim - 1)) * poor
+            fit = beside((good * poor).flatten(1).sum(1) / poor.square().flatten(1).sum(1), x) * poor
             moves = sigma / (alpha + sigma) < 1 - self.zero_init
             return (x - sigma * moves * (fit + scale * (good - fit))) / (alpha + sigma)
 
@@ -71,7 +72,7 @@ class CfgZero:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1)).clamp(min=1e-12)
+    return beside(x.flatten(1).norm(dim=1), x).clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Steering:
             p, poorer = both(x, level)
             x0 = self.combine(p.x0, poorer, x, level)
             if self.rescale:
-                spread = (p.x0.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)).reshape(-1, *(1,) * (x.ndim - 1))
-                x0 = x0 * (1 + self.rescale * (spread - 1))
-            return moved(p, torch.where(inside.to(x.device).reshape(-1, *(1,) * (x.ndim - 1)), x0, p.x0), x, level)
+                spread = p.x0.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)
+                x0 = x0 * (1 + self.rescale * (beside(spread, x) - 1))
+            return moved(p, torch.where(beside(inside, x), x0, p.x0), x, level)
 
         return denoise
 
@@ -173,15 +174,21 @@ def limited(denoise: Denoise, *after: Callable[[Tensor], Tensor]) -> Denoise:
 
 
 def first_known(denoise: Denoise) -> Denoise:
-    """The denoiser without its first call, at the noisiest level: all noise, so x0 is guessed as 0 and eps as x / sigma."""
+    """The denoiser without its first call, where that is at almost pure noise: there x0 is guessed as 0, so that eps = x / sigma.
+
+    Where x_t shows more of the image (its share of the variance is above `SEEN`), the network is called as ever.
+    """
     called: list[bool] = []
 
     def known(x: Tensor, level: Any) -> Prediction:
-        if called:
-            return denoise(x, level)
+        before, noisy = bool(called), level.alpha**2 <= SEEN * (level.alpha**2 + level.sigma**2)
         called.append(True)
-        x0, step = torch.zeros_like(x), hasattr(level, "coef_xt")
-        return Prediction(x0, None, x0, level.coef_xt * x if step else None, level.log_min if step else None)
+        if before or not noisy.all():
+            return denoise(x, level)
+        x0 = torch.zeros_like(x)
+        if isinstance(level, Step):
+            return Prediction(x0, None, x0, wide((level.coef_xt,), x)[0] * x, level.log_min)
+        return Prediction(x0, None, x0, None, None)
 
     return known
 

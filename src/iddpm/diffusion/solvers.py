@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iddpm.diffusion.bound import Noise
-from iddpm.diffusion.denoiser import Denoise, wide
+from iddpm.diffusion.denoiser import Denoise, beside, wide
 from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.schedule import Level
 
@@ -302,11 +302,12 @@ LEAST_WIDTH = 1e-3  # of a step in z, taken whatever its error: so that every pa
 class Adaptive:
     """Heun's steps in the velocity of the flow, as long as each image allows: the grid only says where to begin and end"""
 
+    own_steps = True  # how many it takes, it finds out
+
     rtol: Annotated[float, "error of a step allowed, relative to the image", 1e-6, 1.0] = 0.02
     atol: Annotated[float, "and absolute", 1e-6, 1.0] = 0.02
 
     def __call__(self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
-        shape = (-1, *(1,) * (x.ndim - 1))
         first = grid.at(torch.full((len(x),), grid.steps - 1))
         level, least = Level(*first[:3]), grid.table.sigma[0] / grid.table.alpha[0]
         width, done = torch.full((len(x),), 0.1, dtype=torch.float64), torch.zeros(len(x), dtype=torch.bool)
@@ -318,17 +319,17 @@ class Adaptive:
             to = grid.level((aim / (1 - aim)).maximum(least))
             last = (aim / (1 - aim) < least) | (to.sigma / to.alpha >= level.sigma / level.alpha)  # from here on to the image
             then = torch.where(last, 0.0, to.sigma / (to.alpha + to.sigma))
-            step = (then - now).to(x).reshape(shape)
+            step = beside((then - now).float(), x)
             wide_to = Level(*wide(to, x))
             euler = y + step * slope
             x_to = euler * (wide_to.alpha + wide_to.sigma)
             bent = velocity(x_to, denoise(x_to, to).x0, wide_to).slope
-            better = torch.where(last.to(x.device).reshape(shape), euler, y + step * (slope + bent) / 2)
+            better = torch.where(beside(last, x), euler, y + step * (slope + bent) / 2)
             allowed = self.atol + self.rtol * y.abs().maximum(better.abs())
             error = ((better - euler) / allowed).square().flatten(1).mean(1).sqrt().double().cpu()
             good = ((error <= 1) | (width <= LEAST_WIDTH)) & ~done
-            moved = torch.where(last, torch.ones_like(then), to.alpha + to.sigma).to(x).reshape(shape) * better
-            x = torch.where(good.to(x.device).reshape(shape), moved, x)
+            moved = beside(torch.where(last, torch.ones_like(then), to.alpha + to.sigma).float(), x) * better
+            x = torch.where(beside(good, x), moved, x)
             level = Level(*(torch.where(good & ~last, b, a) for a, b in zip(level, to)))
             done = done | (good & last)
             width = (width * (0.9 / error.clamp(min=1e-6).sqrt()).clamp(0.2, 5)).clamp(min=LEAST_WIDTH)

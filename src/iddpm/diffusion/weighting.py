@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.grid import Grid
 from iddpm.diffusion.parametrization import Scalings
 from iddpm.diffusion.schedule import Level, Schedule, below_one
 
@@ -21,7 +22,7 @@ Weighting = Callable[[Level, Scalings, Pace], Tensor]  # float64 (B,)
 
 def pace(schedule: Schedule, u: Tensor) -> Tensor:
     """-d log(snr) / du (B,) float64, from levels a little to both sides; of a chain, from the steps beside."""
-    h = 1 / schedule.steps if hasattr(schedule, "table") else 1e-5
+    h = 1 / schedule.steps if isinstance(schedule, Grid) else 1e-5
     less, more = (u - h).clamp(min=h / 2), below_one(u + h)
     a, b = schedule(less), schedule(more)
     return 2 * ((b.sigma / b.alpha).log() - (a.sigma / a.alpha).log()) / (more - less)

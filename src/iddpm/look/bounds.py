@@ -163,7 +163,8 @@ def _about(m: Measured, step: str = "step") -> dict[str, Any]:
 
 def _spec(m: Measured) -> dict[str, Any]:
     """How the chain was respaced; a spec that keeps every step is the same as none."""
-    return dict(sampling_steps=m.opened.config.sample.sampling_steps if _respaced(m.bound) else "all")
+    sample = m.opened.config.sample
+    return dict(sampling_steps=sample.sampling_steps if _respaced(m.bound) else "all", grid=sample.grid)
 
 
 def _respaced(bound: Bound) -> int:

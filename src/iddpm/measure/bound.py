@@ -22,7 +22,7 @@ from iddpm.data import DataSet, Order
 from iddpm.data.super_res import shrink
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
 from iddpm.diffusion.denoiser import Denoise, Network
-from iddpm.diffusion.grid import Chain, Grid, Step
+from iddpm.diffusion.grid import Chain, Grid
 from iddpm.errors import UserError
 from iddpm.measure.ahead import ahead
 from iddpm.measure.metrics.rows import Estimate
@@ -191,6 +191,7 @@ def _job(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, A
     images = hashlib.sha256(np.ascontiguousarray(chosen, np.int64).tobytes()).hexdigest()
     sample, model = config.sample, {k: v for k, v in json.loads(config.to_json()).items() if k in ("model", "diffusion", "own")}
     chain = dict(sampling_steps=sample.sampling_steps, clip_denoised=sample.clip_denoised)
+    chain |= dict(grid=sample.grid, found=sample.found)
     return json.dumps({**identity, "images": images, "seed": seed, **model, **chain})
 
 
@@ -218,7 +219,7 @@ def batch_of(config: Config, data: DataSet, indices: np.ndarray, device: torch.d
 
 def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tensor], first: int) -> Iterator[Term]:
     """The bound's terms but the first ones; the noise of each is drawn while the device works on the one before."""
-    nearer = Grid(Step(*(column[: grid.steps - first] for column in grid.table)))  # the steps that are left
+    nearer = grid.only(slice(grid.steps - first))  # the steps that are left
     drawn = ahead(noise, range(first, grid.steps))
     return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
 

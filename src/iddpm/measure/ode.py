@@ -10,7 +10,6 @@ import torch
 from iddpm import build, rng
 from iddpm.config import Measure
 from iddpm.data import Images, Order
-from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.ode import DEQUANTIZATIONS, log_density
 from iddpm.errors import UserError
 from iddpm.measure.bound import batch_of
@@ -33,7 +32,7 @@ def bits_by_ode(opened: Opened, images: Images, measure: Measure) -> dict[str, A
     denoiser = build.denoiser(config, opened.net)  # not clipped: a clipped x0 has no divergence
     chosen = Order(len(images), measure.seed).indices(0, min(measure.num_samples or len(images), len(images)))
     exact = measure.trace == "exact" or (measure.trace == "auto" and math.prod(images.image_size) * images.channels <= EXACT)
-    coarse = Grid(Step(*(column[_half(grid.steps)] for column in grid.table)), grid.start, grid.level)
+    coarse = grid.only(_half(grid.steps))
     kept: list[np.ndarray] = []
     for r in processes.rounds(len(chosen), which.batch_size):
         x0, cond = batch_of(config, images, chosen[r.call.start : r.call.stop], opened.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from iddpm import build, rng
 from iddpm.config import Config, image_size
 from iddpm.diffusion.denoiser import Network
-from iddpm.diffusion.grid import Grid, Step
+from iddpm.diffusion.grid import Grid
 from iddpm.diffusion.solvers import Ddim, ddim_inversion
 from iddpm.errors import UserError
 from iddpm.sampling.images import as_float, as_uint8
@@ -18,8 +18,7 @@ from iddpm.sampling.images import as_float, as_uint8
 
 def begin(grid: Grid, strength: float) -> Grid:
     """The less noisy `strength` (above 0, to 1) of a grid's steps, at least one."""
-    kept = max(1, round(strength * grid.steps))
-    return Grid(Step(*(column[:kept] for column in grid.table)), grid.start, grid.level)
+    return grid.only(slice(max(1, round(strength * grid.steps))))
 
 
 def filled(known: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:

@@ -21,7 +21,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.images import as_float
 from iddpm.sampling.job import job
-from iddpm.store.remote import write_file
+from iddpm.store.remote import place, write_file
 
 FILE = "grids.json"
 FINE = 60  # levels that are looked at (Chen et al. 2024)
@@ -40,7 +40,7 @@ def find(config: Config, net: Any, device: torch.device, steps: int, by: str, ba
     task, shape = job(config, range(IMAGES)), (config.model.image_channels, *image_size(config.model))
     images, total = None, torch.zeros(())
     if by == "found_bound":
-        if not config.data.path or not Path(config.data.path).exists():
+        if not config.data.path or not place(config.data.path).exists():
             raise UserError(f"--grid found_bound is found on the run's images, and {config.data.path or 'they'} are not there")
         data = open_data(config.updated(dict(random_crop=False)))[0]
         chosen = Order(len(data), 0).indices(0, min(IMAGES, len(data)))

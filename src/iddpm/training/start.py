@@ -139,7 +139,8 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
     if recipe and preset:
         raise UserError("--config and --preset are both what to begin with: give one")
     config = new(preset, {**(_of_recipe(recipe) if recipe else {}), **_implied(given)})
-    return build.require_fit(check(config)).updated({"asked": asked}), []
+    build.solver(build.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
+    return config.updated({"asked": asked}), []
 
 
 def _of_recipe(recipe: str) -> dict[str, Any]:
