@@ -50,7 +50,8 @@ class Writer(Protocol):
 class Folder:
     """One PNG per image, NAME.png by seed, with the class in front where there is one.
 
-    job.json says which job it is; labels.csv has each image's class, whatever its name, and is read again as a data set's.
+    job.json says which job it is; labels.csv (labels.json, where a class begins or ends with a blank) has each image's class,
+    whatever its name, and is read again as a data set's.
     """
 
     def __init__(self, out: Path, config: Config, job: Job, identity: Identity):
@@ -62,7 +63,9 @@ class Folder:
         classes = [class_name(config, y) if y >= 0 else "" for y in job.labels]
         names = {name: f"{file_name(name)}_" if name else "" for name in set(classes)}
         self.files = [out / f"{names[name]}{seed:06d}.png" for name, seed in zip(classes, job.seeds)]
-        if any(classes):
+        if any(name != name.strip() for name in classes):  # what stands around a name in a csv is not taken for a part of it
+            write_file(out / "labels.json", json.dumps({file.name: name for file, name in zip(self.files, classes)}))
+        elif any(classes):
             table = io.StringIO(newline="")
             csv.writer(table).writerows(zip((file.name for file in self.files), classes))
             write_file(out / "labels.csv", table.getvalue())
