@@ -238,7 +238,9 @@ def another(name: str) -> tuple[dict[str, object], object]:
     elif allowed := field.allowed():
         return {}, [choice for choice in allowed if choice != field.default][-1]
     default = field.default
-    return around, (not default) if isinstance(default, bool) else default + 0.5 if isinstance(default, float) else "4"
+    if isinstance(default, bool):
+        return around, not default
+    return around, default + (0.5 if isinstance(default, float) else 1) if isinstance(default, (int, float)) else "4"
 
 
 @pytest.mark.parametrize("name", sorted(set(settings_of(Sample)) - {"found"}))  # which follows from the grid
