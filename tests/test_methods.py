@@ -162,8 +162,7 @@ def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures
     assert 0.5 < json.loads(out.read_text())["bits_per_dim"] < 60
 
 
-@pytest.mark.parametrize("by", ["found_path", "found_bound"])
-@pytest.mark.parametrize("name", ["flow", "v", "v, continuous"])
+@pytest.mark.parametrize(("name", "by"), [("flow", "found_path"), ("v", "found_bound"), ("v, continuous", "found_path")])
 def test_a_grid_that_was_found_is_kept_and_drawn_with(trained, name, by, tmp_path, capsys):
     command = ["sample", str(trained / name / "parted"), "--device", "cpu", "--grid", by]
     drawn = [*command, "--solver", "ddim", "--num_samples", "2", "--out", str(tmp_path / "x.npz"), "--sampling_steps"]
