@@ -139,6 +139,17 @@ def test_what_a_member_holds_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
             Images.open(path, (4, 4), on_broken="fail")
 
 
+@pytest.mark.parametrize("on_broken", ["skip", "leave", "fail"])
+@pytest.mark.parametrize("make", [as_zip, as_tar])
+def test_an_archive_with_a_bomb_is_refused_however_broken_files_are_treated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Path], on_broken: str
+) -> None:
+    monkeypatch.setattr(rules, "LARGEST", 1000)
+    suffix = "zip" if make is as_zip else "tar"
+    with pytest.raises(UserError, match=r"b\.png holds 0\.0 GiB: no more than"):
+        Images.open(make(tmp_path / f"d.{suffix}", {"a.png": png(0), "b.png": bytes(2000)}), (4, 4), on_broken=on_broken)
+
+
 def test_a_sparse_member_of_a_tar_is_not_believed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "d.tar", "w", format=tarfile.PAX_FORMAT) as held:
         data = f"1\n{3 * 10**9 - 1}\n1\n".encode().ljust(512, b"\0") + bytes(512)

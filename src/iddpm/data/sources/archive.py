@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 
 class Archive(Source):
-    """Its files by name; UserError where it is damaged.
+    """Its files by name; UserError where it is damaged, or says that an image in it is above `LARGEST`.
 
     Names may be read in any order at the same cost: a .tar that is compressed as a whole is unpacked into this process's scratch
     folder first, since every step back would unpack it from its start.
@@ -50,6 +50,8 @@ class Archive(Source):
             weakref.finalize(self, stack.pop_all().close)
         self._members = {name: member for name in held if (member := _followed(held, name))}
         super().__init__(path, path.parent, self._members)
+        for name in self.names:  # an archive that promises gigabytes in a picture is meant to harm: nothing of it is read
+            require_small(path / name, self.size(name))
 
     def read(self, name: str) -> bytes:
         what = self.path / name
