@@ -30,6 +30,7 @@ from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_c
 from iddpm.diffusion.parametrization import Scalings, previous, v
 from iddpm.diffusion.schedule import Adjusted, Schedule, Shifted
 from iddpm.diffusion.solvers import Solver
+from iddpm.diffusion.weighting import Weighting
 from iddpm.errors import UserError
 from iddpm.nn import Asked
 
@@ -171,13 +172,19 @@ def _steering(config: Config, scale: float) -> Steering:
     )
 
 
-def objective(config: Config) -> Callable[..., Terms]:
-    """The loss of a config."""
+def weighting(config: Config) -> Weighting:
+    """The weighting of a config; one that has a `state_dict` remembers what it was shown."""
+    made: Weighting = make("weighting", config.diffusion.weighting, config.numbers())
+    return made
+
+
+def objective(config: Config, weighted: Weighting | None = None) -> Callable[..., Terms]:
+    """The loss of a config; with `weighted`, a weighting that may remember, in the place of a new one."""
     d = config.diffusion
     if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
     loss = make("objective", d.objective_name, config.numbers())
-    return partial(loss, weighting=make("weighting", d.weighting, config.numbers())) if _takes(loss, "weighting") else loss
+    return partial(loss, weighting=weighted or weighting(config)) if _takes(loss, "weighting") else loss
 
 
 def law(config: Config) -> Uniform:

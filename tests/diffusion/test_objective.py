@@ -14,7 +14,7 @@ from iddpm.diffusion.grid import Chain
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, OBJECTIVES, hybrid, hybrid_unscaled, simple, vlb, vlb_unscaled
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, CosineVP, Flow
-from iddpm.diffusion.weighting import WEIGHTINGS, Edm, flow, likelihood, pace, uniform
+from iddpm.diffusion.weighting import WEIGHTINGS, Edm, Uncertainty, flow, likelihood, pace, uniform
 
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "previous"}
 LOSSES = {  # with a learned variance, and without
@@ -167,12 +167,30 @@ SQUARE = ((GUESS - X0) ** 2).flatten(1).mean(1)  # of x0's error
 
 
 @pytest.mark.parametrize("schedule", CONTINUOUS)
-@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in ("uniform", "uncertainty")])
 def test_a_weighting_means_the_same_whatever_the_network_predicts(name: str, schedule: str) -> None:
     row = SCHEDULES[schedule]()
     losses = [loss_of_guess(row, parametrization, made(WEIGHTINGS[name])) for parametrization in ("x0", "eps", "flow", "edm")]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=2e-3, atol=0)
+
+
+def test_uncertainty_makes_every_level_count_alike_after_errors_of_very_different_sizes() -> None:
+    """The minimum of E[error] / e^u + u over u, in closed form: e^u = E[error] of the level."""
+    weighting, rng = Uncertainty(uncertainty_memory=500), torch.Generator().manual_seed(0)
+
+    def usual(level: Any) -> Tensor:
+        return 1e-3 + (level.sigma / level.alpha) ** 1.5
+
+    for _ in range(400):
+        level = Flow()(torch.rand(64, generator=rng, dtype=torch.float64))
+        weighting.update(level, usual(level) * torch.empty(64, dtype=torch.float64).exponential_(generator=rng))
+    level = Flow()(torch.linspace(0.03, 0.97, 50, dtype=torch.float64))
+    weighted = weighting(level, None, None) * usual(level)  # type: ignore[arg-type]
+    assert (weighted.log().abs() < 0.3).all() and weighted.log().abs().mean() < 0.08
+    before = weighting.means.clone()
+    weighting.update(level, torch.full((50,), torch.nan))
+    assert torch.equal(weighting.means, before)
 
 
 def test_the_uniform_weighting_leaves_the_error_of_the_output_as_it_is() -> None:

@@ -47,7 +47,7 @@ class Devices:
 
 
 def _parser(parser: Parser) -> None:
-    parser.add_argument("--preset", default="", help="a recipe to plan", metavar="NAME")
+    parser.add_argument("--preset", default="", help="a recipe to plan, or several, comma-separated", metavar="NAME")
     parser.add_argument("--run", default="", help="the folder of a run, to plan how it would go on elsewhere", metavar="DIR")
     parser.add_flag("num_classes", int, "with --class_cond: how many classes the data has", default=0)
     parser.add_fields(Devices)
@@ -136,9 +136,10 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
     config = build.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
-        if preset not in CLASSES:
+        known = [CLASSES[name] for name in preset.split(",") if name in CLASSES]
+        if not known:
             raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")
-        config = config.updated({"num_classes": CLASSES[preset]})
+        config = config.updated({"num_classes": known[0]})
     if num_classes and not config.model.class_cond:
         raise UserError(f"--num_classes {num_classes} has no effect without --class_cond True")
     return config

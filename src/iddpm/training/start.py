@@ -10,7 +10,7 @@ from typing import Any
 
 from iddpm import build
 from iddpm.config import Config, check, every_field, settings_of, total_steps
-from iddpm.config.presets import PRESETS
+from iddpm.config.presets import recipes
 from iddpm.data import DataSet
 from iddpm.data.batches import open_data, open_validation
 from iddpm.data.own import Dataset
@@ -86,7 +86,7 @@ def default_run(data: str, preset: str, given: Mapping[str, Any]) -> tuple[Path,
     """
     if not data:
         raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
-    name = preset or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
+    name = preset.replace(",", "-") or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
     run, k, hint = place(f"runs/{name}"), 1, list[str]()
     while (run / "config.json").exists() and (why := _is_other(run, data, given)):
         hint = [f"{run} is {why}, so this is a new one; to go on with that: --run {run}"]
@@ -151,17 +151,15 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
-    given, config = _implied(given), Config()
+    parts, given, config = recipes(preset), _implied(given), Config()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = set(settings_of(other.model, other.diffusion, other.sample))
         if other.data.classes:  # the rows of named classes go by their names, whatever their number
             inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
-    if preset:
-        config = config.updated(PRESETS[preset][1])
+    for part in parts:
+        config = config.updated(part)
     return config.updated({**given, "preset": preset})
 
 
