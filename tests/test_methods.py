@@ -43,6 +43,10 @@ METHODS: dict[str, dict] = {
         noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun",
         network="dit", patch_size=2, width=32, depth=2, heads=2,
     ),
+    "flow, guided": dict(
+        noise_schedule="flow", parametrization="flow", class_cond=True, class_dropout=0.3, trained_guidance=3.0, guidance=2.0,
+        solver="ddim",
+    ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
 
@@ -139,6 +143,29 @@ def test_the_nearest_of_several_noises_is_taken(pictures):
     far = torch.stack([(b.eps - b.x0).square().flatten(1).sum(1) for b in few])
     assert (far.diff(dim=0) <= 0).all() and (far[2] < far[0]).float().mean() > 0.7
     assert abs(few[2].eps.mean()) < 0.15  # still about the noise it was: of 8 candidates, not of thousands
+
+
+def test_trained_guidance_teaches_its_scales_and_leaves_images_without_a_class_at_1(pictures):
+    settings = METHODS["flow, guided"] | dict(TINY, learn_sigma=False, batch_size=400, path=str(pictures))
+    config = Config().updated({k: v for k, v in settings.items() if k not in CHAIN})
+    data, config = open_data(config)
+    cond = make_batch(config, data, Order(len(data), 0), 0, 0).cond
+    scale, dropped = cond["scale"], cond["y"] == config.model.num_classes
+    assert (scale[dropped] == 1).all() and 80 < dropped.sum() < 160
+    assert 0.4 < (scale[~dropped] == 1).float().mean() < 0.6
+    assert scale.max() <= 3 and scale[scale > 1].mean().item() == pytest.approx(2, abs=0.2)
+    assert "scale" not in make_batch(config, data, Order(len(data), 0), 0, 0, train=False).cond
+
+
+@pytest.mark.parametrize(("flag", "line"), [
+    (["--guidance", "4"], "learned guidance from 1 to 3"), (["--guidance", "0.5"], "--guidance_kind cfg"),
+    (["--guidance", "2", "--guidance_rescale", "0.5"], "--guidance_rescale needs"),
+])  # fmt: skip
+def test_what_a_network_did_not_learn_of_guidance_is_refused(trained, flag, line, tmp_path, capsys):
+    run = str(trained / "flow, guided" / "whole")
+    assert main(["sample", run, "--num_samples", "2", "--out", str(tmp_path / "x.npz"), *flag]) == 2
+    assert line in capsys.readouterr().err
+    assert main(["sample", run, "--num_samples", "2", "--out", str(tmp_path / "x.npz"), *flag, "--guidance_kind", "cfg"]) == 0
 
 
 @pytest.mark.parametrize("name", METHODS)

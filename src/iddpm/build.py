@@ -24,7 +24,7 @@ from iddpm.diffusion.denoiser import (
     learned_range,
 )
 from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, steps_at, walk
-from iddpm.diffusion.guidance import Steering, autoguided, classifier_free, first_known, limited
+from iddpm.diffusion.guidance import Steering, Taught, autoguided, cfg, classifier_free, first_known, limited, told
 from iddpm.diffusion.law import Uniform
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
 from iddpm.diffusion.parametrization import Scalings, previous, v
@@ -49,6 +49,7 @@ def network(config: Config) -> nn.Module:
         logits=task.classifies,
         small=task.enlarges,
         small_level=m.low_res_noise > 0,
+        scale=m.trained_guidance > 0,
     )
     made = make("network", m.network, config.numbers())
     try:
@@ -151,10 +152,14 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
     """
     s, made = config.sample, sampling_denoiser(config, net, *after)
     denoise: Denoise = partial(made, cond=cond)
-    if s.guidance != 1 or weak:
+    if _knows_guidance(config) and not weak:
+        denoise = told(made, cond, s.guidance, s.guidance_low, s.guidance_high)
+    elif s.guidance != 1 or weak:
         bare = dataclasses.replace(made, after=())
         denoise = partial(bare, cond=cond)
-        if s.guidance != 1:
+        if _knows_guidance(config):
+            denoise = told(bare, cond, s.guidance, s.guidance_low, s.guidance_high)
+        elif s.guidance != 1:
             without = {**cond, "y": torch.full_like(cond["y"], config.model.num_classes)}
             denoise = classifier_free(bare, cond, without, _steering(config, s.guidance))
         if weak:
@@ -165,11 +170,15 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
     return first_known(denoise) if s.skip_first else denoise
 
 
+def _knows_guidance(config: Config) -> bool:
+    """Whether the network itself is to guide, by what it learned."""
+    return config.model.trained_guidance > 0 and config.sample.guidance_kind == "auto"
+
+
 def _steering(config: Config, scale: float) -> Steering:
     s = config.sample
-    return Steering(
-        make("guidance_kind", s.guidance_kind, config.numbers())(scale), s.guidance_low, s.guidance_high, s.guidance_rescale
-    )
+    kind = cfg if s.guidance_kind == "auto" else make("guidance_kind", s.guidance_kind, config.numbers())
+    return Steering(kind(scale), s.guidance_low, s.guidance_high, s.guidance_rescale)
 
 
 def weighting(config: Config) -> Weighting:
@@ -184,7 +193,10 @@ def objective(config: Config, weighted: Weighting | None = None) -> Callable[...
     if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
     loss = make("objective", d.objective_name, config.numbers())
-    return partial(loss, weighting=weighted or weighting(config)) if _takes(loss, "weighting") else loss
+    asks: dict[str, Any] = {"weighting": weighted or weighting(config)} if _takes(loss, "weighting") else {}
+    if config.model.trained_guidance:
+        asks["toward"] = Taught(config.model.num_classes)
+    return partial(loss, **asks) if asks else loss
 
 
 def law(config: Config) -> Uniform:
@@ -223,11 +235,14 @@ def require_fit(config: Config) -> Config:
         raise UserError(
             "--guidance needs a model trained with --class_dropout 0.1, which this is not: guide by --classifier or --autoguide"
         )
-    if config.train.noise_candidates > 1 and loss in CHAIN_ONLY:
+    changes = [("--noise_candidates", "the law of the noise")] * (config.train.noise_candidates > 1)
+    changes += [("--trained_guidance", "what is learned")] * (config.model.trained_guidance > 0)
+    if changes and loss in CHAIN_ONLY:
         raise UserError(
-            f"--noise_candidates changes the law of the noise, of which --objective {d.objective_name} is the likelihood: "
-            "take --objective simple"
+            f"{changes[0][0]} changes {changes[0][1]}, of which --objective {d.objective_name} is the likelihood: "
+            "take --objective simple" + ", --learn_sigma False" * d.learn_sigma
         )
+    _require_known_guidance(config)
     if d.snr_shift != 1 and not is_chain(d) and schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
         raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
     if d.zero_terminal_snr and d.diffusion_steps < 2:
@@ -245,6 +260,22 @@ def require_fit(config: Config) -> Config:
         others = [other for other in choices("parametrization") if not _misfit(config, other)]
         raise UserError(f"--parametrization {d.parametrization} {fault} of --noise_schedule {name}: take {' or '.join(others)}")
     return config
+
+
+def _require_known_guidance(config: Config) -> None:
+    """UserError where the network is to guide by what it learned, and did not learn that."""
+    most, s = config.model.trained_guidance, config.sample
+    if most and not _takes(row("objective", config.diffusion.objective_name), "toward"):
+        raise UserError(f"--trained_guidance has no part in --objective {config.diffusion.objective_name}: take simple")
+    if 0 < most <= 1:
+        raise UserError(f"--trained_guidance {most:g} teaches nothing, for 1 is no guidance: as 3, or 0 for none")
+    if _knows_guidance(config) and not 1 <= s.guidance <= most:
+        raise UserError(
+            f"--guidance {s.guidance:g}: this network learned guidance from 1 to {most:g}; --guidance_kind cfg goes beyond, "
+            "in two calls"
+        )
+    if _knows_guidance(config) and s.guidance_rescale:
+        raise UserError("--guidance_rescale needs to know what is drawn without guidance: add --guidance_kind cfg, for two calls")
 
 
 def _misfit(config: Config, name: str) -> str:

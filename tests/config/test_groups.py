@@ -328,6 +328,7 @@ UNFIT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # settings, words o
     (dict(noise_schedule="ve", zero_terminal_snr=True), "linear, cosine", dict(zero_terminal_snr=False)),
     (dict(guidance=2.0), "--class_dropout 0.1", dict(class_cond=True, class_dropout=0.1)),
     (dict(guidance_low=5.0, guidance_high=1.0), "nothing would be guided", dict(guidance_high=6.0)),
+    (dict(trained_guidance=3.0), "without --class_dropout", dict(class_cond=True, class_dropout=0.1)),
     (dict(class_dropout=0.1), "without --class_cond", dict(class_cond=True)),
     (dict(noise_candidates=4, learn_sigma=True, objective="vlb"), "take --objective simple", dict(noise_candidates=1)),
     (dict(solver="dpmpp_3m", sampling_steps="2"), "reads 3 steps, and there are 2", dict(sampling_steps="3")),

@@ -49,6 +49,10 @@ class Model:
         0.0, "share of images trained without their class, so that --guidance can be used; 0.1 is usual", 0, 0.9,
         only="task=images|enlarge class_cond",
     )  # fmt: skip
+    trained_guidance: float = _fixed(
+        0.0, "teach the network guidance up to this scale: --guidance then costs no second call; a step of training costs twice",
+        0, 100, only="class_dropout",
+    )  # fmt: skip
     num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 
@@ -164,7 +168,10 @@ class Sample:
     guidance: float = opt(
         1.0, "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)", 0, 1000
     )
-    guidance_kind: str = opt("cfg", "how guidance goes beyond", kind="guidance_kind")
+    guidance_kind: str = opt(
+        "auto", "how guidance goes beyond; auto: by the network itself, of --trained_guidance, else cfg",
+        kind="guidance_kind", choices=("auto",),
+    )  # fmt: skip
     guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", 0)
     guidance_high: float = opt(1e9, "and at most this", 0)
     guidance_rescale: float = opt(0.0, "bring the spread of guided images back to that of unguided ones, by this share", 0, 1)

@@ -89,9 +89,14 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
     if config.model.class_dropout and train:
         without = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop] < config.model.class_dropout
         cond["y"] = torch.where(without, config.model.num_classes, cond["y"])
+        if most := config.model.trained_guidance:
+            v = rng.uniform(t.seed, rng.SCALE, step, n)[mine.start : mine.stop].float()
+            scale = 1 + (most - 1) * ((v - PLAIN) / (1 - PLAIN)).clamp(min=0)
+            cond["scale"] = torch.where(without, 1.0, scale)
     return Batch(x0, eps, cond)
 
 
+PLAIN = 0.5  # the share of images that --trained_guidance learns without guidance, from which it learns the rest
 CROP = 0.8  # the smallest share of an image's side that a random crop shows
 
 

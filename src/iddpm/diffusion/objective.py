@@ -4,6 +4,7 @@ x0 (B, C, H, W) in [-1, 1], eps standard normal like it, u (B,) float64 in [0, 1
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,16 @@ from iddpm.diffusion.grid import as_step
 from iddpm.diffusion.schedule import Schedule
 from iddpm.diffusion.weighting import Weighting, pace, uniform
 
+Toward = Callable[[Denoiser, Tensor, Any, Cond], Tensor]  # (denoiser, x_t, level, cond) -> what is added to the target, like x_t
 Terms = dict[str, Tensor]  # "loss" and what it is made of, each (B,)
 
 
 def simple(
-    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *, weighting: Weighting = uniform
-) -> Terms:
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *,
+    weighting: Weighting = uniform, toward: Toward | None = None,
+) -> Terms:  # fmt: skip
     """Squared error of the network's output, weighted by level (Ho et al. 2020, eq. 14)"""
-    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting)
+    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting, toward=toward)
 
 
 def hybrid(
@@ -76,7 +79,7 @@ def _ranked(logits: Tensor, y: Tensor) -> Terms:
 
 def _squared_error(
     denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond, weighting: Weighting,
-    vb_scale: float = 0.0,
+    vb_scale: float = 0.0, toward: Toward | None = None,
 ) -> Terms:  # fmt: skip
     level = schedule(u)
     c = denoiser.parametrization(level)
@@ -84,7 +87,10 @@ def _squared_error(
     alpha, sigma, of_x0, of_eps, weight = wide(columns, x0)
     xt = alpha * x0 + sigma * eps
     p = denoiser(xt, level, cond)
-    mse = mean_flat((p.raw - (of_x0 * x0 + of_eps * eps)) ** 2)  # of the target as it is, not by way of x0: 1/alpha is large
+    target = of_x0 * x0 + of_eps * eps  # as it is, not by way of x0: 1/alpha is large
+    if toward:
+        target = target + toward(denoiser, xt, level, cond)
+    mse = mean_flat((p.raw - target) ** 2)
     loss = weight.flatten() * mse
     if not vb_scale or p.values is None:
         return {"loss": loss, "mse": mse}

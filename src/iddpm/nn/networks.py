@@ -19,6 +19,7 @@ class Asked(NamedTuple):
     logits: bool = False  # it tells the class instead of making an image
     small: bool = False  # it is shown a small image
     small_level: bool = False  # and how much noise is on that
+    scale: bool = False  # it is told a scale of guidance
 
 
 SAME = (  # settings that are arguments of the networks, too
@@ -47,7 +48,7 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
         if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
-    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample)
+    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale)
     return SuperResUNet(**common, sees_noise_level=asked.small_level) if asked.small else UNet(**common)
 
 
@@ -71,7 +72,7 @@ class Dit:
         return DiT(
             asked.image_size, asked.in_channels, asked.out_channels, patch=self.patch_size, width=self.width, depth=self.depth,
             heads=self.heads, num_classes=asked.classes, images=1 + asked.small, dropout=settings.dropout,
-            use_checkpoint=settings.use_checkpoint,
+            use_checkpoint=settings.use_checkpoint, sees_scale=asked.scale,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from iddpm.nn.layers import (
     Stage,
     Upsample,
     conv3x3,
+    scale_embedding,
     timestep_embedding,
     zeroed,
 )
@@ -203,6 +204,7 @@ class UNet(Encoder):
         resblock_updown: bool = False,
         new_attention_order: bool = False,
         conv_resample: bool = True,
+        sees_scale: bool = False,
     ):
         norm, order = use_scale_shift_norm, new_attention_order
         parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
@@ -222,12 +224,24 @@ class UNet(Encoder):
                 stages.append(Stage(*layers, recompute=use_checkpoint))
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
+        self.sees_scale = sees_scale
+        if sees_scale:
+            emb = 4 * num_channels
+            self.scale_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), as trained on, of classes y (B,).
 
-        ValueError where H or W cannot be halved at every level, or y is missing or out of place.
+        `scale` (B,) is that of guidance, for a network that sees it; without one it is 1.
+        ValueError where H or W cannot be halved at every level, or y or scale is missing or out of place.
         """
+        if self.sees_scale:
+            seen = self.scale_embed(scale_embedding(scale, t, self.num_channels).to(self.dtype))  # b 4n
+            extra = seen if extra is None else extra + seen
+        elif scale is not None:
+            raise ValueError("scale is for networks made with sees_scale")
         emb, (*skips, h) = self.encode(x, t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
@@ -250,8 +264,9 @@ class SuperResUNet(UNet):
         self.sees_noise_level = sees_noise_level
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As UNet; `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x.
 
         `low_res_level` (B,) in [0, 1] is the deviation of the noise that was put on it, for a network that sees it.
@@ -262,4 +277,4 @@ class SuperResUNet(UNet):
         extra = None
         if low_res_level is not None:
             extra = self.level_embed(timestep_embedding(1000 * low_res_level, self.num_channels).to(self.dtype))  # b 4n
-        return super().forward(torch.cat([x, enlarged], dim=1), t, y, extra)  # b 2c h w
+        return super().forward(torch.cat([x, enlarged], dim=1), t, y, extra, scale)  # b 2c h w

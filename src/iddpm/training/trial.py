@@ -41,6 +41,8 @@ def example(config: Config, images: int, device: str | torch.device = "cpu") -> 
     cond = {}
     if m.class_cond:
         cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
+    if m.trained_guidance:
+        cond["scale"] = torch.ones(images, device=device)
     if config.task.enlarges:
         cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
     if m.low_res_noise:
