@@ -129,6 +129,7 @@ def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], T
 
 def bound_denoiser(config: Config, net: Network) -> Denoiser:
     """As `denoiser`, to measure likelihood with: clipped likewise, of the config's own variance, whose bound is the tighter."""
+    require_density(config, "bits per dimension")
     return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()))
 
 
@@ -187,8 +188,13 @@ def weighting(config: Config) -> Weighting:
     return made
 
 
-def objective(config: Config, weighted: Weighting | None = None) -> Callable[..., Terms]:
-    """The loss of a config; with `weighted`, a weighting that may remember, in the place of a new one."""
+def objective(
+    config: Config, weighted: Weighting | None = None, progress: Callable[[], float] = lambda: 1.0
+) -> Callable[..., Terms]:
+    """The loss of a config; with `weighted`, a weighting that may remember, in the place of a new one.
+
+    `progress` tells the share of the run that is done, to a loss that changes with it.
+    """
     d = config.diffusion
     if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
@@ -196,6 +202,8 @@ def objective(config: Config, weighted: Weighting | None = None) -> Callable[...
     asks: dict[str, Any] = {"weighting": weighted or weighting(config)} if _takes(loss, "weighting") else {}
     if config.model.trained_guidance:
         asks["toward"] = Taught(config.model.num_classes)
+    if _takes(loss, "progress"):
+        asks["progress"] = progress
     return partial(loss, **asks) if asks else loss
 
 
@@ -243,6 +251,7 @@ def require_fit(config: Config) -> Config:
             "take --objective simple" + ", --learn_sigma False" * d.learn_sigma
         )
     _require_known_guidance(config)
+    _require_leaps(config)
     if d.snr_shift != 1 and not is_chain(d) and schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
         raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
     if d.zero_terminal_snr and d.diffusion_steps < 2:
@@ -276,6 +285,37 @@ def _require_known_guidance(config: Config) -> None:
         )
     if _knows_guidance(config) and s.guidance_rescale:
         raise UserError("--guidance_rescale needs to know what is drawn without guidance: add --guidance_kind cfg, for two calls")
+
+
+def leaps(config: Config) -> bool:
+    """Whether a model's x0 is an image, not the mean of all that x_t may come from."""
+    return not config.task.classifies and getattr(row("objective", config.diffusion.objective_name), "leaps", False)
+
+
+def require_density(config: Config, what: str) -> None:
+    """UserError where a model leaps, for `what` needs one that knows how likely images are."""
+    if leaps(config):
+        raise UserError(
+            f"{what}: a model of --objective {config.diffusion.objective} leaps to images: take the one it was tuned from"
+        )
+
+
+def _require_leaps(config: Config) -> None:
+    """UserError where a solver that leaps is to draw with a model that does not, or another with one that does."""
+    name, solver = config.diffusion.objective_name, config.sample.solver
+    if leaps(config) and not (config.train.steps or config.train.images):
+        raise UserError(f"--objective {name} changes over the run: how long is it? --steps N")
+    fits = [n for n in choices("solver") if getattr(row("solver", n), "leaps", False) == leaps(config)]
+    if solver not in fits and leaps(config):
+        raise UserError(
+            f"--solver {solver} walks from level to level, a model of --objective {name} leaps: take {' or '.join(fits)}"
+        )
+    if solver not in fits:
+        raise UserError(
+            f"--solver {solver} is for a model that leaps: make one of this by iddpm train --init_from, --objective {solver}"
+        )
+    if leaps(config) and config.sample.skip_first:
+        raise UserError("--skip_first would leave out the very call that makes the image")
 
 
 def _misfit(config: Config, name: str) -> str:

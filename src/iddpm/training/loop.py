@@ -90,7 +90,7 @@ def train(
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
     draws = sheets and not config.task.classifies
-    method, meter = method_of(config, state.parallel, state.weighting), state.meter
+    method, meter = method_of(config, state.parallel, state), state.meter
 
     def due(interval: int) -> bool:
         """Every so many steps, 0: never. What was due at the step that this process began with, was done by the one before."""

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from iddpm import build
-from iddpm.config import Config, check, every_field, settings_of, total_steps
+from iddpm.config import Config, check, every_field, fields_of, settings_of, total_steps
+from iddpm.config.choices import row
+from iddpm.config.fields import unmet
 from iddpm.config.presets import recipes
 from iddpm.data import DataSet
 from iddpm.data.batches import open_data, open_validation
@@ -151,7 +153,7 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    parts, given, config = recipes(preset), _implied(given), Config()
+    parts, given, config, inherited = recipes(preset), _implied(given), Config(), set[str]()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = set(settings_of(other.model, other.diffusion, other.sample))
@@ -160,7 +162,16 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
     for part in parts:
         config = config.updated(part)
-    return config.updated({**given, "preset": preset})
+    chosen = given.get("objective", "auto")
+    implied = getattr(row("objective", chosen), "implies", {}) if chosen != "auto" else {}
+    config = config.updated({**implied, **given, "preset": preset})
+    return config.updated(_idle(config, inherited - given.keys()))  # of the source's, what the new objective has no use for
+
+
+def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the settings that have no effect in a config, at their defaults."""
+    now, fields = config.flat(), fields_of(*config.parts)
+    return {k: fields[k].default for k in names if k in fields and any(unmet(fields[k].only, now))}
 
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:

@@ -76,6 +76,10 @@ class TrainState:
         self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
         self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
+    def progress(self) -> float:
+        """The share of the run that is done; 0 of one without an end."""
+        return min(1.0, self.step / self.end) if self.end < ENDLESS else 0.0
+
     def count(self, images: int, good: bool) -> None:
         """Take note of a step on so many images; `good`: its gradient was finite."""
         self.scale.update(good)

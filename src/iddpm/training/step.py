@@ -13,7 +13,7 @@ from iddpm.data.batches import Batch
 from iddpm.diffusion.denoiser import Denoiser
 from iddpm.diffusion.objective import Terms
 from iddpm.diffusion.schedule import Schedule
-from iddpm.diffusion.weighting import Remembering, Weighting
+from iddpm.diffusion.weighting import Remembering
 from iddpm.parallel import processes, shard
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
@@ -28,11 +28,12 @@ class Method(NamedTuple):
     objective: Callable[..., Terms]
 
 
-def method_of(config: Config, net: nn.Module, weighting: Weighting | None = None) -> Method:
-    """The method of a config around a network; a run in training gives its weighting, which may remember."""
+def method_of(config: Config, net: nn.Module, state: TrainState | None = None) -> Method:
+    """The method of a config around a network; of a run in training, its state has what the loss remembers."""
     device = next(net.parameters()).device
     denoiser = build.denoiser(config, build.in_precision(net, device, config.train.precision))
-    return Method(net, denoiser, build.schedule(config), build.objective(config, weighting))
+    objective = build.objective(config, state.weighting, state.progress) if state else build.objective(config)
+    return Method(net, denoiser, build.schedule(config), objective)
 
 
 def train_step(state: TrainState, config: Config, method: Method, batch: Batch, meter: Meter) -> None:

@@ -24,7 +24,7 @@ STEPS = 4  # of a trial: the first warms up, and the median of the others counts
 def timed(config: Config, device: torch.device, batches: Iterator[Batch]) -> tuple[TrainState, float]:
     """Take steps on some batches; returns the state they end in, and the seconds of a step with its batch."""
     state, meter, seconds = TrainState(config, device), Meter(), []
-    method = method_of(config, state.parallel, state.weighting)
+    method = method_of(config, state.parallel, state)
     for _ in range(STEPS):
         began = time.perf_counter()
         train_step(state, config, method, next(batches), meter)
