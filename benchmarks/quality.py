@@ -3,8 +3,9 @@
     python benchmarks/quality.py RUN REFERENCE [--images 1024] [--calls 5,8,10,15,25,50] [--grids respaced,found_path]
         [--solvers ddim,dpmpp_2m,...] [--precision fp32]
 
-The table is KD-lite0-128 (the kernel distance of EfficientNet's features, `iddpm evaluate`) of so many images, of the same
-seeds for all, against the reference; in brackets the calls where a solver cannot make just as many. The first row is `unipc` in 100 calls.
+The table is KD-lite0-128 (the kernel distance of EfficientNet's features, `iddpm evaluate`) of so many images, of the same seeds
+for all, against the reference; in brackets the calls where a solver cannot make just as many. Above it stands that of `unipc` in
+100 calls.
 A grid that was not found yet is found first (and kept in the run).
 """
 
