@@ -1,6 +1,6 @@
 """How good the images of each solver are in few calls of the network, on a run of your own.
 
-    python benchmarks/quality.py RUN REFERENCE [--images 1024] [--calls 5,8,10,15,25,50] [--grids respaced,found_path]
+    python benchmarks/solver_quality.py RUN REFERENCE [--images 1024] [--calls 5,8,10,15,25,50] [--grids respaced,found_path]
         [--solvers ddim,dpmpp_2m,...] [--precision fp32]
 
 The table is KD-lite0-128 (the kernel distance of EfficientNet's features, `iddpm evaluate`) of so many images, of the same seeds
