@@ -343,7 +343,7 @@ def device(name: str) -> torch.device:
     return found
 
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_precision(net: nn.Module, device: torch.device, precision: str) -> Network:

@@ -152,7 +152,8 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     (n, d), m, settings = planned.layout, config.model, config.train
     ddp, fsdp = "DDP, each holds all", f"FSDP2, {n // d} copies of {d} shards" if d < n else "FSDP2, all share one copy"
     height, width = image_size(m)
-    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {settings.precision}"
+    precision = "fp32, unless the run's own timing takes bf16" if settings.precision == "auto" else settings.precision
+    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {precision}"
     yield f"processes    {n}" + (f" ({fsdp if d > 1 else ddp})" if n > 1 else "")
     yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]

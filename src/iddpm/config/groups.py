@@ -127,7 +127,10 @@ class Train:
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)
     ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
-    precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    precision: str = opt(
+        "auto", "arithmetic of the network, the weights stay fp32; auto: the faster one, timed before the run and kept in it",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
     fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0, 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     seed: int = _fixed(0, "seed of everything random", 0, 2**63 - 1)

@@ -20,7 +20,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "handwritten digits, 8x8 grey, in 4 minutes on two CPU cores (make demo)",
         dict(image_size="8", image_channels=1, class_cond=True, num_channels=48, num_res_blocks=1, channel_mult="1,2",
              attention_resolutions="4", diffusion_steps=1000, noise_schedule="cosine", learn_sigma=True, batch_size=128,
-             lr=1e-3, lr_warmup_steps=100, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", precision="fp32",
+             lr=1e-3, lr_warmup_steps=100, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999",
              schedule_sampler="stratified", steps=1000, save_interval=500, sample_interval=500, sampling_steps="50"),
     ),
     "digits-classifier": (
@@ -34,13 +34,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "CIFAR-10 from 16 to 32 pixels in 15 minutes on two CPU cores: PSNR 26.61 dB, bicubic 26.56",
         dict(_TINY, **_V, task="enlarge", image_size="32", small_size="16", diffusion_steps=1000, batch_size=32,
              lr=1e-3, lr_warmup_steps=200, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True,
-             precision="bf16", steps=1200, save_interval=400, sample_interval=400, sampling_steps="3", consistent=True),
+             steps=1200, save_interval=400, sample_interval=400, sampling_steps="3", consistent=True),
     ),
     "cifar10-tiny": (
         "CIFAR-10 in 15 minutes on two CPU cores: coherent colour and texture",
         dict(_TINY, **_V, image_size="32", diffusion_steps=1000, batch_size=32, lr=1e-3, lr_warmup_steps=200,
-             lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True, precision="bf16", steps=1500,
-             save_interval=500, sample_interval=500, sampling_steps="50"),
+             lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999", random_flip=True, steps=1500, save_interval=500,
+             sample_interval=500, sampling_steps="50"),
     ),
     "cifar10": (
         "Nichol & Dhariwal 2021, table 2, L_hybrid: FID 3.19, 3.17 bits/dim after 500K steps (not run here)",

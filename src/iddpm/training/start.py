@@ -23,7 +23,7 @@ from iddpm.store import lock, log
 from iddpm.store.files import step_dirs, step_of
 from iddpm.store.remote import place, remote, write_file
 from iddpm.store.weights import read_weights
-from iddpm.training import loop, trial
+from iddpm.training import loop, precision, trial
 from iddpm.training.step import learning_rate
 
 OWN = "a data set of the program's own"  # in the place of a path
@@ -62,10 +62,11 @@ def start(
         if held_out:
             _require_held_out(config, images, held_out)
         build.network(config)  # only to see that its sizes fit
+        config, chosen = precision.settle(config, build.device(config.train.device))
         if dry:
             trial.dry_run(config, images)
             return None
-        notes = [*hint, *notes, *_other_images(config.data.identity, images.identity())]
+        notes = [*hint, *notes, *chosen, *_other_images(config.data.identity, images.identity())]
         config = config.updated({"identity": json.dumps(images.identity())})
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())
@@ -177,6 +178,8 @@ def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
     """The config of a run that goes on with other settings, and a line on each; UserError for one that cannot change."""
     given, now, fields = _implied(given), stored.flat(), every_field()
+    if given.get("precision") == precision.AUTO and step_dirs(run):  # settled when the run began
+        given.pop("precision")
     changed = {k: v for k, v in given.items() if k not in now or _is_another(k, v, now[k])}
     if fixed := [k for k in changed if fields[k].fixed]:
         k = fixed[0]
