@@ -66,7 +66,8 @@ def other(f: Field) -> Any:
     if f.type is bool:
         return not f.default
     if f.type is str:
-        return next((name for name in f.allowed() if name != f.default), "16")
+        widths = f is FIELDS["ema_power"]
+        return next((name for name in f.allowed() if name != f.default), "0.1" if widths else "16")
     low, high = (-1e9 if f.low is None else f.low), (1e9 if f.high is None else f.high)
     return next(f.type(v) for v in (f.default + 1, f.default / 2, low, high) if low <= v <= high and v != f.default)
 

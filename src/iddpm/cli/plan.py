@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, check, ema_rates, fields_of, image_size, make
+from iddpm.config import Config, check, ema_rates, ema_widths, fields_of, image_size, make
 from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
@@ -158,7 +158,7 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
-    averages = len(ema_rates(settings))
+    averages = len(ema_rates(settings)) + len(ema_widths(settings))
     disk = size(4 * planned.parameters * (3 + averages))
     yield f"checkpoint   {disk} on the disk: weights, {averages} averages, AdamW's two; --keep {settings.keep} of them stay"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"

@@ -127,6 +127,13 @@ class Train:
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)
     ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
+    ema_power: str = _fixed(
+        "",
+        "also average by powers of time, of these relative widths (0.05,0.10), in snapshots: iddpm ema makes any other of them",
+    )
+    ema_snapshots: int = opt(
+        32, "how many snapshots of each width to keep at most, evenly over the run", 8, 1000, only="ema_power"
+    )
     precision: str = opt(
         "auto", "arithmetic of the network, the weights stay fp32; auto: the faster one, timed before the run and kept in it",
         choices=("auto", "fp32", "bf16", "fp16"),

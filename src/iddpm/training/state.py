@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iddpm import build
-from iddpm.config import ENDLESS, Config, ema_rates, total_steps
+from iddpm.config import ENDLESS, Config, ema_rates, ema_widths, total_steps
 from iddpm.diffusion.weighting import Remembering
 from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
@@ -61,7 +61,7 @@ class TrainState:
         self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
         betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)
-        self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup)
+        self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup, ema_widths(settings))
         self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
         self.step = 0  # optimizer steps tried
         self.images = 0  # images seen: the position in the data order
@@ -93,6 +93,8 @@ class TrainState:
         out = {checkpoint.WEIGHTS + name: p.detach() for name, p in self.params.items()}
         for rate, average in self.ema.averages.items():
             out |= {checkpoint.AVERAGE.format(rate) + name: tensor for name, tensor in average.items()}
+        for width, average in self.ema.powers.items():
+            out |= {f"{checkpoint.OPTIMIZER}power.{width:g}.{name}": tensor for name, tensor in average.items()}
         for name, p in self.params.items():
             slots = self.optimizer.state.get(p, {})
             out |= {f"{checkpoint.OPTIMIZER}{name}.{slot}": value for slot, value in slots.items()}
@@ -201,7 +203,7 @@ def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[
         raise UserError(f"{weights.path} does not fit in {names}: --init_reset True starts these layers anew")
     for name, tensor in fits.items():
         shard.put(tensor, own[name])
-    for average in state.ema.averages.values():
+    for average in (*state.ema.averages.values(), *state.ema.powers.values()):
         copy_weights(state.params, average)
     return misfits + ([f"the classes {', '.join(new)}"] if new and CLASSES in fits else [])
 

@@ -84,7 +84,7 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
     order = Order(len(data), config.train.seed)
     state, seconds = timed(config, device, (make_batch(config, data, order, step, step * n) for step in range(STEPS)))
-    weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages)
+    weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages) + len(state.ema.powers)
     say(config.to_json())
     shapes = example(config, len(processes.share(n)), "meta")
     seen = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.cond.items())
