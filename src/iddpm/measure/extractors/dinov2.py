@@ -85,7 +85,7 @@ class DINOv2(nn.Module):
         registers = state.get("register_tokens")
         self.register_tokens = None if registers is None else nn.Parameter(torch.empty(registers.shape))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.blocks = nn.ModuleList([Block(width, mlp) for _ in range(depth(state))])
+        self.blocks = nn.ModuleList([Block(width, mlp) for name in state if name.endswith(".norm1.weight")])
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,11 +98,6 @@ class DINOv2(nn.Module):
         for block in blocks:
             x = block(x)
         return self.norm(last(x, first=1)[:, 0])  # nobody sees the other tokens
-
-
-def depth(state: dict[str, Tensor]) -> int:
-    """How many blocks these weights have."""
-    return sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in state)
 
 
 def positions(embedding: Tensor, side: int, registers: bool) -> Tensor:
