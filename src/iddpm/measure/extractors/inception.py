@@ -39,16 +39,9 @@ class Conv(nn.Conv2d):
         return F.relu_(super().forward(x))
 
 
-def mean3(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def max3(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-def halved(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 2)
+mean3 = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max3 = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halved = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class Mixed(nn.Module):
