@@ -43,10 +43,6 @@ def _sample(run: str, **given: Any) -> None:
         raise UserError("--seeds and --num_samples both say how many: give one")
     if draw.low_res and draw.high_res:
         raise UserError("--low_res and --high_res both give the images to enlarge: give one")
-    if "classifier_scale" in given and not draw.classifier:
-        raise UserError("--classifier_scale has no effect without --classifier")
-    if "autoguidance" in given and not draw.autoguide:
-        raise UserError("--autoguidance has no effect without --autoguide")
     idle = given.keys() & (fields_of(Draw).keys() - {"find_grid"} | {"solver"})
     if draw.find_grid and idle:
         raise UserError(f"--{min(idle)} has no effect with --find_grid, which draws nothing")
