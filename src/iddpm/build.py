@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iddpm.config import FOUND, Config, image_size, is_chain
+from iddpm.config import FOUND, Config, given_shape, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import (
     Cond,
@@ -46,7 +46,7 @@ def network(config: Config) -> nn.Module:
         # with --class_dropout one more stands for no class
         classes=m.num_classes + (m.class_dropout > 0) if m.class_cond and not task.classifies else None,
         logits=task.classifies,
-        small=task.enlarges,
+        given=(given_shape(m) or (0,))[0],
         small_level=m.low_res_noise > 0,
     )
     made = make("network", m.network, config.numbers())

@@ -350,7 +350,7 @@ def test_b16_each_base_sample_is_enlarged_once(upsampler, tmp_path):
 def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
     config = flags.to_config("enlarge", SMALL | TRAIN | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
-    levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["low_res"] + 1) * 127.5
+    levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["given"] + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3
 
 

@@ -44,7 +44,7 @@ def test_outputs_and_gradients_are_those_of_the_published_network(entry: dict[st
     cond = {"y": torch.tensor([1, 998])} if config.get("class_cond") else {}
     first_input = {"improved_unet": 10, "improved_super_res": 20, "guided_unet": 30, "guided_classifier": 40}[kind]
     if kind == "improved_super_res":
-        cond["low_res"] = image_tensor(21, (*shape[:2], config["small_size"], config["small_size"]))
+        cond["given"] = image_tensor(21, (*shape[:2], config["small_size"], config["small_size"]))
     out = net(image_tensor(first_input, shape), T, **cond)
     (out**2).mean().backward()
 
