@@ -295,7 +295,7 @@ def labels_are_left_out(patch):
 
 
 def low_res_as_it_comes(patch):
-    patch.setattr(batches, "shrink", lambda x0, size: F.interpolate(x0, size, mode="area"))
+    patch.setattr(given, "shrink", lambda x0, size: F.interpolate(x0, size, mode="area"))
 
 
 def sigma_small_is_no_flag(patch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, published_network
-from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for, timestep_embedding
+from iddpm.nn import Classifier, GivenUNet, UNet, attention_rates, channel_mult_for, timestep_embedding
 from iddpm.nn.classifier import POOLS
 from iddpm.nn.layers import Downsample, GroupNorm, attend
 
@@ -140,7 +140,7 @@ def test_a_classifier_gives_logits_with_every_pool(pool: str) -> None:
 
 
 def test_super_resolution_takes_any_smaller_size() -> None:
-    net = fill(SuperResUNet(1, 32, 1, 1, (), channel_mult=(1, 2)))
+    net = fill(GivenUNet(1, 32, 1, 1, (), channel_mult=(1, 2)))
     x = image_tensor(0, (2, 1, 16, 24))
     assert net(x, T, image_tensor(1, (2, 1, 5, 7))).shape == x.shape
 
