@@ -13,7 +13,7 @@ from PIL import Image
 
 from iddpm.cli.flags import Parser
 from iddpm.config import Config
-from iddpm.data import Images, Order, batches, images, labels, sources
+from iddpm.data import Images, Order, batches, given, images, labels, sources
 from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
 from iddpm.data.sources import Folder, source
@@ -314,8 +314,8 @@ def sigma_small_has_no_default(patch):
 def enlarged(folder: Path, model: Path, **settings: object) -> dict[str, np.ndarray]:
     base = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "base.npz", base, np.array([2, 0, 1]))
-    given = SMALL | dict(model_path=model, base_samples=folder / "base.npz", num_samples=10)
-    assert command(folder, "super_res_sample", **given, timestep_respacing="4", **settings) == 0
+    flags_given = SMALL | dict(model_path=model, base_samples=folder / "base.npz", num_samples=10)
+    assert command(folder, "super_res_sample", **flags_given, timestep_respacing="4", **settings) == 0
     return arrays(folder)
 
 

@@ -122,7 +122,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.num_channels, self.num_classes = in_channels, num_channels, num_classes
-        self.channels = in_channels + given_channels  # of all that is given, stacked
+        self.given_channels = given_channels  # of an image that is stacked under x
         self.multiple = 2 ** (len(channel_mult) - 1)  # that height and width must be of
         emb = parts.emb_channels
         self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
 
         stage = partial(Stage, recompute=use_checkpoint)
         ch = int(channel_mult[0] * num_channels)
-        stages, self.widths = [stage(conv3x3(self.channels, ch))], [ch]  # widths: each stage's output channels
+        stages, self.widths = [stage(conv3x3(in_channels + given_channels, ch))], [ch]  # widths: each stage's output channels
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [parts.block(ch, ch := int(mult * num_channels))]
@@ -160,8 +160,9 @@ class Encoder(nn.Module):
 
         `extra` (B, 4 num_channels) is added to the embedding.
         """
-        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            fits = f"(B, {self.channels}, H, W) with H and W multiples of {self.multiple}"
+        channels = self.in_channels + self.given_channels
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
             raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
         emb = self.embed(t, y, len(x))  # b 4n
         emb = emb if extra is None else emb + extra
