@@ -154,14 +154,23 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
         bare = dataclasses.replace(made, after=())
         denoise = partial(bare, cond=cond)
         if s.guidance != 1:
-            without = {**cond, "y": torch.full_like(cond["y"], config.model.num_classes)}
-            denoise = classifier_free(bare, cond, without, _steering(config, s.guidance))
+            denoise = classifier_free(bare, cond, _dropped(config, cond), _steering(config, s.guidance))
         if weak:
             other = dataclasses.replace(sampling_denoiser(weak.config, weak.net), after=())
             seen = {name: value for name, value in cond.items() if name != "y" or weak.config.model.class_cond}
             denoise = autoguided(denoise, partial(other, cond=seen), _steering(config, weak.scale))
         denoise = limited(denoise, *made.after)
     return first_known(denoise) if s.skip_first else denoise
+
+
+def _dropped(config: Config, cond: Cond) -> dict[str, Tensor]:
+    """The conditions without what is dropped in training: the class, the image given."""
+    m, without = config.model, dict(cond)
+    if m.class_dropout:
+        without["y"] = torch.full_like(cond["y"], m.num_classes)
+    if m.given_dropout:
+        without["given"] = torch.zeros_like(cond["given"])
+    return without
 
 
 def _steering(config: Config, scale: float) -> Steering:
@@ -212,9 +221,10 @@ def require_fit(config: Config) -> Config:
         raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
     if not d.learn_sigma and loss in LEARN_VARIANCE:
         raise UserError(f"--objective {d.objective} needs --learn_sigma True")
-    if config.sample.guidance != 1 and not config.model.class_dropout:
+    if config.sample.guidance != 1 and not (config.model.class_dropout or config.model.given_dropout):
+        dropout = "--given_dropout 0.1 or --class_dropout 0.1" if config.task.translates else "--class_dropout 0.1"
         raise UserError(
-            "--guidance needs a model trained with --class_dropout 0.1, which this is not: guide by --classifier or --autoguide"
+            f"--guidance needs a model trained with {dropout}, which this is not: guide by --classifier or --autoguide"
         )
     if config.train.noise_candidates > 1 and loss in CHAIN_ONLY:
         raise UserError(

@@ -30,6 +30,9 @@ class Model:
     small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH")
     low_res_noise: float = _enlarge(0.0, "noise up to this deviation on the small image in training, told to the network", 0, 1)
     given_channels: int = _translate(0, "channels of the image it is given: 1, 3 or 4 of files; 0: as image_channels", 0, 1024)
+    given_dropout: float = _translate(
+        0.0, "share of images trained without the one given (by zeros), so that --guidance can be used; 0.1 is usual", 0, 0.9
+    )
     image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
     num_channels: int = _unet(128, "channels of the first level", 1, 65536)
     num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)

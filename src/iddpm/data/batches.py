@@ -77,7 +77,7 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
     Every number depends on the seed, the step and the image's place in the global batch alone. Without `train` all keep
-    their class.
+    their class and the image given.
     """
     t, n = config.train, config.train.batch_size
     mine = processes.share(n)
@@ -95,9 +95,13 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
         nearer = (other - x0).square().flatten(1).sum(1) < (eps - x0).square().flatten(1).sum(1)
         eps[nearer] = other[nearer]
     cond = conditions(config, data, indices, given, step, mine)
-    if config.model.class_dropout and train:
-        without = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop] < config.model.class_dropout
-        cond["y"] = torch.where(without, config.model.num_classes, cond["y"])
+    m = config.model
+    if train and (m.class_dropout or m.given_dropout):
+        u = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop]  # one for both: guidance is away from neither
+        if m.class_dropout:
+            cond["y"] = torch.where(u < m.class_dropout, m.num_classes, cond["y"])
+        if m.given_dropout:  # by zeros, a grey between 127 and 128 that no file has
+            cond["given"] = torch.where((u < m.given_dropout).view(-1, 1, 1, 1), 0, cond["given"])
     return Batch(x0, eps, cond)
 
 

@@ -79,7 +79,8 @@ def _unpaired(source: Source, others: Source) -> UserError:
         for names, where, partner in ((alone, source, others), (left, others, source))
         if names
     ]
-    near = difflib.get_close_matches(alone[0], left[:1000], n=1, cutoff=0.5) if alone else []
+    beside = [name for name in left if alone and posixpath.dirname(name) == posixpath.dirname(alone[0])]
+    near = difflib.get_close_matches(alone[0], (beside or left)[:1000], n=1, cutoff=0.5) if alone else []
     fix = f"rename the partner of {alone[0]}, perhaps {near[0]}" if near else "add the partners"
     return UserError(f"images are paired by equal names, whatever the ending: {' and '.join(parts)}; {fix}, or take these out")
 
