@@ -16,6 +16,7 @@ from iddpm.errors import UserError
 from iddpm.words import many
 
 SHOWN = 3  # names in a line that refuses
+MOST = 1000  # names of which the nearest is sought
 
 
 def shown(config: Config, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,10 +80,18 @@ def _unpaired(source: Source, others: Source) -> UserError:
         for names, where, partner in ((alone, source, others), (left, others, source))
         if names
     ]
-    beside = [name for name in left if alone and posixpath.dirname(name) == posixpath.dirname(alone[0])]
-    near = difflib.get_close_matches(alone[0], (beside or left)[:1000], n=1, cutoff=0.5) if alone else []
-    fix = f"rename the partner of {alone[0]}, perhaps {near[0]}" if near else "add the partners"
+    fix = f"rename the partner of {alone[0]}, perhaps {near}" if (near := _nearest(alone, left)) else "add the partners"
     return UserError(f"images are paired by equal names, whatever the ending: {' and '.join(parts)}; {fix}, or take these out")
+
+
+def _nearest(alone: Sequence[str], left: Sequence[str]) -> str:
+    """Of the names that are left, the one most like the first that is alone, from the same folder if there is one; or ""."""
+    if not alone:
+        return ""
+    stems = {posixpath.splitext(name)[0]: name for name in left[:MOST]}
+    beside = [stem for stem in stems if posixpath.dirname(stem) == posixpath.dirname(alone[0])]
+    near = difflib.get_close_matches(posixpath.splitext(alone[0])[0], beside or stems, n=1, cutoff=0.4)
+    return stems[near[0]] if near else ""
 
 
 def _some(names: Sequence[str]) -> str:
