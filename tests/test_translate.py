@@ -309,7 +309,6 @@ def test_a_program_trains_on_pairs_of_its_own_and_draws_by_maps_of_seven_channel
         (["nll", "MODEL", "DATA", "--given", "DATA/a"], "without a partner"),
         (["evaluate", "MODEL", "--reference", "DATA"], "draw some with iddpm sample --given"),
         (["edit", "MODEL", "DATA/a/00.png"], "cannot edit"),
-        (["export", "MODEL", "--out", "OUT"], "no counterpart of --task translate"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(argv, words, photos, sketches, run, model, tmp_path, capsys, monkeypatch):
@@ -327,6 +326,17 @@ def test_what_cannot_be_is_one_clear_line(argv, words, photos, sketches, run, mo
     err = capsys.readouterr().err.strip()
     assert words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+def test_it_is_exported_and_imported_again(model, sketches, tmp_path, capsys):
+    """As files of the original's form, of whose programs none knows what to do with them: that is said."""
+    assert main(["export", model, "--out", str(tmp_path / "out")]) == 0
+    assert "no counterpart of --task translate" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "out" / "model000004.pt"), "--run", str(tmp_path / "back")]) == 0
+    raw = ["--ema_rate", "0"]
+    assert np.array_equal(
+        drawn(model, sketches, tmp_path / "a.npz", *raw), drawn(tmp_path / "back", sketches, tmp_path / "b.npz", *raw)
+    )
 
 
 def test_a_plan_and_a_dry_run_know_what_is_given(photos, sketches, tmp_path, capsys):

@@ -55,7 +55,7 @@ def start(
     config, notes = resolve(run, data, preset, given, recipe)
     if (config.data.path == OWN) != (own is not None):
         raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
-    if (config.data.given == OWN) != (own_given is not None) or (own is None and own_given is not None):
+    if config.data.given and len({own is None, own_given is None, config.data.given != OWN}) > 1:
         raise UserError("images and those given with them: both are files, or both data sets of a program's own")
     total_steps(config.train)
     with ExitStack() as stack:
