@@ -225,10 +225,22 @@ def test_every_solver_draws_guided_by_sketch_and_class(dropping, sketches, solve
         assert file["arr_1"].tolist() == [0] * 5 + [1] * 4  # the sketches' classes, which are their folders
 
 
-def test_it_is_guided_by_an_earlier_checkpoint_and_by_a_classifier(dropping, model, photos, sketches, tmp_path):
+def test_it_is_guided_by_an_earlier_checkpoint_and_by_a_classifier(dropping, model, photos, sketches, tmp_path, capsys):
     early = f"{dropping}/checkpoints/step_00000002"
     plain = drawn(dropping, sketches, tmp_path / "plain.npz")
     assert (drawn(dropping, sketches, tmp_path / "auto.npz", "--autoguide", early, "--autoguidance", "50") != plain).any()
+    command = [
+        "sample",
+        dropping,
+        "--given",
+        str(sketches),
+        "--out",
+        str(tmp_path / "no.npz"),
+        "--autoguide",
+        str(tmp_path / "one"),
+    ]
+    assert train(photos, sketches, tmp_path / "one", given_channels=1, class_cond=True) == 0
+    assert main(command) == 2 and "is given images of 1 channels, the model those of 3" in capsys.readouterr().err
     judge = dict(TINY, task="classify", class_cond=True, num_head_channels=8, learn_sigma=False)
     assert main(["train", str(photos), "--run", str(tmp_path / "judge"), *flags(**judge)]) == 0
     plain = drawn(model, sketches, tmp_path / "free.npz")

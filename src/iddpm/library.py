@@ -70,7 +70,7 @@ class Model:
         config = self._changed(how)
         if config.task.classifies:
             raise UserError(f"{self.opened.weights.path} is a classifier, which draws nothing")
-        named = {name: images for name, images in (("low_res", low_res), ("given", given)) if images is not None}
+        named = {name: np.asarray(images) for name, images in (("low_res", low_res), ("given", given)) if images is not None}
         if bad := next((name for name in named if name not in config.task.inputs), ""):
             raise UserError(f"{bad}: this is {config.task.help}, which is not given such images")
         if config.task.inputs and not named:

@@ -52,6 +52,7 @@ def test_an_archive_with_a_folder_around_all_and_other_accents_is_paired(folders
     one, two = pairs(*folders), pairs(photos, tmp_path / "sketches.zip")
     assert np.array_equal(one.batch(range(5)), two.batch(range(5)))
     assert [1, 101] in two.batch(range(5))[:, :, 0, 0].tolist()
+    assert "names are those below drawn/" in two.describe() and "below" not in one.describe()
 
 
 def test_images_without_a_partner_are_refused_by_name_and_number(folders):

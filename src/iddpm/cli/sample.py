@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import FOUND, Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
+from iddpm.config import (
+    FOUND,
+    Config,
+    Draw,
+    Sample,
+    Which,
+    fields_of,
+    given_shape,
+    image_size,
+    is_chain,
+    make,
+    settings_of,
+    small_size,
+)
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 from iddpm.store.remote import place
@@ -212,6 +225,8 @@ def _weak(draw: Draw, first: "Opened", which: Which) -> "tuple[Opened, Weak]":
     other = open_weights(where, dataclasses.replace(which, checkpoint_step=-1, best=False))
     if other.config.model.task != first.config.model.task:
         raise UserError(f"--autoguide {draw.autoguide} has --task {other.config.model.task}, the model {first.config.model.task}")
+    if (a := given_shape(other.config.model)) and (b := given_shape(first.config.model)) and a[0] != b[0]:
+        raise UserError(f"--autoguide {draw.autoguide} is given images of {a[0]} channels, the model those of {b[0]}")
     _same_world(f"--autoguide {draw.autoguide}", other.config, first.config)
     return other, Weak(other.config, other.net, draw.autoguidance)
 

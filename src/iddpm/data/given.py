@@ -3,7 +3,7 @@
 import difflib
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from unicodedata import normalize
 
@@ -41,6 +41,13 @@ class Others(NamedTuple):
     source: Source
     channels: int
     names: dict[str, str]  # of each, by the name of the image that it is given for
+    around: tuple[str, str] = ("", "")  # folders that were left out of the names to find the pairs
+
+    def describe(self) -> str:
+        """A line to print."""
+        below = f"; names are those below {' and '.join(f'{folder}/' for folder in self.around if folder)}"
+        how = below if any(self.around) else ""
+        return f"each with the one of its name in {self.source.path}, {many(self.channels, 'channel')}{how}"
 
 
 def paired(source: Source, others: Source, channels: int) -> Others:
@@ -48,11 +55,13 @@ def paired(source: Source, others: Source, channels: int) -> Others:
 
     Names are compared with their folders; a folder around all images of a source is no part of them.
     """
-    for keys_of in (_keys, _inner_keys):
-        ours, theirs = keys_of(source), keys_of(others)
-        if ours.keys() == theirs.keys():
-            return Others(others, channels, {name: theirs[key] for key, name in ours.items()})
-    raise _unpaired(source, others)
+    ours, theirs, around = _keys(source), _keys(others), ("", "")
+    if ours.keys() != theirs.keys():
+        around = _around(ours), _around(theirs)
+        ours, theirs = _below(around[0], ours), _below(around[1], theirs)
+    if ours.keys() != theirs.keys():
+        raise _unpaired(source, others)
+    return Others(others, channels, {name: theirs[key] for key, name in ours.items()}, around)
 
 
 def _keys(source: Source) -> dict[str, str]:
@@ -65,10 +74,13 @@ def _keys(source: Source) -> dict[str, str]:
     return {key: name for name, key in keys.items()}
 
 
-def _inner_keys(source: Source) -> dict[str, str]:
-    keys = _keys(source)
-    around = posixpath.commonpath([posixpath.dirname(key) for key in keys])
-    return {posixpath.relpath(key, around or "."): name for key, name in keys.items()}
+def _around(keys: Iterable[str]) -> str:
+    """The folder around all; "" where there is none."""
+    return posixpath.commonpath([posixpath.dirname(key) for key in keys])
+
+
+def _below(folder: str, keys: dict[str, str]) -> dict[str, str]:
+    return {posixpath.relpath(key, folder or "."): name for key, name in keys.items()}
 
 
 def _unpaired(source: Source, others: Source) -> UserError:

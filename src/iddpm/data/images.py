@@ -132,7 +132,7 @@ class Images:
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
         if self.others:
-            text += f"\neach with the one of its name in {self.others.source.path}, {self.others.channels} channels"
+            text += f"\n{self.others.describe()}"
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
         text += self._told()
