@@ -99,6 +99,8 @@ class Images:
         keep = len(data) * data.depth * math.prod(image_size) <= cache_bytes
         if keep or on_broken == "leave":
             data._decode_all(keep)
+        elif others:  # pairs that do not match are refused now, as far as some tell
+            list(data._read(data._few()))
         return data
 
     def __len__(self) -> int:
@@ -180,12 +182,17 @@ class Images:
 
     def _told(self) -> str:
         """A line on the images that are taken otherwise than they lie there; of many that are not kept, some are looked at."""
-        few = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
+        few = self._few()
         if self._cache is None:
             list(self._read(few))
         how = ", ".join(f"{len(which)} ({note})" for note, which in sorted(self._notes.items()))
         of = "" if self._cache is not None or len(few) == len(self) else f" (of {len(few)} looked at)"
         return f"\ntaken otherwise than stored{of}: {how}" if how else ""
+
+    def _few(self) -> list[int]:
+        """Some images, from the first to the last."""
+        few: list[int] = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
+        return few
 
     def _load(self, index: int) -> np.ndarray | UserError:
         try:
