@@ -260,7 +260,8 @@ def test_bits_per_dimension_are_those_given_the_sketch(model, photos, sketches, 
         assert main(["nll", model, str(photos), "--given", str(given), "--sampling_steps", "5", "--out", str(out)]) == 0
         found.append(json.loads(out.read_text())["bits_per_dim"])
     assert 0.5 < found[0] < 60 and found[0] != found[1]
-    assert main(["nll", model, str(photos), "--given", str(sketches), "--ode", "--sampling_steps", "4", "--out", str(out)]) == 0
+    ode = ["--ode", "--trace", "hutchinson", "--sampling_steps", "4", "--num_samples", "3", "--out", str(out)]
+    assert main(["nll", model, str(photos), "--given", str(sketches), *ode]) == 0
 
 
 def test_a_program_trains_on_pairs_of_its_own_and_draws_by_maps_of_seven_channels(tmp_path):
@@ -353,9 +354,8 @@ def test_it_is_exported_and_imported_again(model, sketches, tmp_path, capsys):
 
 def test_a_plan_and_a_dry_run_know_what_is_given(photos, sketches, tmp_path, capsys):
     assert main(["plan", *flags(**PAIRS)]) == 0
-    with_three = capsys.readouterr().out
-    assert main(["plan", *flags(**PAIRS | dict(given_channels=1))]) == 0
-    assert capsys.readouterr().out != with_three
+    weights = sum(p.numel() for p in build.network(Config().updated(PAIRS)).parameters())
+    assert f"{weights:,} weights" in capsys.readouterr().out
     command = ["train", str(photos), "--given", str(sketches), "--run", str(tmp_path / "r"), *flags(**PAIRS), "--dry_run"]
     assert main(command) == 0
     assert "given (6, 3, 8, 8)" in capsys.readouterr().out and not (tmp_path / "r").exists()
