@@ -23,7 +23,7 @@ from iddpm.sampling.job import job
 from iddpm.sampling.open import open_weights
 from iddpm.store.remote import place
 
-DRAWS = ("ancestral", "dpmpp_2m_sde")
+DRAWS = ("ancestral", "dpmpp_2m_sde", "consistency")
 TRUTH = dict(solver="unipc", sampling_steps="200", grid="respaced")
 
 

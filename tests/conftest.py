@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 TINY = dict(
     image_size="8", image_channels=1, num_channels=16, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4",
     num_heads=2, diffusion_steps=20, noise_schedule="cosine", learn_sigma=True, batch_size=6, lr=1e-3, sampling_steps="5",
-    ema_rate="0.9,0.99", steps=4, save_interval=100, sample_interval=0, log_interval=1, device="cpu",
+    ema_rate="0.9,0.99", steps=4, save_interval=100, sample_interval=0, log_interval=1, device="cpu", precision="fp32",
 )  # fmt: skip
 
 

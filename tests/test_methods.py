@@ -43,6 +43,15 @@ METHODS: dict[str, dict] = {
         noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="logit-normal", solver="heun",
         network="dit", patch_size=2, width=32, depth=2, heads=2,
     ),
+    "flow, guided": dict(
+        noise_schedule="flow", parametrization="flow", class_cond=True, class_dropout=0.3, trained_guidance=3.0, guidance=2.0,
+        solver="ddim",
+    ),
+    "consistency": dict(
+        noise_schedule="ve", parametrization="edm", schedule_sampler="lognormal", objective="consistency", gap_halvings=1,
+        dropout=0.1,
+        solver="consistency", grid="karras",
+    ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
 
@@ -81,10 +90,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, name):
     assert losses[0] == losses[1] and np.isfinite(losses[0]).all()
 
 
+WALKS = [name for name in choices("solver") if name != "consistency"]
 EVERY_SOLVER = ("iddpm hybrid", "edm", "flow", "v, continuous")  # the others with their own
 
 
-@pytest.mark.parametrize(("name", "solver"), [*((name, "") for name in METHODS), *product(EVERY_SOLVER, choices("solver"))])
+@pytest.mark.parametrize(("name", "solver"), [*((name, "") for name in METHODS), *product(EVERY_SOLVER, WALKS)])
 def test_it_draws_with_every_solver(trained, name, solver, tmp_path):
     chosen = ["--solver", solver] if solver else []
     command = ["sample", str(trained / name / "whole"), "--num_samples", "2", "--sampling_steps", "4", "--device", "cpu", *chosen]
@@ -141,7 +151,58 @@ def test_the_nearest_of_several_noises_is_taken(pictures):
     assert abs(few[2].eps.mean()) < 0.15  # still about the noise it was: of 8 candidates, not of thousands
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_trained_guidance_teaches_its_scales_and_leaves_images_without_a_class_at_1(pictures):
+    settings = METHODS["flow, guided"] | dict(TINY, learn_sigma=False, batch_size=400, path=str(pictures))
+    config = Config().updated({k: v for k, v in settings.items() if k not in CHAIN})
+    data, config = open_data(config)
+    cond = make_batch(config, data, Order(len(data), 0), 0, 0).cond
+    scale, dropped = cond["scale"], cond["y"] == config.model.num_classes
+    assert (scale[dropped] == 1).all() and 80 < dropped.sum() < 160
+    assert 0.4 < (scale[~dropped] == 1).float().mean() < 0.6
+    assert scale.max() <= 3 and scale[scale > 1].mean().item() == pytest.approx(2, abs=0.2)
+    assert "scale" not in make_batch(config, data, Order(len(data), 0), 0, 0, train=False).cond
+
+
+@pytest.mark.parametrize(("flag", "line"), [
+    (["--guidance", "4"], "learned guidance from 1 to 3"), (["--guidance", "0.5"], "--guidance_kind cfg"),
+    (["--guidance", "2", "--guidance_rescale", "0.5"], "--guidance_rescale needs"),
+])  # fmt: skip
+def test_what_a_network_did_not_learn_of_guidance_is_refused(trained, flag, line, tmp_path, capsys):
+    run = str(trained / "flow, guided" / "whole")
+    assert main(["sample", run, "--num_samples", "2", "--out", str(tmp_path / "x.npz"), *flag]) == 2
+    assert line in capsys.readouterr().err
+    assert main(["sample", run, "--num_samples", "2", "--out", str(tmp_path / "x.npz"), *flag, "--guidance_kind", "cfg"]) == 0
+
+
+def test_a_trained_model_is_tuned_to_leap_and_what_needs_a_denoiser_is_refused(trained, pictures, tmp_path, capsys):
+    teacher, run = str(trained / "edm" / "whole"), tmp_path / "leaps"
+    command = ["train", str(pictures), "--init_from", teacher, "--objective", "consistency", "--run", str(run)]
+    assert main([*command, "--images", "0", "--device", "cpu"]) == 2 and "--steps N" in capsys.readouterr().err
+    assert main([*command, "--steps", "2", "--batch_size", "4", "--device", "cpu"]) == 0
+    config = Config.from_json((run / "config.json").read_text())
+    assert (config.sample.solver, config.sample.sampling_steps) == ("consistency", "2")
+    assert (config.diffusion.weighting, config.diffusion.noise_schedule) == ("uniform", "ve")
+    assert config.numbers()["sigma_data"] == 0.6 and config.numbers()["gap_halvings"] == 8
+    for steps in ("1", "2"):
+        assert (
+            main(["sample", str(run), "--num_samples", "2", "--sampling_steps", steps, "--out", str(tmp_path / f"{steps}.npz")])
+            == 0
+        )
+    capsys.readouterr()
+    for verb, line in (
+        (["sample", str(run), "--solver", "ddim"], "take consistency"),
+        (["sample", str(run), "--skip_first"], "makes the image"),
+        (["sample", str(run), "--find_grid", "3", "--grid", "found_path"], "it was tuned from"),
+        (["sample", teacher, "--solver", "consistency"], "--init_from"),
+        (["nll", str(run), str(pictures)], "it was tuned from"),
+        (["nll", str(run), str(pictures), "--ode"], "it was tuned from"),
+        (["edit", str(run), "--seeds", "1,2", "--solver", "consistency"], "--solver"),
+    ):
+        assert main([*verb, "--device", "cpu"]) == 2
+        assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "consistency"])
 def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures, tmp_path):
     """Of a network that has hardly learned: not below what 8-bit images can be, nor beyond a uniform guess by far."""
     run, out = trained / name / "whole", tmp_path / "nll.json"

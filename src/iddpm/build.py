@@ -24,12 +24,13 @@ from iddpm.diffusion.denoiser import (
     learned_range,
 )
 from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, steps_at, walk
-from iddpm.diffusion.guidance import Steering, autoguided, classifier_free, first_known, limited
+from iddpm.diffusion.guidance import Steering, Taught, autoguided, cfg, classifier_free, first_known, limited, told
 from iddpm.diffusion.law import Uniform
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
 from iddpm.diffusion.parametrization import Scalings, previous, v
 from iddpm.diffusion.schedule import Adjusted, Schedule, Shifted
 from iddpm.diffusion.solvers import Solver
+from iddpm.diffusion.weighting import Weighting
 from iddpm.errors import UserError
 from iddpm.nn import Asked
 
@@ -48,6 +49,7 @@ def network(config: Config) -> nn.Module:
         logits=task.classifies,
         given=(given_shape(m) or (0,))[0],
         small_level=m.low_res_noise > 0,
+        scale=m.trained_guidance > 0,
     )
     made = make("network", m.network, config.numbers())
     try:
@@ -127,6 +129,7 @@ def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], T
 
 def bound_denoiser(config: Config, net: Network) -> Denoiser:
     """As `denoiser`, to measure likelihood with: clipped likewise, of the config's own variance, whose bound is the tighter."""
+    require_density(config, "bits per dimension")
     return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()))
 
 
@@ -150,10 +153,14 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
     """
     s, made = config.sample, sampling_denoiser(config, net, *after)
     denoise: Denoise = partial(made, cond=cond)
-    if s.guidance != 1 or weak:
+    if _knows_guidance(config) and not weak:
+        denoise = told(made, cond, s.guidance, s.guidance_low, s.guidance_high)
+    elif s.guidance != 1 or weak:
         bare = dataclasses.replace(made, after=())
         denoise = partial(bare, cond=cond)
-        if s.guidance != 1:
+        if _knows_guidance(config):
+            denoise = told(bare, cond, s.guidance, s.guidance_low, s.guidance_high)
+        elif s.guidance != 1:
             denoise = classifier_free(bare, cond, _dropped(config, cond), _steering(config, s.guidance))
         if weak:
             other = dataclasses.replace(sampling_denoiser(weak.config, weak.net), after=())
@@ -173,20 +180,40 @@ def _dropped(config: Config, cond: Cond) -> dict[str, Tensor]:
     return without
 
 
+def _knows_guidance(config: Config) -> bool:
+    """Whether the network itself is to guide, by what it learned."""
+    return config.model.trained_guidance > 0 and config.sample.guidance_kind == "auto"
+
+
 def _steering(config: Config, scale: float) -> Steering:
     s = config.sample
-    return Steering(
-        make("guidance_kind", s.guidance_kind, config.numbers())(scale), s.guidance_low, s.guidance_high, s.guidance_rescale
-    )
+    kind = cfg if s.guidance_kind == "auto" else make("guidance_kind", s.guidance_kind, config.numbers())
+    return Steering(kind(scale), s.guidance_low, s.guidance_high, s.guidance_rescale)
 
 
-def objective(config: Config) -> Callable[..., Terms]:
-    """The loss of a config."""
+def weighting(config: Config) -> Weighting:
+    """The weighting of a config; one that has a `state_dict` remembers what it was shown."""
+    made: Weighting = make("weighting", config.diffusion.weighting, config.numbers())
+    return made
+
+
+def objective(
+    config: Config, weighted: Weighting | None = None, progress: Callable[[], float] = lambda: 1.0
+) -> Callable[..., Terms]:
+    """The loss of a config; with `weighted`, a weighting that may remember, in the place of a new one.
+
+    `progress` tells the share of the run that is done, to a loss that changes with it.
+    """
     d = config.diffusion
     if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
     loss = make("objective", d.objective_name, config.numbers())
-    return partial(loss, weighting=make("weighting", d.weighting, config.numbers())) if _takes(loss, "weighting") else loss
+    asks: dict[str, Any] = {"weighting": weighted or weighting(config)} if _takes(loss, "weighting") else {}
+    if config.model.trained_guidance:
+        asks["toward"] = Taught(config.model.num_classes)
+    if _takes(loss, "progress"):
+        asks["progress"] = progress
+    return partial(loss, **asks) if asks else loss
 
 
 def law(config: Config) -> Uniform:
@@ -226,11 +253,15 @@ def require_fit(config: Config) -> Config:
         raise UserError(
             f"--guidance needs a model trained with {dropout}, which this is not: guide by --classifier or --autoguide"
         )
-    if config.train.noise_candidates > 1 and loss in CHAIN_ONLY:
+    changes = [("--noise_candidates", "the law of the noise")] * (config.train.noise_candidates > 1)
+    changes += [("--trained_guidance", "what is learned")] * (config.model.trained_guidance > 0)
+    if changes and loss in CHAIN_ONLY:
         raise UserError(
-            f"--noise_candidates changes the law of the noise, of which --objective {d.objective_name} is the likelihood: "
-            "take --objective simple"
+            f"{changes[0][0]} changes {changes[0][1]}, of which --objective {d.objective_name} is the likelihood: "
+            "take --objective simple" + ", --learn_sigma False" * d.learn_sigma
         )
+    _require_known_guidance(config)
+    _require_leaps(config)
     if d.snr_shift != 1 and not is_chain(d) and schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
         raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
     if d.zero_terminal_snr and d.diffusion_steps < 2:
@@ -248,6 +279,53 @@ def require_fit(config: Config) -> Config:
         others = [other for other in choices("parametrization") if not _misfit(config, other)]
         raise UserError(f"--parametrization {d.parametrization} {fault} of --noise_schedule {name}: take {' or '.join(others)}")
     return config
+
+
+def _require_known_guidance(config: Config) -> None:
+    """UserError where the network is to guide by what it learned, and did not learn that."""
+    most, s = config.model.trained_guidance, config.sample
+    if most and not _takes(row("objective", config.diffusion.objective_name), "toward"):
+        raise UserError(f"--trained_guidance has no part in --objective {config.diffusion.objective_name}: take simple")
+    if 0 < most <= 1:
+        raise UserError(f"--trained_guidance {most:g} teaches nothing, for 1 is no guidance: as 3, or 0 for none")
+    if _knows_guidance(config) and not 1 <= s.guidance <= most:
+        raise UserError(
+            f"--guidance {s.guidance:g}: this network learned guidance from 1 to {most:g}; --guidance_kind cfg goes beyond, "
+            "in two calls"
+        )
+    if _knows_guidance(config) and s.guidance_rescale:
+        raise UserError("--guidance_rescale needs to know what is drawn without guidance: add --guidance_kind cfg, for two calls")
+
+
+def leaps(config: Config) -> bool:
+    """Whether a model's x0 is an image, not the mean of all that x_t may come from."""
+    return not config.task.classifies and getattr(row("objective", config.diffusion.objective_name), "leaps", False)
+
+
+def require_density(config: Config, what: str) -> None:
+    """UserError where a model leaps, for `what` needs one that knows how likely images are."""
+    if leaps(config):
+        raise UserError(
+            f"{what}: a model of --objective {config.diffusion.objective} leaps to images: take the one it was tuned from"
+        )
+
+
+def _require_leaps(config: Config) -> None:
+    """UserError where a solver that leaps is to draw with a model that does not, or another with one that does."""
+    name, solver = config.diffusion.objective_name, config.sample.solver
+    if leaps(config) and not (config.train.steps or config.train.images):
+        raise UserError(f"--objective {name} changes over the run: how long is it? --steps N")
+    fits = [n for n in choices("solver") if getattr(row("solver", n), "leaps", False) == leaps(config)]
+    if solver not in fits and leaps(config):
+        raise UserError(
+            f"--solver {solver} walks from level to level, a model of --objective {name} leaps: take {' or '.join(fits)}"
+        )
+    if solver not in fits:
+        raise UserError(
+            f"--solver {solver} is for a model that leaps: make one of this by iddpm train --init_from, --objective {solver}"
+        )
+    if leaps(config) and config.sample.skip_first:
+        raise UserError("--skip_first would leave out the very call that makes the image")
 
 
 def _misfit(config: Config, name: str) -> str:
@@ -275,7 +353,7 @@ def device(name: str) -> torch.device:
     return found
 
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_precision(net: nn.Module, device: torch.device, precision: str) -> Network:

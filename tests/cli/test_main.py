@@ -158,10 +158,40 @@ def test_every_preset_is_a_config_whose_network_can_be_built(name):
     from iddpm.config import total_steps
 
     config = check(Config().updated({**PRESETS[name][1], "num_classes": 10}))
-    assert total_steps(config.train) > 0
+    assert name in METHODS or total_steps(config.train) > 0
     with torch.device("meta"):
         build.network(config)
-    build.require_fit(config)
+    build.solver(build.require_fit(config))
+
+
+# Of DESIGN's table of methods: the schedule, what is predicted, the loss and its weighting, the law of t.
+METHODS = {
+    "ddpm": ("linear", "eps", "simple", "uniform", "uniform"),
+    "iddpm": ("cosine", "eps", "hybrid", "uniform", "uniform"),
+    "iddpm-vlb": ("cosine", "eps", "vlb", "uniform", "loss-second-moment"),
+    "v": ("cosine", "v", "simple", "uniform", "stratified"),
+    "edm": ("ve", "edm", "simple", "edm", "lognormal"),
+    "flow": ("flow", "flow", "simple", "uniform", "logit-normal"),
+    "jit": ("flow", "x0", "simple", "flow", "logit-normal"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before", ["digits", "cifar10-vlb", *METHODS])
+def test_the_preset_of_a_method_leaves_nothing_of_the_mathematics_before_it(before, method):
+    from iddpm import build
+    from iddpm.training.start import new
+
+    config = build.require_fit(check(new(f"{before},{method}", {"num_classes": 10})))
+    d = config.diffusion
+    assert (d.noise_schedule, d.parametrization, d.objective_name, d.weighting, d.schedule_sampler) == METHODS[method]
+    alone = new(method, {"num_classes": 10})
+    assert (d, config.sample, config.own) == (alone.diffusion, alone.sample, alone.own)
+    assert config.model == new(before, {"num_classes": 10}).model  # the network stays that of the recipe
+
+
+def test_of_several_presets_each_must_exist(capsys):
+    assert "--preset emd is not one of" in refused(capsys, "train", "DATA", "--preset", "digits,emd")
 
 
 @pytest.mark.parametrize("settings", [dict(image_size="16x8", channel_mult="1,2"), dict(image_channels=3), dict(class_cond=True)])

@@ -66,7 +66,8 @@ def other(f: Field) -> Any:
     if f.type is bool:
         return not f.default
     if f.type is str:
-        return next((name for name in f.allowed() if name != f.default), "16")
+        widths = f is FIELDS["ema_power"]
+        return next((name for name in f.allowed() if name != f.default), "0.1" if widths else "16")
     low, high = (-1e9 if f.low is None else f.low), (1e9 if f.high is None else f.high)
     return next(f.type(v) for v in (f.default + 1, f.default / 2, low, high) if low <= v <= high and v != f.default)
 
@@ -328,6 +329,7 @@ UNFIT: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # settings, words o
     (dict(noise_schedule="ve", zero_terminal_snr=True), "linear, cosine", dict(zero_terminal_snr=False)),
     (dict(guidance=2.0), "--class_dropout 0.1", dict(class_cond=True, class_dropout=0.1)),
     (dict(guidance_low=5.0, guidance_high=1.0), "nothing would be guided", dict(guidance_high=6.0)),
+    (dict(trained_guidance=3.0), "without --class_dropout", dict(class_cond=True, class_dropout=0.1)),
     (dict(class_dropout=0.1), "without --class_cond", dict(class_cond=True)),
     (dict(noise_candidates=4, learn_sigma=True, objective="vlb"), "take --objective simple", dict(noise_candidates=1)),
     (dict(solver="dpmpp_3m", sampling_steps="2"), "reads 3 steps, and there are 2", dict(sampling_steps="3")),

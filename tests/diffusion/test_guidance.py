@@ -14,6 +14,7 @@ from iddpm.diffusion.guidance import (
     Apg,
     CfgZero,
     Steering,
+    Taught,
     autoguided,
     cfg,
     classifier_free,
@@ -21,12 +22,17 @@ from iddpm.diffusion.guidance import (
     first_known,
     guided,
     limited,
+    told,
 )
+from iddpm.diffusion.objective import simple
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, Flow
 from iddpm.diffusion.solvers import SOLVERS, Ddim, ancestral, run
 
 SHAPE = (4, 3, 8, 8)
+MEANS = {0: 0.5, 1: -0.1}  # of a class, and 1 stands for no class
+ASKED, NOTHING = {"y": torch.tensor([0, 0])}, {"y": torch.tensor([1, 1])}
+X = noise(3, (2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("golden", load("guided_sampling.json"), ids=lambda g: g["key"])
@@ -103,9 +109,41 @@ def test_the_mean_moves_by_the_variance_times_the_gradient() -> None:
         torch.testing.assert_close(bent.mean, p.mean + p.log_var.exp() * x.cos())
 
 
-# ---- by a poorer guess: two Gaussians, of which the network knows each by its class
+# ---- trained in
 
-MEANS = {0: 0.5, 1: -0.1}  # and 1 stands for no class
+
+def knowing(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The network that has learned all: of scale 1 that of the class or of none, else guided, as `Taught` asks for."""
+    at = torch.tensor([MEANS[0], MEANS[1]])
+    return 0.5 * x + (at[1] + scale * (at[y] - at[1])).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("parametrization", ["x0", "flow", "v"])
+def test_what_guidance_trained_in_asks_for_is_what_two_calls_make(parametrization: str) -> None:
+    """The target's addition is (scale - 1) (output with - output without); with the x0 of all outputs it is that of x0."""
+    denoiser = Denoiser(knowing, PARAMETRIZATIONS[parametrization])
+    level, scale = SCHEDULES["cosine_vp"]()(torch.tensor([0.3, 0.8], dtype=torch.float64)), torch.tensor([1.0, 2.5])
+    added = Taught(none=1)(denoiser, X, level, ASKED | {"scale": scale})
+    torch.testing.assert_close(added, ((scale - 1) * (MEANS[0] - MEANS[1])).reshape(-1, 1, 1, 1).expand_as(X))
+    told_of = told(denoiser, ASKED, 2.5)(X, level).x0
+    without = NOTHING | {"scale": torch.ones(2)}
+    twice = classifier_free(denoiser, ASKED | {"scale": torch.ones(2)}, without, Steering(cfg(2.5)))(X, level).x0
+    torch.testing.assert_close(told_of, twice)
+
+
+def test_its_network_is_at_the_minimum_of_the_loss_and_one_that_ignores_the_scale_is_not() -> None:
+    x0, scale = torch.full((2, 3, 8, 8), MEANS[0]), torch.tensor([1.0, 2.5])
+    u, eps = torch.tensor([0.4, 0.4], dtype=torch.float64), torch.zeros(2, 3, 8, 8)
+    shown = 0.6 * x0  # x_t; a network of x0 that has learned this one image of the class
+    right = Denoiser(lambda x, t, y, scale: knowing(x - shown[0], t, y, scale)[..., :8, :8], PARAMETRIZATIONS["x0"])
+    loss = simple(right, Flow(), x0, eps, u, ASKED | {"scale": scale}, toward=Taught(none=1))["loss"]
+    torch.testing.assert_close(loss, torch.zeros(2), atol=1e-10, rtol=0)
+    plain = Denoiser(lambda x, t, y, scale: two(x - shown.repeat(len(x) // 2, 1, 1, 1), t, y), PARAMETRIZATIONS["x0"])
+    missed = simple(plain, Flow(), x0, eps, u, ASKED | {"scale": scale}, toward=Taught(none=1))["loss"]
+    torch.testing.assert_close(missed, torch.tensor([0.0, (1.5 * (MEANS[0] - MEANS[1])) ** 2]))
+
+
+# ---- by a poorer guess: two Gaussians, of which the network knows each by its class
 
 
 def two(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -115,8 +153,6 @@ def two(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 two.calls = 0  # type: ignore[attr-defined]
-ASKED, NOTHING = {"y": torch.tensor([0, 0])}, {"y": torch.tensor([1, 1])}
-X = noise(3, (2, 3, 8, 8))
 
 
 def bent(steering: Steering) -> Any:

@@ -11,10 +11,20 @@ from diffusion.rows import CONTINUOUS, as_column, made, meaning, middle
 from golden_rules import Stub, image_tensor, load, noise
 from iddpm.diffusion.denoiser import LEARNED, VARIANCES, Denoiser, fixed_large, learned, learned_range
 from iddpm.diffusion.grid import Chain
-from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, OBJECTIVES, hybrid, hybrid_unscaled, simple, vlb, vlb_unscaled
+from iddpm.diffusion.objective import (
+    CHAIN_ONLY,
+    LEARN_VARIANCE,
+    OBJECTIVES,
+    Consistency,
+    hybrid,
+    hybrid_unscaled,
+    simple,
+    vlb,
+    vlb_unscaled,
+)
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, VE, Cosine, CosineVP, Flow
-from iddpm.diffusion.weighting import WEIGHTINGS, Edm, flow, likelihood, pace, uniform
+from iddpm.diffusion.weighting import WEIGHTINGS, Edm, Uncertainty, flow, likelihood, pace, uniform
 
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "previous"}
 LOSSES = {  # with a learned variance, and without
@@ -60,7 +70,7 @@ def test_losses_are_the_published_ones(e: dict) -> None:
 
 def test_the_golden_entries_are_all_here() -> None:
     assert len(ENTRIES) == 96 and {e["loss"] for e in ENTRIES} == set(LOSSES)
-    assert {f for pair in LOSSES.values() for f in pair} == set(OBJECTIVES.values())
+    assert {f for pair in LOSSES.values() for f in pair} == set(OBJECTIVES.values()) - {Consistency}
 
 
 def gradients(objective: Any, parametrization: str, variance: Any = learned_range) -> tuple[Tensor, Tensor]:
@@ -112,15 +122,19 @@ def test_a_network_that_gives_the_target_has_no_squared_error(parametrization: s
 def test_each_image_has_its_own_loss(name: str) -> None:
     denoiser = Denoiser(Stub(6), PARAMETRIZATIONS["eps"], learned_range)
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
-    together = OBJECTIVES[name](denoiser, CHAIN, x0, eps, U)
+    together = made(OBJECTIVES[name])(denoiser, CHAIN, x0, eps, U)
     assert all(term.shape == (5,) for term in together.values())
-    alone = OBJECTIVES[name](denoiser, CHAIN, x0[2:3], eps[2:3], U[2:3])
+    alone = made(OBJECTIVES[name])(denoiser, CHAIN, x0[2:3], eps[2:3], U[2:3])
     torch.testing.assert_close(together["loss"][2:3], alone["loss"])
 
 
 def test_the_scales_of_the_bound_are_t_and_a_thousandth_of_t() -> None:
     denoiser = Denoiser(Stub(6), PARAMETRIZATIONS["eps"], learned_range)
-    of = {name: f(denoiser, CHAIN, image_tensor(0, SHAPE), noise(0, SHAPE), U) for name, f in OBJECTIVES.items()}
+    of = {
+        name: f(denoiser, CHAIN, image_tensor(0, SHAPE), noise(0, SHAPE), U)
+        for name, f in OBJECTIVES.items()
+        if f is not Consistency
+    }
     torch.testing.assert_close(of["vlb"]["loss"], 40 * of["vlb_unscaled"]["loss"])
     torch.testing.assert_close(of["hybrid_unscaled"]["vb"], of["vlb_unscaled"]["loss"])
     torch.testing.assert_close(of["hybrid"]["vb"], 0.04 * of["vlb_unscaled"]["loss"])
@@ -142,7 +156,7 @@ def test_the_condition_reaches_the_network(name: str) -> None:
     x0, eps = image_tensor(0, SHAPE), noise(0, SHAPE)
     denoiser = Denoiser(Conditional(6), PARAMETRIZATIONS["eps"], learned_range)
     conds = [{"y": torch.arange(5) * scale} for scale in (0.0, 0.1)]
-    a, b = (OBJECTIVES[name](denoiser, CHAIN, x0, eps, U, cond)["loss"] for cond in conds)
+    a, b = (made(OBJECTIVES[name])(denoiser, CHAIN, x0, eps, U, cond)["loss"] for cond in conds)
     assert ((a != b) == (torch.arange(5) > 0)).all()
 
 
@@ -167,12 +181,30 @@ SQUARE = ((GUESS - X0) ** 2).flatten(1).mean(1)  # of x0's error
 
 
 @pytest.mark.parametrize("schedule", CONTINUOUS)
-@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in ("uniform", "uncertainty")])
 def test_a_weighting_means_the_same_whatever_the_network_predicts(name: str, schedule: str) -> None:
     row = SCHEDULES[schedule]()
     losses = [loss_of_guess(row, parametrization, made(WEIGHTINGS[name])) for parametrization in ("x0", "eps", "flow", "edm")]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=2e-3, atol=0)
+
+
+def test_uncertainty_makes_every_level_count_alike_after_errors_of_very_different_sizes() -> None:
+    """The minimum of E[error] / e^u + u over u, in closed form: e^u = E[error] of the level."""
+    weighting, rng = Uncertainty(uncertainty_memory=500), torch.Generator().manual_seed(0)
+
+    def usual(level: Any) -> Tensor:
+        return 1e-3 + (level.sigma / level.alpha) ** 1.5
+
+    for _ in range(400):
+        level = Flow()(torch.rand(64, generator=rng, dtype=torch.float64))
+        weighting.update(level, usual(level) * torch.empty(64, dtype=torch.float64).exponential_(generator=rng))
+    level = Flow()(torch.linspace(0.03, 0.97, 50, dtype=torch.float64))
+    weighted = weighting(level, None, None) * usual(level)  # type: ignore[arg-type]
+    assert (weighted.log().abs() < 0.3).all() and weighted.log().abs().mean() < 0.08
+    before = weighting.means.clone()
+    weighting.update(level, torch.full((50,), torch.nan))
+    assert torch.equal(weighting.means, before)
 
 
 def test_the_uniform_weighting_leaves_the_error_of_the_output_as_it_is() -> None:
@@ -289,4 +321,4 @@ def test_a_training_step_computes_in_float32_what_the_float64_tables_say_to_the_
 def test_what_needs_a_chain_says_so_of_a_continuous_schedule(name: str) -> None:
     denoiser = Denoiser(Stub(6), meaning("flow"), learned_range)
     with pytest.raises(ValueError, match="needs the steps of a chain"):
-        OBJECTIVES[name](denoiser, Flow(), X0, EPS, V)
+        made(OBJECTIVES[name])(denoiser, Flow(), X0, EPS, V)

@@ -31,7 +31,7 @@ from iddpm.training.state import TrainState
 
 RUN = dict(
     TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), schedule_sampler="loss-second-moment",
-    random_flip=True, grad_clip=1, batch_size=7, steps=20, validation_interval=5,
+    weighting="uncertainty", ema_power="0.1", random_flip=True, grad_clip=1, batch_size=7, steps=20, validation_interval=5,
 )  # fmt: skip
 
 

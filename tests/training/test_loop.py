@@ -48,13 +48,14 @@ def test_any_microbatch_gives_the_gradient_of_the_whole_batch(config, data, micr
 
 
 @pytest.mark.parametrize(("law", "exchanges"), [("uniform", 0), ("stratified", 0), ("loss-second-moment", 1)])
-def test_processes_exchange_losses_only_for_a_law_that_reads_them(config, data, monkeypatch, law, exchanges):
+@pytest.mark.parametrize(("weighting", "more"), [("uniform", 0), ("uncertainty", 1)])
+def test_processes_exchange_losses_only_for_what_reads_them(config, data, monkeypatch, law, exchanges, weighting, more):
     asked = []
     for name in ("sum_", "gather", "count", "every"):
         real = getattr(processes, name)
         monkeypatch.setattr(processes, name, lambda *args, real=real: (asked.append(args), real(*args))[1])
-    state, _ = one_step(config.updated(dict(schedule_sampler=law)), data)
-    assert len(asked) == exchanges and not state.skipped
+    state, _ = one_step(config.updated(dict(schedule_sampler=law, weighting=weighting)), data)
+    assert len(asked) == exchanges + more and not state.skipped
 
 
 def assert_same_checkpoint(a, b):
@@ -76,8 +77,9 @@ def assert_same_checkpoint(a, b):
         dict(FLOW, schedule_sampler="logit-normal"),
         dict(EDM, schedule_sampler="lognormal", solver="dpmpp_2m"),
         dict(FLOW, schedule_sampler="loss-second-moment"),
+        dict(EDM, schedule_sampler="lognormal", weighting="uncertainty", solver="dpmpp_2m"),
     ],
-    ids=["dropout and flips", "loss-aware law", "bf16 in microbatches", "flow", "edm", "loss-aware law of a flow"],
+    ids=["dropout and flips", "loss-aware law", "bf16 in microbatches", "flow", "edm", "loss-aware law of a flow", "uncertainty"],
 )
 def test_ten_steps_equal_five_and_five_bit_for_bit(config, data, tmp_path, settings):
     config = config.updated({"steps": 10, **settings})

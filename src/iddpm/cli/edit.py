@@ -61,6 +61,7 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
         inputs = [_read(path, config) for path in images]
         mask = _mask(edit.mask, images, config) if edit.mask else None
         if between:
+            build.require_density(config, "--between")
             grid = build.grid(config)
             if images:
                 ends = [made.noise_of(config, net, device, image, y) for image in inputs]

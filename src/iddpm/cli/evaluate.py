@@ -46,7 +46,7 @@ def _evaluate(samples: str, **given: Any) -> None:
     from iddpm.parallel import processes
 
     with processes.session(build.device(which.device)) as device:
-        sets = _draws(path, settings, which, changes) if run else [open_images(samples)]
+        sets = of_run(path, settings, which, changes) if run else [open_images(samples)]
         beside = sets[0].home / "metrics.json" if run else path.resolve().with_name(f"{path.resolve().name}.metrics.json")
         out = file_to_write(settings.out or beside, "--out", ".json")
         figures.read(out)  # what is no file of figures is refused before the work
@@ -57,7 +57,7 @@ def _evaluate(samples: str, **given: Any) -> None:
                 report.next_steps(samples, found.samples, out, named=bool(settings.out))
 
 
-def _draws(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":
+def of_run(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":
     """The samples of a run: a set for each draw, of seeds of its own."""
     from iddpm.measure.image_sets import drawn
     from iddpm.sampling.job import job

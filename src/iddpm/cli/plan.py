@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, check, ema_rates, fields_of, image_size, make
+from iddpm.config import Config, check, ema_rates, ema_widths, fields_of, image_size, make
 from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
@@ -47,7 +47,7 @@ class Devices:
 
 
 def _parser(parser: Parser) -> None:
-    parser.add_argument("--preset", default="", help="a recipe to plan", metavar="NAME")
+    parser.add_argument("--preset", default="", help="a recipe to plan, or several, comma-separated", metavar="NAME")
     parser.add_argument("--run", default="", help="the folder of a run, to plan how it would go on elsewhere", metavar="DIR")
     parser.add_flag("num_classes", int, "with --class_cond: how many classes the data has", default=0)
     parser.add_fields(Devices)
@@ -136,9 +136,10 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
     config = build.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
-        if preset not in CLASSES:
+        known = [CLASSES[name] for name in preset.split(",") if name in CLASSES]
+        if not known:
             raise UserError("--class_cond: of how many classes? add --num_classes N (iddpm train finds them in the data)")
-        config = config.updated({"num_classes": CLASSES[preset]})
+        config = config.updated({"num_classes": known[0]})
     if num_classes and not config.model.class_cond:
         raise UserError(f"--num_classes {num_classes} has no effect without --class_cond True")
     return config
@@ -151,12 +152,13 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     (n, d), m, settings = planned.layout, config.model, config.train
     ddp, fsdp = "DDP, each holds all", f"FSDP2, {n // d} copies of {d} shards" if d < n else "FSDP2, all share one copy"
     height, width = image_size(m)
-    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {settings.precision}"
+    precision = "fp32, unless the run's own timing takes bf16" if settings.precision == "auto" else settings.precision
+    yield f"network      {m.network} for {height}x{width}, {planned.parameters:,} weights, {precision}"
     yield f"processes    {n}" + (f" ({fsdp if d > 1 else ddp})" if n > 1 else "")
     yield f"step         {settings.batch_size} images, {planned.images} a process, {planned.micro} at a time"
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
-    averages = len(ema_rates(settings))
+    averages = len(ema_rates(settings)) + len(ema_widths(settings))
     disk = size(4 * planned.parameters * (3 + averages))
     yield f"checkpoint   {disk} on the disk: weights, {averages} averages, AdamW's two; --keep {settings.keep} of them stay"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"

@@ -14,7 +14,9 @@ FIRST = (  # what the help shows before all other flags
 
 def _parser(parser: Parser) -> None:
     parser.add_argument("data", nargs="?", default="", help="a folder, .zip or .tar of images; a resumed run remembers it")
-    parser.add_argument("--preset", default="", help="a recipe to start from", metavar="NAME")
+    parser.add_argument(
+        "--preset", default="", help="a recipe to start from, or several, comma-separated, as digits,edm", metavar="NAME"
+    )
     parser.add_argument("--config", default="", help="the config.json of another run, to begin as it did", metavar="FILE")
     parser.add_argument(
         "--run", default="", help="the run's folder [runs/PRESET or runs/DATA, with -2 for other flags]", metavar="DIR"
@@ -25,7 +27,7 @@ def _parser(parser: Parser) -> None:
     for group in Config().parts:
         parser.add_fields(type(group))
     rows = listed({name: text for name, (text, _) in PRESETS.items()})
-    parser.epilog = f"presets (a flag given beside a preset wins over it):\n{rows}"
+    parser.epilog = f"presets (a later one wins over those before it, a flag given beside them over all):\n{rows}"
 
 
 def _train(data: str, preset: str, config: str, run: str, dry_run: bool, **given: Any) -> None:

@@ -1,7 +1,7 @@
 """What cannot work, or would be silently ignored, is refused before anything is done."""
 
 from iddpm.config.fields import check_groups, fields_of, unmet
-from iddpm.config.parse import ema_rates, image_size, is_chain, numbers, small_size, whole
+from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
@@ -30,6 +30,8 @@ def check(config: Config) -> Config:
     numbers(model.attention_resolutions, "attention_resolutions")
     if bad := [r for r in ema_rates(train) if not 0 <= r < 1]:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
+    if bad := [w for w in ema_widths(train) if not 0.01 <= w <= 0.25]:
+        raise UserError(f"--ema_power {bad[0]}: relative widths lie from 0.01 to 0.25, as 0.05,0.10")
     if data.validation and data.validation == data.path:
         raise UserError(f"--validation {data.validation} is what the run is trained on: give held-out images")
     if data.validation and config.task.translates and not data.validation_given:

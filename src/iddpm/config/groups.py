@@ -55,6 +55,10 @@ class Model:
         0.0, "share of images trained without their class, so that --guidance can be used; 0.1 is usual", 0, 0.9,
         only=f"{IMAGES} class_cond",
     )  # fmt: skip
+    trained_guidance: float = _fixed(
+        0.0, "teach the network guidance up to this scale: --guidance then costs no second call; a step of training costs twice",
+        0, 100, only="class_dropout",
+    )  # fmt: skip
     num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 
@@ -131,7 +135,17 @@ class Train:
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)
     ema_rate: str = _fixed("0.9999", "rates of the averaged weights, comma-separated; the first is sampled from")
     ema_warmup: bool = opt(True, "average over a tenth of the run so far while that is shorter than the rate's horizon")
-    precision: str = opt("fp32", "arithmetic of the network; the weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    ema_power: str = _fixed(
+        "",
+        "also average by powers of time, of these relative widths (0.05,0.10), in snapshots: iddpm ema makes any other of them",
+    )
+    ema_snapshots: int = opt(
+        32, "how many snapshots of each width to keep at most, evenly over the run", 8, 1000, only="ema_power"
+    )
+    precision: str = opt(
+        "auto", "arithmetic of the network, the weights stay fp32; auto: the faster one, timed before the run and kept in it",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
     fp16_scale_growth: float = opt(1e-3, "log2 growth of the fp16 loss scale per good step", 0, 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     seed: int = _fixed(0, "seed of everything random", 0, 2**63 - 1)
@@ -172,7 +186,10 @@ class Sample:
     guidance: float = opt(
         1.0, "how far to go from what is drawn without a class (0) to what is drawn with it (1), and beyond (1.5, 3)", 0, 1000
     )
-    guidance_kind: str = opt("cfg", "how guidance goes beyond", kind="guidance_kind")
+    guidance_kind: str = opt(
+        "auto", "how guidance goes beyond; auto: by the network itself, of --trained_guidance, else cfg",
+        kind="guidance_kind", choices=("auto",),
+    )  # fmt: skip
     guidance_low: float = opt(0.0, "guide only where sigma/alpha is at least this", 0)
     guidance_high: float = opt(1e9, "and at most this", 0)
     guidance_rescale: float = opt(0.0, "bring the spread of guided images back to that of unguided ones, by this share", 0, 1)

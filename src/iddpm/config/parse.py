@@ -66,6 +66,11 @@ def ema_rates(train: Train) -> tuple[float, ...]:
     return numbers(train.ema_rate, "ema_rate", float)
 
 
+def ema_widths(train: Train) -> tuple[float, ...]:
+    """The relative widths of the averages by powers of time, in the order given."""
+    return numbers(train.ema_power, "ema_power", float)
+
+
 def seed_list(text: str) -> list[int]:
     """The seeds of 0-63 or 7,9,20-29, in the order given."""
     seeds: list[int] = []

@@ -102,9 +102,14 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
             cond["y"] = torch.where(u < m.class_dropout, m.num_classes, cond["y"])
         if m.given_dropout:  # by zeros, a grey between 127 and 128 that no file has
             cond["given"] = torch.where((u < m.given_dropout).view(-1, 1, 1, 1), 0, cond["given"])
+        if most := m.trained_guidance:
+            v = rng.uniform(t.seed, rng.SCALE, step, n)[mine.start : mine.stop].float()
+            scale = 1 + (most - 1) * ((v - PLAIN) / (1 - PLAIN)).clamp(min=0)
+            cond["scale"] = torch.where(u < m.class_dropout, 1.0, scale)
     return Batch(x0, eps, cond)
 
 
+PLAIN = 0.5  # the share of images that --trained_guidance learns without guidance, from which it learns the rest
 CROP = 0.8  # the smallest share of an image's side that a random crop shows
 
 

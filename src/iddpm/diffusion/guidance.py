@@ -124,6 +124,43 @@ def autoguided(denoise: Denoise, weak: Denoise, steering: Steering) -> Denoise:
     return steering(denoise, lambda x, level: (denoise(x, level), weak(x, level).x0))
 
 
+# ---- trained in
+
+
+def told(denoiser: Denoiser, cond: Cond, scale: float, low: float = 0.0, high: float = float("inf")) -> Denoise:
+    """Guidance by a network that learned it: one plain call, which is told the scale: 1 outside sigma/alpha `low` to `high`."""
+
+    def denoise(x: Tensor, level: Any) -> Prediction:
+        ratio = level.sigma / level.alpha
+        scales = torch.where((ratio >= low) & (ratio <= high), scale, 1.0).float().to(x.device).expand(len(x))
+        return denoiser(x, level, {**cond, "scale": scales})
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What is added to the target of images with cond["scale"] (B,): (scale - 1) (output with the class - output without).
+
+    Both from the network itself at scale 1, without a gradient, so that what it learns for a scale is what `classifier_free`
+    makes of it in two calls (Tang et al. 2025, model guidance, eq. 9 and section 3.3; their w is scale - 1). An objective's
+    `toward`. Costs a call on a doubled batch.
+    """
+
+    none: int  # the class that stands for no class
+
+    @torch.no_grad()
+    def __call__(self, denoiser: Denoiser, x: Tensor, level: Any, cond: Cond) -> Tensor:
+        if "scale" not in cond:
+            return torch.zeros_like(x)
+        y, one = cond["y"], torch.ones_like(cond["scale"])
+        twice = {name: torch.cat([value, value]) for name, value in cond.items()}
+        twice |= {"y": torch.cat([y, torch.full_like(y, self.none)]), "scale": torch.cat([one, one])}
+        levels = type(level)(*(c.repeat(2) if c.ndim else c for c in level))
+        better, poorer = denoiser(torch.cat([x, x]), levels, twice).raw.chunk(2)
+        return beside(cond["scale"] - 1, x) * (better - poorer)
+
+
 # ---- by a classifier
 
 

@@ -4,25 +4,29 @@ x0 (B, C, H, W) in [-1, 1], eps standard normal like it, u (B,) float64 in [0, 1
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm.diffusion.bound import mean_flat, vlb_term
-from iddpm.diffusion.denoiser import Cond, Denoiser, times, wide
-from iddpm.diffusion.grid import as_step
+from iddpm.diffusion.denoiser import Cond, Denoiser, beside, times, wide
+from iddpm.diffusion.grid import MOST, Grid, as_step
 from iddpm.diffusion.schedule import Schedule
 from iddpm.diffusion.weighting import Weighting, pace, uniform
 
+Toward = Callable[[Denoiser, Tensor, Any, Cond], Tensor]  # (denoiser, x_t, level, cond) -> what is added to the target, like x_t
 Terms = dict[str, Tensor]  # "loss" and what it is made of, each (B,)
 
 
 def simple(
-    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *, weighting: Weighting = uniform
-) -> Terms:
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *,
+    weighting: Weighting = uniform, toward: Toward | None = None,
+) -> Terms:  # fmt: skip
     """Squared error of the network's output, weighted by level (Ho et al. 2020, eq. 14)"""
-    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting)
+    return _squared_error(denoiser, schedule, x0, eps, u, cond, weighting, toward=toward)
 
 
 def hybrid(
@@ -52,6 +56,48 @@ def vlb_unscaled(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor
     return {"loss": vlb_term(denoiser(xt, step, cond), x0, xt, step)}
 
 
+@dataclass(frozen=True)
+class Consistency:
+    """x0 of x_t is to be that of a less noisy x_r of the same noise: a model that leaps (Song et al. 2023, eq. 10; --init_from)
+
+    Tuned as in ECT (Geng et al. 2024, section 3): x_r begins far from x_t, and their gap is halved from stage to stage; with
+    h = sigma/alpha, h_r = h (1 - (1 + 8 sigmoid(-h)) / 2^stage). Where that is below the schedule's least, x_r is the image
+    itself. The distance of both is the pseudo-Huber one of iCT (Song & Dhariwal 2024, eq. 7), over h - h_r. Both calls drop the
+    same features. Costs a call of the network without a gradient.
+    """
+
+    leaps: ClassVar[bool] = True  # its x0 is an image, not the mean of all that x_t may come from
+    implies: ClassVar[dict[str, str]] = {"solver": "consistency", "sampling_steps": "2"}
+
+    gap_halvings: Annotated[int, "how often the gap between the two levels is halved, evenly over the run", 1, 20] = 8
+
+    def __call__(
+        self, denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}, *,
+        progress: Callable[[], float] = lambda: 1.0,
+    ) -> Terms:  # fmt: skip
+        """`progress` tells the share of the run that is done."""
+        level, (nearer, clean) = schedule(u), self.nearer(schedule, u, progress())
+        alpha, sigma, alpha_r, sigma_r = wide((level.alpha, level.sigma, nearer.alpha, nearer.sigma), x0)
+        with torch.no_grad(), torch.random.fork_rng([x0.device] if x0.is_cuda else []):  # so that the next call drops the same
+            target = denoiser(alpha_r * x0 + sigma_r * eps, nearer, cond).x0
+        target = torch.where(beside(clean, x0), x0, target)
+        off = (denoiser(alpha * x0 + sigma * eps, level, cond).x0 - target).square().flatten(1)
+        huber = 0.00054 * off.shape[1] ** 0.5
+        ratio, h = torch.where(clean, 0.0, nearer.sigma / nearer.alpha / (level.sigma / level.alpha)), level.sigma / level.alpha
+        weight = (1 / ((1 - ratio) * h.clamp(1e-3, MOST))).float().to(off.device)
+        return {"loss": weight * ((off.sum(1) + huber**2).sqrt() - huber), "mse": off.mean(1)}
+
+    def nearer(self, schedule: Schedule, u: Tensor, progress: float) -> tuple[Any, Tensor]:
+        """The less noisy levels beside those of u (B,), and where they stand for the image itself (B,)."""
+        h, least = (level.sigma / level.alpha for level in (schedule(u), schedule(torch.zeros(1, dtype=torch.float64))))
+        stage = min(1 + int(progress * self.gap_halvings), self.gap_halvings)
+        h_r = h * (1 - (1 + 8 * torch.sigmoid(-h)) / 2**stage)
+        u_r = schedule.u_of(h_r.clamp(min=1e-9))
+        if isinstance(schedule, Grid):  # whose levels lie apart: at least one step down
+            u_r = torch.minimum(u_r, u - 1 / schedule.steps)
+        return schedule(u_r.clamp(min=0)), (h_r <= least) | (u_r < 0)
+
+
 def clean_cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
     """cross_entropy of the clean images, at the least noisy time: a plain classifier"""
     return _ranked(denoiser.net(x0, times(schedule(torch.zeros_like(u)), x0)), cond["y"])
@@ -76,7 +122,7 @@ def _ranked(logits: Tensor, y: Tensor) -> Terms:
 
 def _squared_error(
     denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond, weighting: Weighting,
-    vb_scale: float = 0.0,
+    vb_scale: float = 0.0, toward: Toward | None = None,
 ) -> Terms:  # fmt: skip
     level = schedule(u)
     c = denoiser.parametrization(level)
@@ -84,7 +130,10 @@ def _squared_error(
     alpha, sigma, of_x0, of_eps, weight = wide(columns, x0)
     xt = alpha * x0 + sigma * eps
     p = denoiser(xt, level, cond)
-    mse = mean_flat((p.raw - (of_x0 * x0 + of_eps * eps)) ** 2)  # of the target as it is, not by way of x0: 1/alpha is large
+    target = of_x0 * x0 + of_eps * eps  # as it is, not by way of x0: 1/alpha is large
+    if toward:
+        target = target + toward(denoiser, xt, level, cond)
+    mse = mean_flat((p.raw - target) ** 2)
     loss = weight.flatten() * mse
     if not vb_scale or p.values is None:
         return {"loss": loss, "mse": mse}
@@ -99,10 +148,11 @@ def _squared_error(
 LEARN_VARIANCE = (hybrid, hybrid_unscaled)  # nothing to train without a learned variance
 CHAIN_ONLY = (hybrid, hybrid_unscaled, vlb, vlb_unscaled)  # read the terms of a chain's bound
 
-OBJECTIVES: dict[str, Callable[..., Terms]] = {
+OBJECTIVES: dict[str, Callable[..., Any]] = {
     "simple": simple,
     "hybrid": hybrid,
     "hybrid_unscaled": hybrid_unscaled,
     "vlb": vlb,
     "vlb_unscaled": vlb_unscaled,
+    "consistency": Consistency,
 }

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -336,6 +336,19 @@ class Adaptive:
             yield State(x, x0)
 
 
+@dataclass(frozen=True)
+class Leaps:
+    """The image in one call, noised anew to the next level, by models of that objective (Song et al. 2023, algorithm 1)"""
+
+    leaps: ClassVar[bool] = True  # it needs a model that does
+
+    def __call__(self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Iterator[State]:
+        for k, s in enumerate(grid):
+            x0 = denoise(x, s).x0
+            x = x0 if s.last else s.alpha_to * x0 + s.sigma_to * noise(k + 1)
+            yield State(x, x0)
+
+
 # ---- the way back
 
 
@@ -370,4 +383,5 @@ SOLVERS: dict[str, Any] = {
     "ab2": AB2,
     "ab4": AB4,
     "adaptive": Adaptive,
+    "consistency": Leaps,
 }

@@ -7,7 +7,7 @@ is snr = alpha^2/sigma^2 times as much of that of x0.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,6 +97,63 @@ def likelihood(s: Level, c: Scalings, pace: Pace) -> Tensor:
     return 0.5 * pace() * (s.alpha / s.sigma) ** 2 * c.out**2
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """A weighting that is shown the errors of each step, and is part of the state of a run."""
+
+    def update(self, s: Level, errors: Tensor) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Uncertainty:
+    """Each level's squared error over what it usually is there: all count alike, at every time (EDM2, Karras et al. 2024, eq. 21)
+
+    There a small network u is trained along with the loss error / e^u + u, which is least where e^u is the mean error of the
+    level. Here that mean is kept: of about the last `uncertainty_memory` errors in each of 64 bins of log(sigma/alpha) from
+    -8 to 8, and between their middles on a straight line. It is part of the state that a checkpoint keeps.
+    """
+
+    uncertainty_memory: Annotated[int, "errors, of levels alike, that their usual size is the mean of", 10, 1000000] = 1000
+
+    def __init__(self, uncertainty_memory: int = 1000):
+        self.memory = uncertainty_memory
+        self.middles = (torch.arange(64, dtype=torch.float64) - 31.5) / 4
+        self.means, self.counts = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+
+    def __call__(self, s: Level, c: Scalings, pace: Pace) -> Tensor:
+        seen = self.counts > 0
+        if not seen.any():
+            return torch.ones_like(s.alpha)
+        at, means = self.middles[seen], self.means[seen].log()
+        place = _log_ratio(s).clamp(at[0], at[-1])
+        after = torch.searchsorted(at, place).clamp(1, max(1, len(at) - 1)).clamp(max=len(at) - 1)
+        before = (after - 1).clamp(min=0)
+        share = ((place - at[before]) / (at[after] - at[before]).clamp(min=1e-9)).clamp(0, 1)
+        return torch.exp(-torch.lerp(means[before], means[after], share))
+
+    def update(self, s: Level, errors: Tensor) -> None:
+        """Take note of the whole step's mean squared errors (B,), in global order; those that are not finite are left out."""
+        bins = ((_log_ratio(s) + 8) * 4).long().clamp(0, 63)
+        for k, error in zip(bins.tolist(), errors.double().tolist()):
+            if 0 < error < float("inf"):
+                self.counts[k] += 1
+                self.means[k] += (error - self.means[k]) / min(float(self.counts[k]), self.memory)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"means": self.means, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.means, self.counts = state["means"].clone(), state["counts"].clone()
+
+
+def _log_ratio(s: Level) -> Tensor:
+    """log(sigma/alpha) (B,) float64, of pure noise a large number instead of infinity."""
+    return (s.sigma / s.alpha).log().clamp(-100, 100)
+
+
 WEIGHTINGS: dict[str, Callable[..., Any]] = {
     "uniform": uniform,
     "edm": Edm,
@@ -106,4 +163,5 @@ WEIGHTINGS: dict[str, Callable[..., Any]] = {
     "p2": P2,
     "sigmoid": Sigmoid,
     "likelihood": likelihood,
+    "uncertainty": Uncertainty,
 }

@@ -26,6 +26,7 @@ def bits_by_ode(opened: Opened, images: Images, measure: Measure) -> dict[str, A
     The last is a third of the difference to half as many steps, as of a method of order 2. UserError where it is not finite.
     """
     config, which = opened.config, opened.which
+    build.require_density(config, "--ode")
     grid = build.grid(config)
     if grid.steps < 2:
         raise UserError(f"--ode follows a path: {grid.steps} step is none; take --sampling_steps 2 or more")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iddpm.nn.layers import stacked, timestep_embedding, zeroed
+from iddpm.nn.layers import scale_embedding, stacked, timestep_embedding, zeroed
 
 FREQUENCIES = 256  # of the time's embedding
 
@@ -78,6 +78,7 @@ class DiT(nn.Module):
         given_channels: int = 0,  # of an image that is given beside x
         dropout: float = 0.0,
         use_checkpoint: bool = False,
+        sees_scale: bool = False,
     ):
         super().__init__()
         if bad := [side for side in image_size if side % patch]:
@@ -90,15 +91,21 @@ class DiT(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, width)
+        self.sees_scale = sees_scale
+        if sees_scale:
+            self.scale_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), zeroed(nn.Linear(width, width)))
         self.blocks = nn.ModuleList(Block(width, heads, dropout, use_checkpoint) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(width, 2 * width)))
         self.out = zeroed(nn.Linear(width, patch**2 * out_channels))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, given: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), of classes y (B,).
 
-        `given` (B, given_channels, h, w) of any size is scaled bilinearly to x's and stacked under it.
+        `given` (B, given_channels, h, w) of any size is scaled bilinearly to x's and stacked under it; `scale` (B,) is that of
+        guidance, for a network that sees it, without one 1.
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError("this network has classes: give y" if y is None else "this network has no classes: leave out y")
@@ -106,6 +113,10 @@ class DiT(nn.Module):
         emb = self.time_embed(timestep_embedding(t, FREQUENCIES).to(self.out.weight.dtype))  # b width
         if y is not None:
             emb = emb + self.label_emb(y)
+        if self.sees_scale:
+            emb = emb + self.scale_embed(scale_embedding(scale, t, FREQUENCIES).to(emb.dtype))
+        elif scale is not None:
+            raise ValueError("scale is for networks made with sees_scale")
         tokens = self.embed_patches(h)  # b width rows columns
         rows, columns = tokens.shape[2:]
         angles = rotary(rows, columns, self.width // self.heads).to(x.device)

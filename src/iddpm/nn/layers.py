@@ -22,6 +22,14 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tenso
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))  # b dim
 
 
+SCALES = 100.0  # how finely a network tells scales of guidance apart, beside times of 1000
+
+
+def scale_embedding(scale: Tensor | None, like: Tensor, dim: int) -> Tensor:
+    """(B, dim) of scales of guidance (B,), 1 where none is given; `like` (B,) is on the device of the network."""
+    return timestep_embedding(SCALES * (torch.zeros_like(like) if scale is None else scale - 1), dim)
+
+
 def zeroed(module: M) -> M:
     """The module with its weights set to 0, so that a new block starts as the identity."""
     for p in module.parameters():

@@ -19,6 +19,7 @@ class Asked(NamedTuple):
     logits: bool = False  # it tells the class instead of making an image
     given: int = 0  # channels of an image that it is given beside x; 0: it is given none
     small_level: bool = False  # and how much noise is on that
+    scale: bool = False  # it is told a scale of guidance
 
 
 SAME = (  # settings that are arguments of the networks, too
@@ -47,7 +48,7 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
         if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
-    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample)
+    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale)
     if not asked.given:
         return UNet(**common)
     return GivenUNet(**common, given_channels=asked.given, sees_noise_level=asked.small_level)
@@ -73,7 +74,7 @@ class Dit:
         return DiT(
             asked.image_size, asked.in_channels, asked.out_channels, patch=self.patch_size, width=self.width, depth=self.depth,
             heads=self.heads, num_classes=asked.classes, given_channels=asked.given, dropout=settings.dropout,
-            use_checkpoint=settings.use_checkpoint,
+            use_checkpoint=settings.use_checkpoint, sees_scale=asked.scale,
         )  # fmt: skip
 
 

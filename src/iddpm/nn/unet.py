@@ -19,6 +19,7 @@ from iddpm.nn.layers import (
     Stage,
     Upsample,
     conv3x3,
+    scale_embedding,
     stacked,
     timestep_embedding,
     zeroed,
@@ -204,6 +205,7 @@ class UNet(Encoder):
         new_attention_order: bool = False,
         conv_resample: bool = True,
         given_channels: int = 0,
+        sees_scale: bool = False,
     ):
         norm, order = use_scale_shift_norm, new_attention_order
         parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
@@ -224,12 +226,24 @@ class UNet(Encoder):
                 stages.append(Stage(*layers, recompute=use_checkpoint))
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
+        self.sees_scale = sees_scale
+        if sees_scale:
+            emb = 4 * num_channels
+            self.scale_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), as trained on, of classes y (B,).
 
-        ValueError where H or W cannot be halved at every level, or y is missing or out of place.
+        `scale` (B,) is that of guidance, for a network that sees it; without one it is 1.
+        ValueError where H or W cannot be halved at every level, or y or scale is missing or out of place.
         """
+        if self.sees_scale:
+            seen = self.scale_embed(scale_embedding(scale, t, self.num_channels).to(self.dtype))  # b 4n
+            extra = seen if extra is None else extra + seen
+        elif scale is not None:
+            raise ValueError("scale is for networks made with sees_scale")
         emb, (*skips, h) = self.encode(x, t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
@@ -252,8 +266,9 @@ class GivenUNet(UNet):
         self.sees_noise_level = sees_noise_level
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, given: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, given: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As UNet; `given` (B, given_channels, h, w) of any size is scaled bilinearly to x's and stacked under it.
 
         `low_res_level` (B,) in [0, 1] is the deviation of the noise that was put on it, for a network that sees it.
@@ -263,4 +278,4 @@ class GivenUNet(UNet):
         extra = None
         if low_res_level is not None:
             extra = self.level_embed(timestep_embedding(1000 * low_res_level, self.num_channels).to(self.dtype))  # b 4n
-        return super().forward(stacked(x, given), t, y, extra)
+        return super().forward(stacked(x, given), t, y, extra, scale)

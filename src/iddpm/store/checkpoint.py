@@ -264,6 +264,7 @@ class RunState(_Step, total=False):
     ema_updates: Count
     lg_loss_scale: float
     law: list[str]
+    weighting: list[str]
     meter: dict[str, list[tuple[Number, Number]]]
     first_loss: float
     measured: Count

@@ -25,6 +25,7 @@ class About(_Known, total=False):
 
     images: Count
     ema_rate: float
+    ema_std: float
     time: str
     iddpm: str
     torch: str

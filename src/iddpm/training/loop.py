@@ -16,7 +16,7 @@ from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
-from iddpm.store import checkpoint
+from iddpm.store import averages, checkpoint
 from iddpm.store.checkpoint import Store
 from iddpm.store.log import Logger
 from iddpm.store.remote import place
@@ -90,7 +90,7 @@ def train(
     if first >= end:
         say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
     draws = sheets and not config.task.classifies
-    method, meter = method_of(config, state.parallel), state.meter
+    method, meter = method_of(config, state.parallel, state), state.meter
 
     def due(interval: int) -> bool:
         """Every so many steps, 0: never. What was due at the step that this process began with, was done by the one before."""
@@ -158,6 +158,11 @@ def train(
                 saves.begin(last)
             saves.settle(wait=last)
 
+            # Now and then, and at the last: a snapshot of the averages by powers of time. It costs the writing of them.
+            interval = averages.interval(state.step, settings.ema_snapshots)
+            if state.ema.powers and (last or due(interval)) and not isinstance(over, Diverged):
+                _snapshot(state, config, run)
+
             # Only now, when all is saved and logged.
             if over:
                 raise over
@@ -186,11 +191,23 @@ def _begin(state: TrainState, config: Config, store: Store, run: Path, say: Call
         say(line)
     if saved:
         state.restore(saved, config)
+        if state.ema.powers and not processes.rank():
+            averages.forget(run, state.step)
         say(f"resuming {run} at step {state.step}" + (f" of {state.end}" if state.end < ENDLESS else ""))
     elif source := config.train.init_from:
         anew = initialise(state, read_weights(place(source)), config.train.init_reset, config.data.classes)
         say(f"starting from the weights of {source}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     return passed_over
+
+
+def _snapshot(state: TrainState, config: Config, run: Path) -> None:
+    """Keep the averages by powers of time; UserError, on all processes, where they cannot be written."""
+    powers = {w: {name: shard.whole(t).cpu() for name, t in kept.items()} for w, kept in state.ema.powers.items()}
+
+    def write() -> None:
+        averages.write(run, config, state.step, state.ema.updates, powers, config.train.ema_snapshots)
+
+    processes.of_first(write)
 
 
 def _next(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:

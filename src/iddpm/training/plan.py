@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iddpm import build
-from iddpm.config import Config, ema_rates
+from iddpm.config import Config, ema_rates, ema_widths
 from iddpm.parallel import shard
 from iddpm.parallel.shard import Layout
 from iddpm.training.memory import ACTIVATION, BUFFER, COPY, GRADIENT, IMAGES, Live, Profile
@@ -247,7 +247,7 @@ def plan(config: Config, processes: int = 1, cuda: bool = True) -> Plan:
     gathered, passes = watch(config, layout, cuda)
     shapes, one = [s for group in gathered for s in group], example(config, 1, "meta")
     image = sum(v.numel() * v.element_size() for v in (one.x0, one.eps, *one.cond.values()))
-    averages = len(ema_rates(settings))
+    averages = len(ema_rates(settings)) + len(ema_widths(settings))
     need = {on: Need(layout, cuda, share, averages, shapes, image, p.profile) for on, p in passes.items()}
     traffic = communication(gathered, layout, math.ceil(share / micro))
     return Plan(layout, sum(math.prod(s) for s in shapes), passes, need, traffic, share, micro)

@@ -43,7 +43,7 @@ def validate(config: Config, held_out: DataSet, state: TrainState, meter: Meter)
     still = config.updated(dict(random_crop=False, random_flip=False))  # so that two runs can be compared
     batch = make_batch(still, held_out, Order(len(held_out), settings.seed), state.step, state.images, train=False)
     with shard.gathered(state.net):  # so no process waits for another, and their microbatches may differ in number
-        _, denoiser, schedule, objective = method_of(config, state.net.eval())
+        _, denoiser, schedule, objective = method_of(config, state.net.eval(), state)
         device = state.device
         u = rng.uniform(settings.seed, rng.TIME, state.step, settings.batch_size)[mine.start : mine.stop]
         for a in range(0, len(mine), micro := settings.microbatch if settings.microbatch > 0 else len(mine)):

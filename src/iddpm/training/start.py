@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from iddpm import build
-from iddpm.config import Config, check, every_field, settings_of, total_steps
-from iddpm.config.presets import PRESETS
+from iddpm.config import Config, check, every_field, fields_of, settings_of, total_steps
+from iddpm.config.choices import row
+from iddpm.config.fields import unmet
+from iddpm.config.presets import recipes
 from iddpm.data import DataSet
 from iddpm.data.batches import open_data, open_validation
 from iddpm.data.own import Dataset
@@ -21,7 +23,7 @@ from iddpm.store import lock, log
 from iddpm.store.files import step_dirs, step_of
 from iddpm.store.remote import place, remote, write_file
 from iddpm.store.weights import read_weights
-from iddpm.training import loop, trial
+from iddpm.training import loop, precision, trial
 from iddpm.training.step import learning_rate
 
 OWN = "a data set of the program's own"  # in the place of a path
@@ -66,10 +68,11 @@ def start(
         if held_out:
             _require_held_out(config, images, held_out)
         build.network(config)  # only to see that its sizes fit
+        config, chosen = precision.settle(config, build.device(config.train.device))
         if dry:
             trial.dry_run(config, images)
             return None
-        notes = [*hint, *notes, *_other_images(config.data.identity, images.identity())]
+        notes = [*hint, *notes, *chosen, *_other_images(config.data.identity, images.identity())]
         config = config.updated({"identity": json.dumps(images.identity())})
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())
@@ -92,7 +95,7 @@ def default_run(data: str, preset: str, given: Mapping[str, Any]) -> tuple[Path,
     """
     if not data:
         raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
-    name = preset or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
+    name = preset.replace(",", "-") or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
     run, k, hint = place(f"runs/{name}"), 1, list[str]()
     while (run / "config.json").exists() and (why := _is_other(run, data, given)):
         hint = [f"{run} is {why}, so this is a new one; to go on with that: --run {run}"]
@@ -158,23 +161,32 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of: {', '.join(PRESETS)}")
-    given, config = _implied(given), Config()
+    parts, given, config, inherited = recipes(preset), _implied(given), Config(), set[str]()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = set(settings_of(other.model, other.diffusion, other.sample))
         if other.data.classes:  # the rows of named classes go by their names, whatever their number
             inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
-    if preset:
-        config = config.updated(PRESETS[preset][1])
-    return config.updated({**given, "preset": preset})
+    for part in parts:
+        config = config.updated(part)
+    chosen = given.get("objective", "auto")
+    implied = getattr(row("objective", chosen), "implies", {}) if chosen != "auto" else {}
+    config = config.updated({**implied, **given, "preset": preset})
+    return config.updated(_idle(config, inherited - given.keys()))  # of the source's, what the new objective has no use for
+
+
+def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the settings that have no effect in a config, at their defaults."""
+    now, fields = config.flat(), fields_of(*config.parts)
+    return {k: fields[k].default for k in names if k in fields and any(unmet(fields[k].only, now))}
 
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
     """The config of a run that goes on with other settings, and a line on each; UserError for one that cannot change."""
     given, now, fields = _implied(given), stored.flat(), every_field()
+    if given.get("precision") == precision.AUTO and step_dirs(run):  # settled when the run began
+        given.pop("precision")
     changed = {k: v for k, v in given.items() if k not in now or _is_another(k, v, now[k])}
     if fixed := [k for k in changed if fields[k].fixed]:
         k = fixed[0]

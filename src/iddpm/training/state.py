@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from iddpm import build
-from iddpm.config import ENDLESS, Config, ema_rates, total_steps
+from iddpm.config import ENDLESS, Config, ema_rates, ema_widths, total_steps
+from iddpm.diffusion.weighting import Remembering
 from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
 from iddpm.store import checkpoint
@@ -18,6 +19,7 @@ from iddpm.store.weights import Weights
 from iddpm.training.ema import EMA
 from iddpm.words import many
 
+MEMORIES = {"law": "law of t", "weighting": "weighting"}  # of TrainState: what may remember losses
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
@@ -55,11 +57,11 @@ class TrainState:
         torch.manual_seed(settings.seed)  # the initial weights
         self.net = build.network(config).to(device)
         self.parallel = shard.spread(self.net, settings.shard)
-        self.law = build.law(config)
+        self.law, self.weighting = build.law(config), build.weighting(config)
         self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
         betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)
-        self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup)
+        self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup, ema_widths(settings))
         self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
         self.step = 0  # optimizer steps tried
         self.images = 0  # images seen: the position in the data order
@@ -74,6 +76,10 @@ class TrainState:
         self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
         self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
+    def progress(self) -> float:
+        """The share of the run that is done; 0 of one without an end."""
+        return min(1.0, self.step / self.end) if self.end < ENDLESS else 0.0
+
     def count(self, images: int, good: bool) -> None:
         """Take note of a step on so many images; `good`: its gradient was finite."""
         self.scale.update(good)
@@ -87,15 +93,27 @@ class TrainState:
         out = {checkpoint.WEIGHTS + name: p.detach() for name, p in self.params.items()}
         for rate, average in self.ema.averages.items():
             out |= {checkpoint.AVERAGE.format(rate) + name: tensor for name, tensor in average.items()}
+        for width, average in self.ema.powers.items():
+            out |= {f"{checkpoint.OPTIMIZER}power.{width:g}.{name}": tensor for name, tensor in average.items()}
         for name, p in self.params.items():
             slots = self.optimizer.state.get(p, {})
             out |= {f"{checkpoint.OPTIMIZER}{name}.{slot}": value for slot, value in slots.items()}
-        return out | {f"{checkpoint.OPTIMIZER}law.{name}": value for name, value in self.law.state_dict().items()}
+        for owner, values in self.remembered().items():
+            out |= {f"{checkpoint.OPTIMIZER}{owner}.{name}": value for name, value in values.items()}
+        return out
+
+    def remembered(self) -> dict[str, dict[str, Tensor]]:
+        """What the law of t and the weighting keep of past losses; most keep nothing."""
+        found = {"law": self.law.state_dict()}
+        if isinstance(self.weighting, Remembering):
+            found["weighting"] = self.weighting.state_dict()
+        return {owner: values for owner, values in found.items() if values}
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, the same on every process."""
         counts = {name: getattr(self, name) for name in COUNTS}
-        counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=list(self.law.state_dict()))
+        counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=[])
+        counts |= {owner: list(values) for owner, values in self.remembered().items()}
         counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss)
         return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
 
@@ -132,14 +150,21 @@ class TrainState:
             if name.startswith(checkpoint.OPTIMIZER) and param in self.params:
                 p = self.params[param]
                 self.optimizer.state[p][slot] = torch.zeros(()) if slot == "step" else torch.zeros_like(p)
-        own = {k: v for k, v in self.tensors().items() if not k.startswith(f"{checkpoint.OPTIMIZER}law.")}
-        kept_law, remembered = saved.state["law"], self.law.state_dict()
-        if unknown := set(kept_law) - set(remembered):
-            raise UserError(f"the checkpoint of step {saved.step} has {min(unknown)!r} of another law of t: it is damaged")
-        law = {f"{checkpoint.OPTIMIZER}law.{k}": torch.empty_like(remembered[k]) for k in kept_law}
-        saved.fill(own | law)
-        if law:
-            self.law.load_state_dict({name.rpartition(".")[2]: value for name, value in law.items()})
+        memories: dict[str, dict[str, Tensor]] = {}
+        for owner, kept in ((owner, saved.state.get(owner, [])) for owner in MEMORIES):
+            now = self.remembered().get(owner, {})
+            if unknown := set(kept) - set(now):
+                raise UserError(
+                    f"the checkpoint of step {saved.step} has {min(unknown)!r} of another {MEMORIES[owner]}: it is damaged"
+                )
+            memories[owner] = {name: torch.empty_like(now[name]) for name in kept}
+        own = {
+            k: v for k, v in self.tensors().items() if not k.startswith(tuple(f"{checkpoint.OPTIMIZER}{m}." for m in MEMORIES))
+        }
+        saved.fill(own | {f"{checkpoint.OPTIMIZER}{m}.{name}": t for m, kept in memories.items() for name, t in kept.items()})
+        for owner, kept in memories.items():
+            if kept:
+                getattr(self, owner).load_state_dict(kept)
         for name in COUNTS:
             setattr(self, name, saved.state[name])
         self.ema.updates = saved.state["ema_updates"]
@@ -178,7 +203,7 @@ def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[
         raise UserError(f"{weights.path} does not fit in {names}: --init_reset True starts these layers anew")
     for name, tensor in fits.items():
         shard.put(tensor, own[name])
-    for average in state.ema.averages.values():
+    for average in (*state.ema.averages.values(), *state.ema.powers.values()):
         copy_weights(state.params, average)
     return misfits + ([f"the classes {', '.join(new)}"] if new and CLASSES in fits else [])
 

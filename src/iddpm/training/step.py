@@ -13,6 +13,7 @@ from iddpm.data.batches import Batch
 from iddpm.diffusion.denoiser import Denoiser
 from iddpm.diffusion.objective import Terms
 from iddpm.diffusion.schedule import Schedule
+from iddpm.diffusion.weighting import Remembering
 from iddpm.parallel import processes, shard
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
@@ -27,11 +28,12 @@ class Method(NamedTuple):
     objective: Callable[..., Terms]
 
 
-def method_of(config: Config, net: nn.Module) -> Method:
-    """The method of a config around a network."""
+def method_of(config: Config, net: nn.Module, state: TrainState | None = None) -> Method:
+    """The method of a config around a network; of a run in training, its state has what the loss remembers."""
     device = next(net.parameters()).device
     denoiser = build.denoiser(config, build.in_precision(net, device, config.train.precision))
-    return Method(net, denoiser, build.schedule(config), build.objective(config))
+    objective = build.objective(config, state.weighting, state.progress) if state else build.objective(config)
+    return Method(net, denoiser, build.schedule(config), objective)
 
 
 def train_step(state: TrainState, config: Config, method: Method, batch: Batch, meter: Meter) -> None:
@@ -47,7 +49,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
     # the CPU, in float64 (8 bytes an image), where the schedule works its alpha and sigma out.
     draw = state.law(rng.uniform(settings.seed, rng.TIME, state.step, n))
     u, weight = (of_all[mine.start : mine.stop] for of_all in draw)
-    losses = torch.zeros(n, device=device)  # of this process's images, each in its place in the whole batch
+    losses, errors = torch.zeros(2, n, device=device)  # of this process's images, each in its place in the whole batch
 
     state.net.train()
     torch.manual_seed(_dropout_seed(settings.seed, state.step))
@@ -68,7 +70,9 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
             (state.scale.factor * share * (terms["loss"] * w).sum()).backward()
         if not repeats:
             meter.add({name: term * w for name, term in terms.items()}, (u[part] * 4).long().to(device))
-            losses[mine.start + part.start : mine.start + part.stop] = terms["loss"].detach()
+            place = slice(mine.start + part.start, mine.start + part.stop)
+            losses[place] = terms["loss"].detach()
+            errors[place] = terms.get("mse", terms["loss"]).detach()
 
     # fp16 gradients come larger by the loss scale, which keeps small ones from vanishing: back to their size before they are
     # clipped or looked at.
@@ -86,6 +90,9 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         if state.law.looks:  # all processes' losses come together only for a law that reads them
             processes.sum_(losses)
             state.law.update(draw.u, losses)
+        if isinstance(state.weighting, Remembering):
+            processes.sum_(errors)
+            state.weighting.update(schedule(draw.u), errors)
         meter.add({"grad_norm": norm[None]})
         state.health.add({"loss": losses[mine.start : mine.stop]})
     if state.step == 0:

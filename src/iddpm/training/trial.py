@@ -24,7 +24,7 @@ STEPS = 4  # of a trial: the first warms up, and the median of the others counts
 def timed(config: Config, device: torch.device, batches: Iterator[Batch]) -> tuple[TrainState, float]:
     """Take steps on some batches; returns the state they end in, and the seconds of a step with its batch."""
     state, meter, seconds = TrainState(config, device), Meter(), []
-    method = method_of(config, state.parallel)
+    method = method_of(config, state.parallel, state)
     for _ in range(STEPS):
         began = time.perf_counter()
         train_step(state, config, method, next(batches), meter)
@@ -41,6 +41,8 @@ def example(config: Config, images: int, device: str | torch.device = "cpu") -> 
     cond = {}
     if m.class_cond:
         cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
+    if m.trained_guidance:
+        cond["scale"] = torch.ones(images, device=device)
     if shape := given_shape(m):
         cond["given"] = torch.zeros(images, *shape, device=device)
     if m.low_res_noise:
@@ -82,7 +84,7 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
     order = Order(len(data), config.train.seed)
     state, seconds = timed(config, device, (make_batch(config, data, order, step, step * n) for step in range(STEPS)))
-    weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages)
+    weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages) + len(state.ema.powers)
     say(config.to_json())
     shapes = example(config, len(processes.share(n)), "meta")
     seen = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.cond.items())

@@ -1,0 +1,97 @@
+"""`iddpm ema`: averages of any width, made after the training."""
+
+from pathlib import Path
+from typing import Any
+
+from iddpm.cli.evaluate import of_run
+from iddpm.cli.flags import Parser, Verb, file_to_write
+from iddpm.config import Evaluate, Sample, Which, make, settings_of
+from iddpm.errors import UserError
+from iddpm.store.remote import place
+
+WHICH = ("device", "precision", "batch_size")
+DISTANCES = ("kd", "fd", "sfd")
+
+
+def _parser(parser: Parser) -> None:
+    parser.add_argument("run", help="a run that was trained with --ema_power")
+    parser.add_flag(
+        "std", float, "the relative width of the average: 0.05 is made of about the last tenth of the run", default=0.0
+    )
+    parser.add_flag("step", int, "as of the newest snapshot up to this step; -1: of all", default=-1)
+    parser.add_flag("best", bool, "instead: search the width whose samples are nearest to --reference", default=False)
+    parser.add_argument("--out", default="", metavar="FILE", help="where the weights go [RUN/ema-STD.safetensors]")
+    parser.add_fields(Evaluate, "How --best measures")
+    parser.add_fields(Sample, "How --best draws", inherited=True)
+    parser.add_fields(Which, "On what", only=WHICH)
+
+
+def _ema(run: str, std: float, step: int, best: bool, out: str, **given: Any) -> None:
+    if best == bool(std):
+        raise UserError("which average? --std 0.05, or --best --reference DATA, which searches it")
+    if given and not best:
+        raise UserError(f"--{next(iter(given))} has no effect without --best")
+    from iddpm.training.after import keep, made
+
+    folder = place(run)
+    if not best:
+        path = file_to_write(out or folder / f"ema-{std:g}.safetensors", "--out", ".safetensors")
+        average = made(folder, std, step)
+        keep(average, std, path)
+        print(
+            f"{path}: the average of relative width {std:g} at step {average.step}; of its profile {average.missed:.1%} is missed"
+        )
+        print(f"next: iddpm sample {path}")
+        return
+    _search(folder, step, out, given)
+
+
+def _search(run: Path, step: int, out: str, given: dict[str, Any]) -> None:
+    settings, which = make(Evaluate, {"metrics": "kd", **given}), make(Which, given)
+    changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
+    if not settings.reference:
+        raise UserError("--best compares samples with real images: --reference DATA")
+    if settings.metrics not in DISTANCES:
+        raise UserError(f"--metrics {settings.metrics}: --best goes by one distance: {', '.join(DISTANCES)}")
+    from iddpm import build
+    from iddpm.measure import compare
+    from iddpm.parallel import processes
+    from iddpm.training.after import keep, made, search
+
+    def path_of(std: float) -> Path:
+        return run / f"ema-{std:g}.safetensors"
+
+    with processes.session(build.device(which.device)) as device:
+
+        def distance(std: float) -> float:
+            average = made(run, std, step)
+            if not processes.rank():
+                keep(average, std, path_of(std))
+            processes.barrier()
+            found = compare.evaluate(
+                of_run(path_of(std), settings, which, changes), settings, device, batch_size=which.batch_size
+            )
+            value: float = processes.same(found.findings[0].estimate.value if found else None)
+            if not processes.rank():
+                print(
+                    f"--std {std:<6g} {settings.metrics.upper()} {value:.4g}   ({average.missed:.1%} of its profile missed)",
+                    flush=True,
+                )
+            return value
+
+        kept = set(run.glob("ema-*.safetensors"))
+        found = search(distance)
+        chosen = min(found, key=lambda std: found[std])
+        if processes.rank():
+            return
+        target = file_to_write(out or path_of(chosen), "--out", ".safetensors")
+        for std in found:
+            if path_of(std) not in kept:
+                path_of(std).unlink(missing_ok=True)
+        keep(made(run, chosen, step), chosen, target)
+        print(f"the best: --std {chosen:g}, {settings.metrics.upper()} {found[chosen]:.4g}: {target}")
+        print(f"next: iddpm sample {target}")
+
+
+HELP = "averages of any width, made after the training from its snapshots"
+VERB = Verb(_ema, _parser, "RUN --std X", HELP)

@@ -1,0 +1,77 @@
+"""Which arithmetic is the faster on this machine: `--precision auto` times them on the run's own network before it begins."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from iddpm import build, rng
+from iddpm.config import Config
+from iddpm.parallel import processes
+from iddpm.training.step import method_of
+from iddpm.training.trial import example
+
+AUTO, EXACT = "auto", "fp32"
+GAIN = 1.1  # how many times as fast as fp32 another must be to be taken: it rounds more
+ROUNDS, SECONDS = 3, 6.0  # of timing, at most
+
+
+def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
+    """The config with `--precision auto` replaced by what is faster here, and a line on why; every process calls it."""
+    if config.train.precision != AUTO:
+        return config, []
+    others = [name for name in ("bf16", "fp16") if _runs(name, device)][:1]  # fp16 only where the device has no bf16
+    if not others:
+        return config.updated({"precision": EXACT}), []
+    seconds = measured(config, device, [EXACT, *others])
+    best = min(seconds, key=lambda name: seconds[name] * (1 if name == EXACT else GAIN))
+    told = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
+    return config.updated({"precision": best}), [f"precision: {best}, by a pass of an image on this machine: {told}"]
+
+
+def _runs(name: str, device: torch.device) -> bool:
+    """Whether a device computes in a type itself, or says so."""
+    if device.type == "cuda":
+        return name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return name == "bf16" and device.type == "cpu"
+
+
+def measured(config: Config, device: torch.device, names: list[str]) -> dict[str, float]:
+    """The seconds that an image takes forward and backward in each precision.
+
+    The least of up to 3 rounds, in turn, of up to 16 images or about half a second each; of several processes the mean.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        net = build.network(config).to(device)
+    passes = {name: _passes(config.updated({"precision": name}), net, device) for name in names}
+    one = min(_timed(passes[EXACT], 1, device) for _ in range(2))  # the first warms up
+    images = max(1, min(len(processes.share(config.train.batch_size)), 16, int(0.5 / one)))
+    seconds = {name: _timed(run, images, device) for name, run in passes.items()}
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        if time.perf_counter() - began > SECONDS:
+            break
+        seconds = {name: min(seconds[name], _timed(run, images, device)) for name, run in passes.items()}
+    each = torch.tensor(list(seconds.values()), dtype=torch.float64) / images
+    processes.sum_(each)
+    return dict(zip(names, (each / processes.world()).tolist()))
+
+
+def _passes(config: Config, net: torch.nn.Module, device: torch.device) -> Callable[[int], None]:
+    _, denoiser, schedule, objective = method_of(config, net)
+
+    def run(images: int) -> None:
+        batch = example(config, images, device)
+        u = rng.uniform(0, rng.TIME, 0, images)
+        objective(denoiser, schedule, batch.x0, batch.eps, u, batch.cond)["loss"].sum().backward()
+        net.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _timed(run: Callable[[int], None], images: int, device: torch.device) -> float:
+    began = time.perf_counter()
+    run(images)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - began
