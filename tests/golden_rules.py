@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for
+from iddpm.nn import Classifier, GivenUNet, UNet, attention_rates, channel_mult_for
 
 M = TypeVar("M", bound=nn.Module)
 FOLDER = Path(__file__).parent / "goldens"
@@ -110,7 +110,7 @@ def published_network(kind: str, flags: dict[str, Any]) -> UNet | Classifier:
     f = IMAGE_FLAGS | ({"large_size": 256} if super_res else {}) | flags
     side = f["large_size"] if super_res else f["image_size"]
     mult = channel_mult_for(min(side, 256) if super_res else side)  # the published upsampler to 512 pixels is built as for 256
-    return (SuperResUNet if super_res else UNet)(
+    return (GivenUNet if super_res else UNet)(
         3,
         f["num_channels"],
         6 if f["learn_sigma"] else 3,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,12 @@ def test_the_guides_programs_run_one_after_another(there):
     for run in ("huber", "arc", "plain", "stripes"):
         assert (there / "runs" / run / "checkpoints" / "step_00000002").is_dir()
     assert json.loads((there / "runs/plain/config.json").read_text())["own"]["width"] == 8
+
+
+def test_the_program_of_the_guide_to_pairs_runs(there):
+    (program,), names = programs("docs/guides/translate.md"), dict[str, Any]()
+    exec(compile(re.sub(r"(iddpm\.train\(.*)\)", r"\1, sampling_steps=3)", program), "translate.md", "exec"), names)
+    assert names["several"].shape == (4, 8, 8, 3) and len({image.tobytes() for image in names["several"]}) == 4
 
 
 @pytest.fixture

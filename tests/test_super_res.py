@@ -106,7 +106,7 @@ def test_noise_on_the_small_image_has_its_level(config, photos):
     config = config.updated(dict(SMALL, class_cond=False, low_res_noise=0.5, batch_size=200))
     data = Images.open(photos, (16, 16), 1)
     batch = make_batch(config, data, Order(12, 0), 0, 0)
-    noise = batch.cond["low_res"] - shrink(batch.x0, (8, 8))
+    noise = batch.cond["given"] - shrink(batch.x0, (8, 8))
     level = batch.cond["low_res_level"]
     assert 0 <= level.min() < 0.05 and 0.45 < level.max() < 0.5
     assert (noise.flatten(1).std(1) / level)[level > 0.05].mean().item() == pytest.approx(1, abs=0.02)

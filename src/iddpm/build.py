@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iddpm.config import FOUND, Config, image_size, is_chain
+from iddpm.config import FOUND, Config, given_shape, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import (
     Cond,
@@ -47,7 +47,7 @@ def network(config: Config) -> nn.Module:
         # with --class_dropout one more stands for no class
         classes=m.num_classes + (m.class_dropout > 0) if m.class_cond and not task.classifies else None,
         logits=task.classifies,
-        small=task.enlarges,
+        given=(given_shape(m) or (0,))[0],
         small_level=m.low_res_noise > 0,
         scale=m.trained_guidance > 0,
     )
@@ -161,14 +161,23 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
         if _knows_guidance(config):
             denoise = told(bare, cond, s.guidance, s.guidance_low, s.guidance_high)
         elif s.guidance != 1:
-            without = {**cond, "y": torch.full_like(cond["y"], config.model.num_classes)}
-            denoise = classifier_free(bare, cond, without, _steering(config, s.guidance))
+            denoise = classifier_free(bare, cond, _dropped(config, cond), _steering(config, s.guidance))
         if weak:
             other = dataclasses.replace(sampling_denoiser(weak.config, weak.net), after=())
             seen = {name: value for name, value in cond.items() if name != "y" or weak.config.model.class_cond}
             denoise = autoguided(denoise, partial(other, cond=seen), _steering(config, weak.scale))
         denoise = limited(denoise, *made.after)
     return first_known(denoise) if s.skip_first else denoise
+
+
+def _dropped(config: Config, cond: Cond) -> dict[str, Tensor]:
+    """The conditions without what is dropped in training: the class, the image given."""
+    m, without = config.model, dict(cond)
+    if m.class_dropout:
+        without["y"] = torch.full_like(cond["y"], m.num_classes)
+    if m.given_dropout:
+        without["given"] = torch.zeros_like(cond["given"])
+    return without
 
 
 def _knows_guidance(config: Config) -> bool:
@@ -239,9 +248,10 @@ def require_fit(config: Config) -> Config:
         raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
     if not d.learn_sigma and loss in LEARN_VARIANCE:
         raise UserError(f"--objective {d.objective} needs --learn_sigma True")
-    if config.sample.guidance != 1 and not config.model.class_dropout:
+    if config.sample.guidance != 1 and not (config.model.class_dropout or config.model.given_dropout):
+        dropout = "--given_dropout 0.1 or --class_dropout 0.1" if config.task.translates else "--class_dropout 0.1"
         raise UserError(
-            "--guidance needs a model trained with --class_dropout 0.1, which this is not: guide by --classifier or --autoguide"
+            f"--guidance needs a model trained with {dropout}, which this is not: guide by --classifier or --autoguide"
         )
     changes = [("--noise_candidates", "the law of the noise")] * (config.train.noise_candidates > 1)
     changes += [("--trained_guidance", "what is learned")] * (config.model.trained_guidance > 0)
@@ -276,6 +286,8 @@ def _require_known_guidance(config: Config) -> None:
     most, s = config.model.trained_guidance, config.sample
     if most and not _takes(row("objective", config.diffusion.objective_name), "toward"):
         raise UserError(f"--trained_guidance has no part in --objective {config.diffusion.objective_name}: take simple")
+    if most and config.model.given_dropout:
+        raise UserError("--trained_guidance is by the class alone: leave out --given_dropout")
     if 0 < most <= 1:
         raise UserError(f"--trained_guidance {most:g} teaches nothing, for 1 is no guidance: as 3, or 0 for none")
     if _knows_guidance(config) and not 1 <= s.guidance <= most:

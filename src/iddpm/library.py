@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iddpm import build
-from iddpm.config import Config, Evaluate, Sample, Which, check, image_size, make
+from iddpm.config import Config, Evaluate, Sample, Which, check, given_shape, image_size, make
 from iddpm.config.run import typed
 from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import Grid, Step
@@ -50,23 +50,36 @@ class Model:
         return self.config.data.classes if self.config.model.class_cond else ()
 
     def sample(
-        self, n: int, *, seed: int = 0, labels: str | Sequence[int | str] = (), low_res: np.ndarray | None = None, **how: Any
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        labels: str | Sequence[int | str] = (),
+        low_res: np.ndarray | None = None,
+        given: np.ndarray | None = None,
+        **how: Any,
     ) -> np.ndarray:
         """n images (n, H, W, C) uint8, of the seeds `seed`, `seed` + 1 ...: image k depends on its seed alone.
 
-        `labels` are classes by name or number, taken in turn (default: all); `low_res` (n, h, w, C) uint8 is what a
-        super-resolution model enlarges; `how` are flags of `iddpm sample`: solver, sampling_steps (or steps), eta ...
+        `labels` are classes by name or number, taken in turn (default: all). `low_res` (n, h, w, C) uint8 is what a
+        super-resolution model enlarges, `given` (n, H, W, G) uint8 what a model of --task translate is given. `how` are flags of
+        `iddpm sample`: solver, sampling_steps (or steps), eta ...
         UserError for what the model or the solver does not know.
         """
         config = self._changed(how)
         if config.task.classifies:
             raise UserError(f"{self.opened.weights.path} is a classifier, which draws nothing")
-        if config.task.enlarges != (low_res is not None):
-            raise UserError("low_res (n, h, w, C) uint8: " + ("which images?" if low_res is None else "it enlarges nothing"))
-        if low_res is not None and len(low_res) != n:
-            raise UserError(f"low_res holds {len(low_res)} images, and {n} are asked for")
-        named = labels if isinstance(labels, str) else ",".join(map(str, labels))
-        task: Job = job(config, range(seed, seed + n), named)._replace(low_res=low_res)
+        named = {name: np.asarray(images) for name, images in (("low_res", low_res), ("given", given)) if images is not None}
+        if bad := next((name for name in named if name not in config.task.inputs), ""):
+            raise UserError(f"{bad}: this is {config.task.help}, which is not given such images")
+        if config.task.inputs and not named:
+            raise UserError(f"this is {config.task.help}: of which images? {config.task.inputs[0]}=, (n, h, w, channels) uint8")
+        shape, of = given_shape(config.model), next(iter(named.values()), None)
+        if shape and of is not None and (of.dtype != np.uint8 or of.shape != (n, *shape[1:], shape[0])):
+            wanted = f"({n}, {shape[1]}, {shape[2]}, {shape[0]}) uint8"
+            raise UserError(f"{next(iter(named))} must be {wanted}, an image for each that is drawn, not {of.shape} {of.dtype}")
+        wanted = labels if isinstance(labels, str) else ",".join(map(str, labels))
+        task: Job = job(config, range(seed, seed + n), wanted)._replace(given=of)
         paint = painter(config, self.opened.net, self.device)
         height, width = image_size(config.model)
         empty = np.zeros((0, height, width, config.model.image_channels), np.uint8)
@@ -80,7 +93,7 @@ class Model:
     def denoise(self, x: Tensor, level: Level | Step, **cond: Tensor) -> Prediction:
         """What the network says of x_t (B, C, H, W) at a level: `.x0`, and at a step of a grid `.mean` and `.log_var`.
 
-        `cond` is what else it sees: y (B,) int64 classes, low_res (B, C, h, w) in [-1, 1].
+        `cond` is what else it sees: y (B,) int64 classes, given (B, G, h, w) in [-1, 1].
         """
         at = {name: value.to(self.device) for name, value in cond.items()}
         return build.sampling_denoiser(self.config, self.opened.net)(x.to(self.device), level, at)
@@ -121,18 +134,20 @@ class Model:
 def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Path = "", **settings: Any) -> Path:
     """Train a model, or go on with its run, to its end; returns the run's folder, for `load`.
 
-    `data` is a folder or archive of images, or a data set of the program's own: len(data) and data[k] -> (image, label).
+    `data` is a folder or archive of images, or a data set of the program's own: len(data) and data[k] -> (image, label). For
+    task="translate" so is `given`, which holds the image that the model is given for each of them.
     `config` is the config.json of a run to begin as. `settings` are flags of `iddpm train`; in the place of a name, a choice may
     be the program's own: objective=my_loss. UserError where it cannot be done, saying what to change.
     """
     from iddpm.training.start import default_run, start
 
-    path = data if isinstance(data, (str, Path)) else ""
+    path, given = data if isinstance(data, (str, Path)) else "", settings.get("given", "")
     if not path and not run and not preset:
         raise UserError("run='runs/NAME': a data set of the program's own names no folder")
+    own_given = None if isinstance(given, (str, Path)) else settings.pop("given")
     settings = typed(settings)
     folder = place(run) if run else default_run(str(path), preset, settings)[0]
-    start(folder, str(path), preset, settings, own=None if path else data, recipe=str(config))
+    start(folder, str(path), preset, settings, own=None if path else data, recipe=str(config), own_given=own_given)
     return folder
 
 

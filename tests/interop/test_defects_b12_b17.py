@@ -13,7 +13,7 @@ from PIL import Image
 
 from iddpm.cli.flags import Parser
 from iddpm.config import Config
-from iddpm.data import Images, Order, batches, images, labels, sources
+from iddpm.data import Images, Order, batches, given, images, labels, sources
 from iddpm.data.batches import Batch, make_batch
 from iddpm.data.labels import Found, Label
 from iddpm.data.sources import Folder, source
@@ -295,7 +295,7 @@ def labels_are_left_out(patch):
 
 
 def low_res_as_it_comes(patch):
-    patch.setattr(batches, "shrink", lambda x0, size: F.interpolate(x0, size, mode="area"))
+    patch.setattr(given, "shrink", lambda x0, size: F.interpolate(x0, size, mode="area"))
 
 
 def sigma_small_is_no_flag(patch):
@@ -314,8 +314,8 @@ def sigma_small_has_no_default(patch):
 def enlarged(folder: Path, model: Path, **settings: object) -> dict[str, np.ndarray]:
     base = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "base.npz", base, np.array([2, 0, 1]))
-    given = SMALL | dict(model_path=model, base_samples=folder / "base.npz", num_samples=10)
-    assert command(folder, "super_res_sample", **given, timestep_respacing="4", **settings) == 0
+    flags_given = SMALL | dict(model_path=model, base_samples=folder / "base.npz", num_samples=10)
+    assert command(folder, "super_res_sample", **flags_given, timestep_respacing="4", **settings) == 0
     return arrays(folder)
 
 
@@ -350,7 +350,7 @@ def test_b16_each_base_sample_is_enlarged_once(upsampler, tmp_path):
 def test_b16_the_small_image_has_8_bits_in_training_as_in_sampling(pictures):
     config = flags.to_config("enlarge", SMALL | TRAIN | dict(data_dir=str(pictures)))
     images, config = batches.open_data(config)
-    levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["low_res"] + 1) * 127.5
+    levels = (make_batch(config, images, Order(len(images), 0), 0, 0).cond["given"] + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3
 
 

@@ -262,11 +262,11 @@ def test_an_upsampler_sees_the_small_image_of_each_and_no_noise_on_it(config, da
 
     bits_per_dim(config.updated(flat), spy, data, CPU, chosen=np.array([7, 3]), say=quiet)
     blocks = data.batch([7, 3]).reshape(2, 1, 4, 2, 4, 2).mean((3, 5))  # b c h 2 w 2
-    small = (seen[-1]["low_res"].numpy() + 1) * 127.5
+    small = (seen[-1]["given"].numpy() + 1) * 127.5
     assert np.abs(small - np.round(small)).max() < 1e-4
     assert np.abs(small - blocks).max() <= 0.5 + 1e-4
     assert seen[-1]["y"].tolist() == data.labels[[7, 3]].tolist()
-    assert set(seen[-1]) == {"y", "low_res"} | ({"low_res_level"} if augmented else set())
+    assert set(seen[-1]) == {"y", "given"} | ({"low_res_level"} if augmented else set())
     assert not augmented or seen[-1]["low_res_level"].tolist() == [0, 0]
 
 

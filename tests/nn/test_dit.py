@@ -72,7 +72,7 @@ def test_attention_sees_how_far_not_where() -> None:
 
 
 def test_time_class_and_small_image_count() -> None:
-    model = awake(net(num_classes=3, images=2))
+    model = awake(net(num_classes=3, given_channels=3))
     y, small = torch.tensor([0, 2]), torch.randn(2, 3, 4, 6)
     out = model(X, T, y, small)
     assert not torch.allclose(out, model(X, T + 50, y, small)) and not torch.allclose(out, model(X, T, 2 - y, small))

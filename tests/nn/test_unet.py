@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, published_network
-from iddpm.nn import Classifier, SuperResUNet, UNet, attention_rates, channel_mult_for, timestep_embedding
+from iddpm.nn import Classifier, GivenUNet, UNet, attention_rates, channel_mult_for, timestep_embedding
 from iddpm.nn.classifier import POOLS
 from iddpm.nn.layers import Downsample, GroupNorm, attend
 
@@ -44,7 +44,7 @@ def test_outputs_and_gradients_are_those_of_the_published_network(entry: dict[st
     cond = {"y": torch.tensor([1, 998])} if config.get("class_cond") else {}
     first_input = {"improved_unet": 10, "improved_super_res": 20, "guided_unet": 30, "guided_classifier": 40}[kind]
     if kind == "improved_super_res":
-        cond["low_res"] = image_tensor(21, (*shape[:2], config["small_size"], config["small_size"]))
+        cond["given"] = image_tensor(21, (*shape[:2], config["small_size"], config["small_size"]))
     out = net(image_tensor(first_input, shape), T, **cond)
     (out**2).mean().backward()
 
@@ -140,7 +140,7 @@ def test_a_classifier_gives_logits_with_every_pool(pool: str) -> None:
 
 
 def test_super_resolution_takes_any_smaller_size() -> None:
-    net = fill(SuperResUNet(1, 32, 1, 1, (), channel_mult=(1, 2)))
+    net = fill(GivenUNet(1, 32, 1, 1, (), channel_mult=(1, 2)))
     x = image_tensor(0, (2, 1, 16, 24))
     assert net(x, T, image_tensor(1, (2, 1, 5, 7))).shape == x.shape
 

@@ -64,9 +64,10 @@ def of_run(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, An
     from iddpm.sampling.open import open_weights
 
     opened, n = open_weights(run, which, changes), settings.num_samples or OF_A_RUN
-    if opened.config.task.enlarges:
-        raise UserError(f"{run} enlarges images: draw some with iddpm sample --high_res, and give their .npz")
-    if not opened.config.task.draws:
+    task = opened.config.task
+    if task.inputs:
+        raise UserError(f"{run} is {task.help}: draw some with iddpm sample --{task.inputs[-1]}, and give their .npz")
+    if not task.draws:
         raise UserError(f"{run} is a classifier, which draws nothing")
     starts = range(settings.seed, settings.seed + settings.draws * n, n)
     return [drawn(opened, job(opened.config, range(a, a + n), settings.labels)) for a in starts]

@@ -30,8 +30,6 @@ def _nll(run: str, data: str, **given: Any) -> None:
         raise UserError("--curve and --sampling_steps both say how many steps: give one")
     if measure.curve and measure.per_image:
         raise UserError("--per_image is of one chain, and --curve of several: give one")
-    if flag := next((f for f in ("trace", "dequantization") if f in given and not measure.ode), ""):
-        raise UserError(f"--{flag} has no effect without --ode")
     if flag := next((f for f in ("curve", "per_image", "against", "clip_denoised") if f in given and measure.ode), ""):
         raise UserError(f"--{flag} is of the bound, not of --ode: give one")
     folder = place(data)
@@ -44,7 +42,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
 
     with processes.session(build.device(which.device)):
         runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
-        _require_same_images(runs)
+        _require_same_images(runs, measure.given)
         beside = runs[0].home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
         out = file_to_write(measure.out or beside, "--out", ".json", "")
         if measure.ode:
@@ -53,7 +51,10 @@ def _nll(run: str, data: str, **given: Any) -> None:
         per_image = file_to_write(measure.per_image, "--per_image", ".csv", ".npz") if measure.per_image else None
         chains = chains_of(measure.curve, runs)
         figures.read(out.parent / report.FIGURES)  # a file that is none of ours is refused now, not after hours
-        images = [open_held_out(o.config, folder, name_classes=bool(per_image), keep=not measure.num_samples) for o in runs]
+        images = [
+            open_held_out(o.config, folder, measure.given, name_classes=bool(per_image), keep=not measure.num_samples)
+            for o in runs
+        ]
         leads = processes.rank() == 0
         if leads:
             print(describe(images[0]))
@@ -87,7 +88,7 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
     from iddpm.parallel import processes
     from iddpm.store.remote import write_file
 
-    images = open_held_out(opened.config, folder, keep=not measure.num_samples)
+    images = open_held_out(opened.config, folder, measure.given, keep=not measure.num_samples)
     if not processes.rank():
         print(describe(images))
         if was_trained_on(opened.config, images):
@@ -103,12 +104,15 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
     print(f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}")
 
 
-def _require_same_images(runs: "list[Opened]") -> None:
+def _require_same_images(runs: "list[Opened]", given: str) -> None:
     """UserError where a run has no likelihood, or two of them cannot see the same images."""
     shapes = []
     for opened in runs:
         if opened.config.task.classifies:
             raise UserError(f"{opened.weights.path} is a classifier: bits/dim are those of a model of images")
+        if opened.config.task.translates != bool(given):
+            fix = "--given has no effect" if given else "of images given which? --given FOLDER, with the names of DATA"
+            raise UserError(f"{opened.weights.path} is {opened.config.task.help}: {fix}")
         height, width = image_size(opened.config.model)
         shapes.append(f"{height}x{width} with {opened.config.model.image_channels} channels")
     if shapes[0] != shapes[-1]:

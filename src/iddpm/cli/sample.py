@@ -1,13 +1,28 @@
 """`iddpm sample`: draw images from a run; guided by a classifier, or enlarged by super-resolution models, where asked."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import FOUND, Config, Draw, Sample, Which, fields_of, image_size, is_chain, make, settings_of, small_size
+from iddpm.config import (
+    FOUND,
+    Config,
+    Draw,
+    Sample,
+    Which,
+    fields_of,
+    given_shape,
+    image_size,
+    is_chain,
+    make,
+    settings_of,
+    small_size,
+)
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 from iddpm.store.remote import place
 from iddpm.words import many
@@ -28,6 +43,7 @@ SAME_WORLD = (
     "image_size", "image_channels", "diffusion_steps", "noise_schedule", "snr_shift", "zero_terminal_snr", "rescale_timesteps",
 )  # fmt: skip
 SHAPING = ("classifier", "classifier_scale", "autoguide", "autoguidance", "low_res", "high_res", "low_res_noise")
+INPUTS = tuple(name for task in TASKS.values() for name in task.inputs)  # flags of the images that a model is given
 
 
 def _parser(parser: Parser) -> None:
@@ -41,8 +57,10 @@ def _sample(run: str, **given: Any) -> None:
     draw, which = make(Draw, given), make(Which, given)
     if draw.seeds and draw.num_samples:
         raise UserError("--seeds and --num_samples both say how many: give one")
-    if draw.low_res and draw.high_res:
-        raise UserError("--low_res and --high_res both give the images to enlarge: give one")
+    if len(named := [f"--{name}" for name in INPUTS if getattr(draw, name)]) > 1:
+        raise UserError(f"{' and '.join(named)} all name the images that the model is given: give one")
+    if draw.fit and draw.given.endswith(".npz"):
+        raise UserError("--fit scales files of images: those of an .npz are taken as they are")
     idle = given.keys() & (fields_of(Draw).keys() - {"find_grid"} | {"solver"})
     if draw.find_grid and idle:
         raise UserError(f"--{min(idle)} has no effect with --find_grid, which draws nothing")
@@ -65,8 +83,9 @@ def _sample(run: str, **given: Any) -> None:
         solver = build.solver(first.config)  # now, so that what it refuses leaves nothing behind
         guide = _guide(draw, first, which) if draw.classifier else None
         weak = _weak(draw, first, which) if draw.autoguide else None
-        small = inputs(draw, first.config) if first.config.task.enlarges else None
-        task = asked(draw, first.config, guide.config if guide else first.config, small)
+        classes_of = guide.config if guide else first.config
+        given_images = inputs(draw, first.config, classes_of) if first.config.task.inputs else None
+        task = asked(draw, classes_of, given_images)
         grids = [build.grid(o.config) for o in chain]
         step, rate = first.weights.about["step"], first.weights.about.get("ema_rate", 0)
         steering: dict[str, Any] = dict(guide=guide, weak=weak[1] if weak else None)
@@ -83,7 +102,7 @@ def _sample(run: str, **given: Any) -> None:
             return images(painters, rest, which.batch_size)
 
         drawn = draw_into(
-            out, chain[-1].config, task, identity, drawing, keep=bool(small),
+            out, chain[-1].config, task, identity, drawing, keep=bool(given_images),
             ticks=lambda n: sum(g.steps for g in grids) * -(-n // (which.batch_size * processes.world())),
         )  # fmt: skip
         if processes.rank():
@@ -94,8 +113,8 @@ def _sample(run: str, **given: Any) -> None:
         steps = "its own" if getattr(solver, "own_steps", False) else " + ".join(str(g.steps) for g in grids)
         how = f"{first.config.sample.solver}, {steps} steps, {whose}"
         print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
-        if small and drawn is not None:
-            _compare(first.config, out, drawn, small, list(task.seeds))
+        if given_images and drawn is not None:
+            _compare(first.config, out, drawn, given_images, list(task.seeds))
 
 
 def _find_grid(run: str, steps: int, given: dict[str, Any], which: Which) -> None:
@@ -126,6 +145,8 @@ def _identity(draw: Draw, chain: "list[Opened]", others: "list[Weights]", task: 
     models = [*(o.weights for o in chain), *others]
     kept = {k: v for k, v in first.config.flat().items() if k in settings_of(Sample)}
     sampled = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}  # as it comes back from JSON
+    if draw.given and task.given is not None:  # what lies there, too: other images under the same path are another job
+        sampled |= dict(given=draw.given, fit=draw.fit, pixels=hashlib.sha256(task.given.tobytes()).hexdigest())
     return dict(
         weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
@@ -149,10 +170,13 @@ def _check(draw: Draw, chain: "list[Opened]") -> None:
     first, name = chain[0].config, chain[0].weights.path
     if first.task.classifies:
         raise UserError(f"{name} is a classifier, which draws nothing: give it as --classifier to another run")
-    if not first.task.enlarges and (flag := next((f for f in ("low_res", "high_res") if getattr(draw, f)), "")):
-        raise UserError(f"--{flag}: {name} does not enlarge images; to enlarge its samples: --then RUN")
-    if first.task.enlarges and not (draw.low_res or draw.high_res):
-        raise UserError(f"{name} enlarges images: which? --low_res SMALL_IMAGES, or iddpm sample BASE --then it")
+    if flag := next((f for f in INPUTS if getattr(draw, f) and f not in first.task.inputs), ""):
+        owner = next(task for task in TASKS.values() if flag in task.inputs)
+        instead = "; to enlarge its samples: --then RUN" if owner.enlarges else ""
+        raise UserError(f"--{flag} is for {owner.help}, and {name} is {first.task.help}{instead}")
+    if first.task.inputs and not any(getattr(draw, f) for f in first.task.inputs):
+        which = "--low_res SMALL_IMAGES, or iddpm sample BASE --then it" if first.task.enlarges else "--given IMAGES"
+        raise UserError(f"{name} is {first.task.help}: of which images? {which}")
     if draw.low_res_noise and not any(o.config.model.low_res_noise for o in chain):
         raise UserError("--low_res_noise has no effect: no model here was trained with it")
     for base, up in zip(chain, chain[1:]):
@@ -197,6 +221,8 @@ def _weak(draw: Draw, first: "Opened", which: Which) -> "tuple[Opened, Weak]":
     other = open_weights(where, dataclasses.replace(which, checkpoint_step=-1, best=False))
     if other.config.model.task != first.config.model.task:
         raise UserError(f"--autoguide {draw.autoguide} has --task {other.config.model.task}, the model {first.config.model.task}")
+    if (a := given_shape(other.config.model)) and (b := given_shape(first.config.model)) and a[0] != b[0]:
+        raise UserError(f"--autoguide {draw.autoguide} is given images of {a[0]} channels, the model those of {b[0]}")
     _same_world(f"--autoguide {draw.autoguide}", other.config, first.config)
     return other, Weak(other.config, other.net, draw.autoguidance)
 
@@ -213,18 +239,18 @@ def _same_world(flag: str, theirs: Config, ours: Config) -> None:
         raise UserError(f"{flag} draws classes, and the model knows none")
 
 
-def _compare(config: Config, out: Path, drawn: "np.ndarray", given: "Inputs", seeds: list[int]) -> None:
-    """Beside the enlarged images: how faithful they are, and a sheet of the first of them."""
+def _compare(config: Config, out: Path, drawn: "np.ndarray", inputs: "Inputs", seeds: list[int]) -> None:
+    """Beside what was made of the images given: a sheet of the first of them, and how faithful enlarged ones are."""
     from iddpm.measure.fidelity import fidelity
     from iddpm.sampling.sheets import comparison_file
 
-    small, originals = given.low_res[seeds], None if given.originals is None else given.originals[seeds]
+    given, originals = inputs.given[seeds], None if inputs.originals is None else inputs.originals[seeds]
     sheet, record = (out.with_name(f"{out.stem}_compared.{ending}") for ending in ("png", "json"))
-    comparison_file(config, sheet, drawn[:16], small[:16], None if originals is None else originals[:16])
-    print(f"beside the small images and their bicubic enlargement: {sheet}")
+    comparison_file(config, sheet, drawn[:16], given[:16], None if originals is None else originals[:16])
+    print(f"beside the small images and their bicubic enlargement: {sheet}" if config.task.enlarges else f"as pairs: {sheet}")
     if originals is None:
         return
-    result = fidelity(config, drawn, small, originals)
+    result = fidelity(config, drawn, given, originals)
     record.write_text(json.dumps(result, indent=1))
     for name, unit in (("psnr", " dB"), ("ssim", "")):
         if f"{name}_model" in result:

@@ -7,8 +7,8 @@ from iddpm.config import Config
 from iddpm.config.presets import PRESETS
 
 FIRST = (  # what the help shows before all other flags
-    "task", "image_size", "small_size", "image_channels", "class_cond", "random_flip", "validation", "steps", "images",
-    "batch_size", "lr", "precision", "device", "init_from", "sample_interval", "save_interval",
+    "task", "image_size", "small_size", "given", "given_channels", "image_channels", "class_cond", "random_flip", "validation",
+    "steps", "images", "batch_size", "lr", "precision", "device", "init_from", "sample_interval", "save_interval",
 )  # fmt: skip
 
 

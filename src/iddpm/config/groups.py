@@ -13,7 +13,9 @@ ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the origi
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet")
 _enlarge = partial(opt, fixed=True, only="task=enlarge")
-_draws = partial(opt, fixed=True, only="task=images|enlarge")  # for models of images, not for classifiers
+_translate = partial(opt, fixed=True, only="task=translate")
+IMAGES = f"task={'|'.join(name for name, task in TASKS.items() if not task.classifies)}"  # not for classifiers
+_draws = partial(opt, fixed=True, only=IMAGES)
 _chain = partial(opt, fixed=True, only="noise_schedule:betas")  # for discrete chains: schedules that have betas
 _measured = partial(opt, only="eval_every")
 
@@ -27,6 +29,10 @@ class Model:
     image_size: str = _fixed("64", "pixels, or HEIGHTxWIDTH")
     small_size: str = _enlarge("", "the size it enlarges from, pixels or HEIGHTxWIDTH")
     low_res_noise: float = _enlarge(0.0, "noise up to this deviation on the small image in training, told to the network", 0, 1)
+    given_channels: int = _translate(0, "channels of the image it is given: 1, 3 or 4 of files; 0: as image_channels", 0, 1024)
+    given_dropout: float = _translate(
+        0.0, "share of images trained without the one given (by zeros), so that --guidance can be used; 0.1 is usual", 0, 0.9
+    )
     image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
     num_channels: int = _unet(128, "channels of the first level", 1, 65536)
     num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)
@@ -47,7 +53,7 @@ class Model:
     class_cond: bool = _fixed(False, "condition on the classes of the data")
     class_dropout: float = _fixed(
         0.0, "share of images trained without their class, so that --guidance can be used; 0.1 is usual", 0, 0.9,
-        only="task=images|enlarge class_cond",
+        only=f"{IMAGES} class_cond",
     )  # fmt: skip
     trained_guidance: float = _fixed(
         0.0, "teach the network guidance up to this scale: --guidance then costs no second call; a step of training costs twice",
@@ -65,11 +71,11 @@ class Diffusion:
     parametrization: str = _draws("eps", "what the network predicts", kind="parametrization")
     learn_sigma: bool = _chain(
         False, "learn the variance too, between its two bounds (twice the output channels)",
-        only="task=images|enlarge noise_schedule:betas",
+        only=f"{IMAGES} noise_schedule:betas",
     )  # fmt: skip
     sigma_small: bool = _chain(
         False, "of the two fixed variances take the posterior's, not beta",
-        only="task=images|enlarge noise_schedule:betas learn_sigma=False",
+        only=f"{IMAGES} noise_schedule:betas learn_sigma=False",
     )  # fmt: skip
     snr_shift: float = _fixed(
         1.0, "how many times as large sigma/alpha is at every step: larger images need more noise (as 2 for twice the side)",
@@ -98,7 +104,9 @@ class Data:
         "auto", "where classes come from; original: prefix if every name has one, else folder",
         choices=("auto", "file", "folder", "prefix", "original", "none"),
     )  # fmt: skip
+    given: str = opt("", "the images it is given: a folder or archive, whose names are those of DATA", only="task=translate")
     validation: str = opt("", "held-out images, on which the loss is measured every --validation_interval steps")
+    validation_given: str = opt("", "the images given with the held-out ones", only="task=translate validation")
     random_flip: bool = opt(False, "mirror half of the training images")
     random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")
     on_broken: str = opt("skip", "a file that cannot be read: name and skip it, or stop", choices=("skip", "fail"))
@@ -152,7 +160,7 @@ class Train:
     timeout: float = opt(1800.0, "seconds that several processes wait for one that hangs", 1, 10**7)
     noise_candidates: int = opt(
         1, "draw so many noises for each image and train on the nearest (Wang et al. 2025, k-nearest immiscible diffusion)",
-        1, 64, only="task=images|enlarge",
+        1, 64, only=IMAGES,
     )  # fmt: skip
     init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
     init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
@@ -217,6 +225,8 @@ class Draw:
         2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", 0, only="autoguide"
     )
     then: str = opt("", "super-resolution runs that enlarge the images, comma-separated")
+    given: str = opt("", "the images given to the model (--task translate): a folder, an archive, one image or an npz")
+    fit: bool = opt(False, "scale and crop them to the model's size, as in training", only="given")
     low_res: str = opt("", "the small images to enlarge (--task enlarge), a folder or an npz")
     high_res: str = opt("", "or full-size images, to be shrunk, enlarged again and compared")
     low_res_noise: float = opt(0.0, "noise put on the small images, for a model trained with it", 0, 1)
@@ -262,6 +272,7 @@ class Measure:
         choices=("uniform", "truncated_normal"),
         only="ode",
     )
+    given: str = opt("", "the images given with those of DATA, of the same names (--task translate)")
     per_image: str = opt("", "also the bits/dim of each image, as a .csv or .npz")
     against: str = opt("", "another run, measured on the same images and noise: tells the difference to it")
 

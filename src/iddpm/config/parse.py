@@ -5,6 +5,7 @@ from typing import Any
 
 from iddpm.config.choices import choices
 from iddpm.config.groups import Diffusion, Model, Train
+from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 
 MOST_SEEDS = 10**7
@@ -37,6 +38,14 @@ def small_size(model: Model) -> tuple[int, int]:
     if any(big % little or big == little for big, little in zip(large, small)):
         raise UserError(f"--small_size {model.small_size}: {model.image_size} must be a whole multiple of it, twice or more")
     return small
+
+
+def given_shape(model: Model) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the image that a model is given beside noise; None for a task without one."""
+    task = TASKS[model.task]
+    if task.enlarges:
+        return model.image_channels, *small_size(model)
+    return (model.given_channels or model.image_channels, *image_size(model)) if task.translates else None
 
 
 def _size(text: str, name: str, low: int) -> tuple[int, int]:

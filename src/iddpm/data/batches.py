@@ -11,22 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm import rng
-from iddpm.config import Config, image_size, small_size
+from iddpm.config import Config, given_shape, image_size
 from iddpm.data import DataSet, Dataset, Images, Order, Own
-from iddpm.data.super_res import shrink
+from iddpm.data.given import shown
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 
 
-def open_data(config: Config, own: Dataset | None = None) -> tuple[DataSet, Config]:
+def open_data(config: Config, own: Dataset | None = None, own_given: Dataset | None = None) -> tuple[DataSet, Config]:
     """The images of a config, or a data set of the program's own, and the config with the classes found in them.
 
-    UserError where they do not fit.
+    `own_given` is the data set of the images that are given with those. UserError where they do not fit.
     """
     m, size = config.model, source_size(config)
-    classes = config.data.classes or None
+    classes, given = config.data.classes or None, config.data.given
+    if config.task.translates and not given:
+        raise UserError(
+            f"--task {m.task}: which images is it given? --given FOLDER, with the names of {config.data.path or 'DATA'}"
+        )
+    given_channels = (given_shape(m) or (0,))[0] if given else 0
     images: DataSet = (
-        Own(own, size, m.image_channels, classes)
+        Own(own, size, m.image_channels, classes, own_given, given_channels)
         if own is not None
         else Images.open(
             config.data.path,
@@ -36,6 +41,8 @@ def open_data(config: Config, own: Dataset | None = None) -> tuple[DataSet, Conf
             cache_bytes=int(config.data.cache_gb * 2**30),
             labels=config.data.labels,
             classes=classes,
+            given=given,
+            given_channels=given_channels,
         )
     )
     if not m.class_cond:
@@ -54,7 +61,8 @@ def open_validation(config: Config) -> DataSet | None:
     """The held-out images of a config, of the same classes; None where it names none."""
     if not config.data.validation:
         return None
-    return open_data(config.updated(dict(path=config.data.validation, random_crop=False)))[0]
+    held_out = dict(path=config.data.validation, given=config.data.validation_given, random_crop=False)
+    return open_data(config.updated(held_out))[0]
 
 
 class Batch(NamedTuple):
@@ -62,37 +70,42 @@ class Batch(NamedTuple):
 
     x0: Tensor  # (b, C, H, W) in [-1, 1]
     eps: Tensor  # (b, C, H, W)
-    cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, low_res (b, C, h, w) ...
+    cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, given (b, G, h, w) ...
 
 
 def make_batch(config: Config, data: DataSet, order: Order, step: int, position: int, train: bool = True) -> Batch:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
     Every number depends on the seed, the step and the image's place in the global batch alone. Without `train` all keep
-    their class.
+    their class and the image given.
     """
     t, n = config.train, config.train.batch_size
     mine = processes.share(n)
     indices = order.indices(position + mine.start, len(mine))
-    x0 = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
-    if config.data.random_crop:
-        x0 = torch.stack([_cut(x, config, step, k) for x, k in zip(x0, mine)])
+    pixels = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
+    if config.data.random_crop:  # of pairs both images at once, as of one with more channels; so they are mirrored, too
+        pixels = torch.stack([_cut(x, config, step, k) for x, k in zip(pixels, mine)])
     if config.data.random_flip:
         flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
-        x0[flip] = x0[flip].flip(-1)
+        pixels[flip] = pixels[flip].flip(-1)
+    x0, given = shown(config, pixels)
     eps = rng.normal(t.seed, rng.NOISE, step, mine, x0.shape[1:])
     for k in range(1, t.noise_candidates):  # candidate k of image i of n is stream k n + i
         other = rng.normal(t.seed, rng.NOISE, step, [k * n + i for i in mine], x0.shape[1:])
         nearer = (other - x0).square().flatten(1).sum(1) < (eps - x0).square().flatten(1).sum(1)
         eps[nearer] = other[nearer]
-    cond = conditions(config, data, indices, x0, step, mine)
-    if config.model.class_dropout and train:
-        without = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop] < config.model.class_dropout
-        cond["y"] = torch.where(without, config.model.num_classes, cond["y"])
-        if most := config.model.trained_guidance:
+    cond = conditions(config, data, indices, given, step, mine)
+    m = config.model
+    if train and (m.class_dropout or m.given_dropout):
+        u = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop]  # one for both: guidance is away from neither
+        if m.class_dropout:
+            cond["y"] = torch.where(u < m.class_dropout, m.num_classes, cond["y"])
+        if m.given_dropout:  # by zeros, a grey between 127 and 128 that no file has
+            cond["given"] = torch.where((u < m.given_dropout).view(-1, 1, 1, 1), 0, cond["given"])
+        if most := m.trained_guidance:
             v = rng.uniform(t.seed, rng.SCALE, step, n)[mine.start : mine.stop].float()
             scale = 1 + (most - 1) * ((v - PLAIN) / (1 - PLAIN)).clamp(min=0)
-            cond["scale"] = torch.where(without, 1.0, scale)
+            cond["scale"] = torch.where(u < m.class_dropout, 1.0, scale)
     return Batch(x0, eps, cond)
 
 
@@ -116,19 +129,28 @@ def _cut(x: Tensor, config: Config, step: int, place: int) -> Tensor:
     return F.interpolate(window, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def conditions(config: Config, data: DataSet, indices: np.ndarray, x0: Tensor, step: int, places: range) -> dict[str, Tensor]:
-    """What a network sees beside x_t of the images x0 (b, C, H, W): their classes, and their small versions."""
+def whole(config: Config, pixels: Tensor) -> Tensor:
+    """Images (B, C, H, W) as a data set holds them, at the network's size: smaller where they are cut out at random."""
+    size = image_size(config.model)
+    fits = pixels.shape[2:] == size
+    return pixels if fits else F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def conditions(
+    config: Config, data: DataSet, indices: np.ndarray, given: Tensor | None, step: int, places: range
+) -> dict[str, Tensor]:
+    """What a network sees beside x_t: the classes of the images, and what it is `given` of each, (b, G, h, w)."""
     m, seed, cond = config.model, config.train.seed, {}
     if m.class_cond and data.labels is not None:
         cond["y"] = torch.from_numpy(data.labels[indices])
-    if config.task.enlarges:
-        cond["low_res"] = shrink(x0, small_size(m))
+    if given is not None:
+        cond["given"] = given
     if m.low_res_noise:
         levels = m.low_res_noise * rng.uniform(seed, rng.LOW_RES, step, config.train.batch_size).float()
         cond["low_res_level"] = levels[places.start : places.stop]
         streams = [1 + k for k in places]  # stream 0 gave the levels
-        noise = rng.normal(seed, rng.LOW_RES, step, streams, cond["low_res"].shape[1:])
-        cond["low_res"] = cond["low_res"] + cond["low_res_level"].view(-1, 1, 1, 1) * noise
+        noise = rng.normal(seed, rng.LOW_RES, step, streams, cond["given"].shape[1:])
+        cond["given"] = cond["given"] + cond["low_res_level"].view(-1, 1, 1, 1) * noise
     return cond
 
 

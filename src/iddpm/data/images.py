@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from iddpm.data.decode import decode, prepare
+from iddpm.data.decode import MODES, decode, prepare
+from iddpm.data.given import Others, Unlike, paired, require_alike
 from iddpm.data.labels import label, number, splits
 from iddpm.data.sources import Source, open_source
 from iddpm.errors import UserError
@@ -38,14 +39,22 @@ class Images:
     (H, W), `channels`.
 
     A broken file keeps its index, so that every process and every run agrees on the order; the next good
-    image (of its class, if there is one) stands in for it.
+    image (of its class, if there is one) stands in for it. With `others` images lie in pairs, and so are broken or stand in.
     """
 
-    def __init__(self, source: Source, image_size: tuple[int, int], channels: int = 3, on_broken: str = "skip") -> None:
-        self.source, self.names = source, source.names
+    def __init__(
+        self,
+        source: Source,
+        image_size: tuple[int, int],
+        channels: int = 3,
+        on_broken: str = "skip",
+        others: Others | None = None,
+    ) -> None:
+        self.source, self.names, self.others = source, source.names, others
         self.files = [source.path / name for name in source.names]
         self.image_size = image_size
         self.channels = channels
+        self.depth = channels + (others.channels if others else 0)  # channels of all that `batch` gives
         self.on_broken = on_broken
         self.labels: np.ndarray | None = None
         self.classes: tuple[str, ...] = ()
@@ -67,44 +76,55 @@ class Images:
         cache_bytes: int = 2 << 30,
         labels: str = "auto",
         classes: Sequence[str] | None = None,
+        given: str | Path = "",
+        given_channels: int = 0,
     ) -> "Images":
         """Find the images under `path`, a folder or an archive, label them, and decode them all if they fit in `cache_bytes`.
 
-        `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given.
+        `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given. `given` is a folder or
+        archive of other images, one for each, of the same name, which are read with `given_channels`.
         Raises UserError for a missing, unreadable or empty folder, a broken file if `on_broken` is 'fail',
-        labels that cannot be had by the rule, and labels that `classes` does not hold.
+        labels that cannot be had by the rule, labels that `classes` does not hold, and images without a partner.
         """
         if on_broken not in ON_BROKEN:
             raise UserError(f"on_broken={on_broken!r} is not known: use one of {', '.join(ON_BROKEN)}")
         source = open_source(place(path))
-        data = cls(source, image_size, channels, on_broken)
+        if given and given_channels not in MODES:
+            raise UserError(f"--given_channels {given_channels}: files have 1 (grey), 3 (colour) or 4 (with transparency)")
+        others = paired(source, open_source(place(given)), given_channels) if given else None
+        data = cls(source, image_size, channels, on_broken, others)
         found, data.rule = label(source, labels, classes)
         if found:
             data.labels, data.classes = number(found, classes)
-        keep = len(data) * channels * math.prod(image_size) <= cache_bytes
+        keep = len(data) * data.depth * math.prod(image_size) <= cache_bytes
         if keep or on_broken == "leave":
             data._decode_all(keep)
+        elif others:  # pairs that do not match are refused now, as far as some tell
+            list(data._read(data._few()))
         return data
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in."""
+        """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in.
+
+        Of pairs the other's channels follow behind the image's.
+        """
         if self._cache is not None:
             return self._cache[np.asarray(indices, np.int64)]
         wanted = [self._stand_in.get(int(i), int(i)) for i in indices]
-        out = np.empty((len(wanted), self.channels, *self.image_size), np.uint8)
+        out = np.empty((len(wanted), self.depth, *self.image_size), np.uint8)
         for row, pixels in enumerate(self._read(wanted)):
             out[row] = self._replace(wanted[row], pixels) if isinstance(pixels, UserError) else pixels
         return out
 
-    def require_size(self, size: tuple[int, int]) -> None:
-        """UserError for the first file that is not `size` (H, W) pixels as it lies there."""
+    def require_size(self, size: tuple[int, int], fix: str) -> None:
+        """UserError, with what to do about it, for the first file that is not `size` (H, W) pixels as it lies there."""
         for k, file in enumerate(self.files):
             found = self.picture(k).size[::-1]
             if found != size:
-                raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed")
+                raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed; {fix}")
 
     def describe(self) -> str:
         """Lines to print: how many images, what labels, what is left out, taken otherwise or broken."""
@@ -113,6 +133,8 @@ class Images:
         text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels; labels: {self.rule}"
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
+        if self.others:
+            text += f"\n{self.others.describe()}"
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
         text += self._told()
@@ -126,40 +148,62 @@ class Images:
 
     def identity(self) -> dict[str, str]:
         """What tells this set of images from another, by part: their number, names, sizes in bytes, some contents, labels."""
-        digests = {part: hashlib.blake2b(digest_size=8) for part in ("names", "sizes", "contents", "labels")}
+        parts = ("names", "sizes", "contents", "labels", *(("given",) if self.others else ()))
+        digests = {part: hashlib.blake2b(digest_size=8) for part in parts}
+        some = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
         for name in self.names:
             digests["names"].update(name.encode("utf-8", "surrogateescape") + b"\0")
             digests["sizes"].update(b"%d\0" % self.source.size(name))
-        for k in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int):
+        for k in some:
             digests["contents"].update(self.source.read(self.names[k]))
+        if self.others:
+            source, names = self.others.source, [self.others.names[name] for name in self.names]
+            for name in names:
+                digests["given"].update(name.encode("utf-8", "surrogateescape") + b"\0%d\0" % source.size(name))
+            for k in some:
+                digests["given"].update(source.read(names[k]))
         if self.labels is not None:
             digests["labels"].update(repr(self.classes).encode() + self.labels.tobytes())
         return {"count": str(len(self)), **{part: digest.hexdigest() for part, digest in digests.items()}}
 
     def picture(self, index: int) -> Image.Image:
         """An image as it lies there, in the channels asked for; UserError where it cannot be read."""
-        content = io.BytesIO(self.source.read(self.names[index]))
-        content.name = str(self.files[index])  # which `decode` tells
+        return self._picture(index, self.source, self.names[index], self.channels)
+
+    def _picture(self, index: int, source: Source, name: str, channels: int) -> Image.Image:
+        content = io.BytesIO(source.read(name))
+        content.name = str(source.path / name)  # which `decode` tells
 
         def say(note: str) -> None:
             with self._guard:  # threads read at once
                 self._notes[note].add(index)
 
-        return decode(content, self.channels, say)
+        return decode(content, channels, say)
 
     def _told(self) -> str:
         """A line on the images that are taken otherwise than they lie there; of many that are not kept, some are looked at."""
-        few = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
+        few = self._few()
         if self._cache is None:
             list(self._read(few))
         how = ", ".join(f"{len(which)} ({note})" for note, which in sorted(self._notes.items()))
         of = "" if self._cache is not None or len(few) == len(self) else f" (of {len(few)} looked at)"
         return f"\ntaken otherwise than stored{of}: {how}" if how else ""
 
+    def _few(self) -> list[int]:
+        """Some images, from the first to the last."""
+        few: list[int] = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
+        return few
+
     def _load(self, index: int) -> np.ndarray | UserError:
         try:
-            return prepare(self.picture(index), *self.image_size)
-        except Unreachable:  # no answer is no broken file
+            image = self.picture(index)
+            if not self.others:
+                return prepare(image, *self.image_size)
+            source, name = self.others.source, self.others.names[self.names[index]]
+            other = self._picture(index, source, name, self.others.channels)
+            require_alike(self.files[index], image.size, source.path / name, other.size)
+            return np.concatenate([prepare(each, *self.image_size) for each in (image, other)])
+        except (Unreachable, Unlike):  # no answer is no broken file, and no other pair stands in for one that does not match
             raise
         except UserError as error:
             return error
@@ -174,7 +218,7 @@ class Images:
 
     def _decode_all(self, keep: bool) -> None:
         """Decode all images, to keep them or only to know the broken ones: others stand in for these, or they are left out."""
-        cache = np.empty((len(self) if keep else 0, self.channels, *self.image_size), np.uint8)
+        cache = np.empty((len(self) if keep else 0, self.depth, *self.image_size), np.uint8)
         quiet = None if len(self) > PROGRESS_FROM else True  # None: a bar on a terminal only
         with closing(self._read(range(len(self)))) as read:  # so that an error stops the threads at once
             for index, pixels in enumerate(tqdm(read, "images", len(self), disable=quiet)):

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from iddpm.data.decode import MODES, prepare
+from iddpm.data.given import require_alike
 from iddpm.errors import UserError
 
 
@@ -23,11 +24,25 @@ class Dataset(Protocol):
 
 
 class Own:
-    """What training asks of images, of a program's data set; the arguments are those of `Images.open`."""
+    """What training asks of images, of a program's data set; the arguments are those of `Images.open`.
 
-    def __init__(self, data: Dataset, image_size: tuple[int, int], channels: int, classes: Sequence[str] | None = None):
+    `given` is a data set of the same length, whose image k is given with image k; it may have any number of channels.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        image_size: tuple[int, int],
+        channels: int,
+        classes: Sequence[str] | None = None,
+        given: Dataset | None = None,
+        given_channels: int = 0,
+    ):
         if not len(data):
             raise UserError("the data set is empty: len(data) is 0")
+        if given is not None and len(given) != len(data):
+            raise UserError(f"{len(data)} images and {len(given)} given with them: image k is given with image k, one for each")
+        self.given, self.given_channels = given, given_channels
         self.data, self.image_size, self.channels, self.rule = data, image_size, channels, "the data set's"
         self.files: list[Any] = [f"image {k}" for k in range(len(data))]
         first = data[0]
@@ -41,14 +56,14 @@ class Own:
             self.classes = tuple(classes or map(str, range(int(self.labels.max()) + 1)))
             if self.labels.max() >= len(self.classes):
                 raise UserError(f"the data set has the label {self.labels.max()}; the run knows {len(self.classes)} classes")
-        self._pixels(0, first)  # what cannot be read is told before a run is begun
+        self._pair(0, first)  # what cannot be read is told before a run is begun
 
     def __len__(self) -> int:
         return len(self.data)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`: uint8 (n, C, H, W)."""
-        return np.stack([self._pixels(int(k), self.data[int(k)]) for k in indices])
+        """The images at `indices`: uint8 (n, C, H, W); of pairs the other's channels follow behind the image's."""
+        return np.stack([self._pair(int(k), self.data[int(k)]) for k in indices])
 
     def describe(self) -> str:
         """A line to print: how many images, and what labels."""
@@ -59,25 +74,55 @@ class Own:
     def identity(self) -> dict[str, str]:
         """What tells it from another, part by part, as `Images.identity`: the length, the first image, the labels."""
         labels = b"" if self.labels is None else self.labels.tobytes()
-        parts = dict(contents=self._pixels(0, self.data[0]).tobytes(), labels=labels)
+        parts = dict(contents=self._pair(0, self.data[0]).tobytes(), labels=labels)
         return {"count": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
 
-    def _pixels(self, k: int, item: Any) -> np.ndarray:
+    def _pair(self, k: int, item: Any) -> np.ndarray:
+        """An image, with the one given with it where there are such: (C, H, W) uint8."""
+        image = _image(item)
+        pixels = self._pixels(k, image, self.channels)
+        if self.given is None:
+            return pixels
+        other = _image(self.given[k])
+        require_alike(f"image {k} of the data set", _size(image), f"image {k}", _size(other))
+        return np.concatenate([pixels, self._pixels(k, other, self.given_channels)])
+
+    def _pixels(self, k: int, image: Any, channels: int) -> np.ndarray:
         """An image as (C, H, W) uint8 of the run's size; one of another size is scaled and cropped as files are."""
-        image = item[0] if isinstance(item, (tuple, list)) else item
         if isinstance(image, Image.Image):
-            return prepare(image.convert(MODES[self.channels]), *self.image_size)
+            if channels not in MODES:
+                raise UserError(f"image {k} of the data set is a PIL image, and {channels} channels are asked for: give arrays")
+            return prepare(image.convert(MODES[channels]), *self.image_size)
         array = np.asarray(image)
         if array.dtype.kind == "f":
             if not (array.ndim == 3 and np.isfinite(array).all() and abs(array).max() <= 1.001):
                 raise UserError(f"image {k} of the data set: floats must be (C, H, W) in [-1, 1], not {array.shape}")
             array = np.rint((array.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
         array = array[..., None] if array.ndim == 2 else array
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels:
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
             raise UserError(
-                f"image {k} of the data set is {array.dtype} {array.shape}: give PIL images, uint8 (H, W, {self.channels}), "
-                f"or floats ({self.channels}, H, W) in [-1, 1]"
+                f"image {k} of the data set is {array.dtype} {array.shape}: give PIL images, uint8 (H, W, {channels}), "
+                f"or floats ({channels}, H, W) in [-1, 1]"
             )
         if array.shape[:2] == self.image_size:
             return np.ascontiguousarray(array.transpose(2, 0, 1))
-        return prepare(Image.fromarray(array[..., 0] if self.channels == 1 else array), *self.image_size)
+        if channels not in MODES:
+            height, width = self.image_size
+            raise UserError(
+                f"image {k} of the data set is {array.shape}: of {channels} channels it must have {height}x{width} pixels"
+            )
+        return prepare(Image.fromarray(array[..., 0] if channels == 1 else array), *self.image_size)
+
+
+def _image(item: Any) -> Any:
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """(width, height) of an image as a program gives it."""
+    if isinstance(image, Image.Image):
+        return image.size
+    shape = np.shape(image)
+    if len(shape) < 2:
+        return 0, 0  # `Own._pixels` refuses it
+    return (shape[2], shape[1]) if np.asarray(image).dtype.kind == "f" and len(shape) == 3 else (shape[1], shape[0])

@@ -13,7 +13,7 @@ from iddpm.diffusion.parametrization import Scalings
 from iddpm.diffusion.schedule import Level
 
 Network = Callable[..., Tensor]  # (x_t, time (B,), **cond) -> output; twice x_t's channels where the variance is learned
-Cond = Mapping[str, Tensor]  # what else the network sees: y (B,) classes, low_res (B, C, h, w)
+Cond = Mapping[str, Tensor]  # what else the network sees: y (B,) classes, given (B, G, h, w)
 
 
 class Prediction(NamedTuple):

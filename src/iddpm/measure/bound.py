@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from iddpm import build, rng
-from iddpm.config import Config, small_size
+from iddpm.config import Config
 from iddpm.data import DataSet, Order
-from iddpm.data.super_res import shrink
+from iddpm.data.given import shown
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
 from iddpm.diffusion.denoiser import Denoise, Network
 from iddpm.diffusion.grid import Chain, Grid
@@ -205,13 +205,13 @@ def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes
 
 
 def batch_of(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and small image without noise."""
+    """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and the image given, without noise."""
     m, cond = config.model, {}
-    x0 = torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1
+    x0, given = shown(config, torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1)
     if m.class_cond and data.labels is not None:
         cond["y"] = torch.from_numpy(data.labels[indices]).to(device)
-    if config.task.enlarges:
-        cond["low_res"] = shrink(x0, small_size(m))
+    if given is not None:
+        cond["given"] = given
     if m.low_res_noise:
         cond["low_res_level"] = x0.new_zeros(len(x0))
     return x0, cond

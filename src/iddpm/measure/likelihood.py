@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from iddpm import build
-from iddpm.config import Config, Measure, check, image_size
+from iddpm.config import Config, Measure, check, given_shape, image_size
 from iddpm.data import Images, Own
 from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
@@ -21,16 +21,21 @@ from iddpm.store.remote import place, remote
 CACHE = 2 << 30  # bytes of decoded images that are kept in memory
 
 
-def open_held_out(config: Config, path: Path, *, name_classes: bool = False, keep: bool = True) -> Images:
+def open_held_out(config: Config, path: Path, given: str = "", *, name_classes: bool = False, keep: bool = True) -> Images:
     """The images, with the classes of the run; for a run without classes, with the data's own where `name_classes`.
+
+    `given` is where the images lie that a model of pairs is given with these.
 
     Broken files are left out, and told: nobody knows their likelihood. `keep`: decode them all at once, as far as memory goes.
     """
     m, known = config.model, config.data.classes
 
     def open_with(labels: str, classes: tuple[str, ...] | None = None, cache: int = CACHE * keep) -> Images:
-        size, channels = image_size(m), m.image_channels
-        return Images.open(path, size, channels, on_broken="leave", cache_bytes=cache, labels=labels, classes=classes)
+        size, channels, others = image_size(m), m.image_channels, given_shape(m) if given else None
+        return Images.open(
+            path, size, channels, on_broken="leave", cache_bytes=cache, labels=labels, classes=classes,
+            given=given, given_channels=others[0] if others else 0,
+        )  # fmt: skip
 
     if m.class_cond:
         if not known:  # a model whose classes have numbers alone, as the original's
@@ -117,6 +122,7 @@ def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state
     weights, which, n = opened.weights, opened.which, min(measure.num_samples or len(images), len(images))
     names = hashlib.sha256("\n".join(map(str, images.files)).encode("utf-8", "surrogateescape")).hexdigest()
     identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=which.precision)
+    identity |= dict(given=measure.given) if measure.given else {}
     with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
         return bits_per_dim(
             opened.config, opened.net, images, opened.device,

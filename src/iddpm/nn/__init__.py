@@ -3,6 +3,6 @@
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.layers import timestep_embedding
 from iddpm.nn.networks import Asked
-from iddpm.nn.unet import SuperResUNet, UNet, attention_rates, channel_mult_for
+from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
-__all__ = ["Asked", "Classifier", "SuperResUNet", "UNet", "attention_rates", "channel_mult_for", "timestep_embedding"]
+__all__ = ["Asked", "Classifier", "GivenUNet", "UNet", "attention_rates", "channel_mult_for", "timestep_embedding"]

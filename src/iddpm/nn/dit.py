@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iddpm.nn.layers import scale_embedding, timestep_embedding, zeroed
+from iddpm.nn.layers import scale_embedding, stacked, timestep_embedding, zeroed
 
 FREQUENCIES = 256  # of the time's embedding
 
@@ -75,7 +75,7 @@ class DiT(nn.Module):
         depth: int,
         heads: int,
         num_classes: int | None = None,
-        images: int = 1,  # of in_channels each, stacked: two for super-resolution
+        given_channels: int = 0,  # of an image that is given beside x
         dropout: float = 0.0,
         use_checkpoint: bool = False,
         sees_scale: bool = False,
@@ -87,7 +87,7 @@ class DiT(nn.Module):
             raise ValueError(f"a width of {width} does not divide into {heads} heads of a multiple of 4 channels")
         self.in_channels, self.out_channels, self.num_classes, self.patch = in_channels, out_channels, num_classes, patch
         self.heads, self.width = heads, width
-        self.embed_patches = nn.Conv2d(images * in_channels, width, patch, stride=patch)
+        self.embed_patches = nn.Conv2d(in_channels + given_channels, width, patch, stride=patch)
         self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, width)
@@ -100,16 +100,16 @@ class DiT(nn.Module):
         self.out = zeroed(nn.Linear(width, patch**2 * out_channels))
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None, scale: Tensor | None = None
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, given: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), of classes y (B,).
 
-        `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x; `scale` (B,) is that of guidance,
-        for a network that sees it, without one 1.
+        `given` (B, given_channels, h, w) of any size is scaled bilinearly to x's and stacked under it; `scale` (B,) is that of
+        guidance, for a network that sees it, without one 1.
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError("this network has classes: give y" if y is None else "this network has no classes: leave out y")
-        h = x if low_res is None else torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)], 1)
+        h = x if given is None else stacked(x, given)
         emb = self.time_embed(timestep_embedding(t, FREQUENCIES).to(self.out.weight.dtype))  # b width
         if y is not None:
             emb = emb + self.label_emb(y)

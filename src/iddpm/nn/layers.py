@@ -37,6 +37,11 @@ def zeroed(module: M) -> M:
     return module
 
 
+def stacked(x: Tensor, given: Tensor) -> Tensor:
+    """x (B, C, H, W) and, under it, an image (B, G, h, w) of any size, scaled bilinearly: (B, C + G, H, W)."""
+    return torch.cat([x, F.interpolate(given, x.shape[2:], mode="bilinear", align_corners=False)], dim=1)
+
+
 def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.dit import DiT
-from iddpm.nn.unet import SuperResUNet, UNet, attention_rates, channel_mult_for
+from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
 
 class Asked(NamedTuple):
@@ -17,7 +17,7 @@ class Asked(NamedTuple):
     out_channels: int  # or, of logits, the classes
     classes: int | None  # that it is told of each image; None: none
     logits: bool = False  # it tells the class instead of making an image
-    small: bool = False  # it is shown a small image
+    given: int = 0  # channels of an image that it is given beside x; 0: it is given none
     small_level: bool = False  # and how much noise is on that
     scale: bool = False  # it is told a scale of guidance
 
@@ -49,7 +49,9 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
     common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale)
-    return SuperResUNet(**common, sees_noise_level=asked.small_level) if asked.small else UNet(**common)
+    if not asked.given:
+        return UNet(**common)
+    return GivenUNet(**common, given_channels=asked.given, sees_noise_level=asked.small_level)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -71,7 +73,7 @@ class Dit:
             raise ValueError(f"--network dit {'is no classifier' if asked.logits else 'has no --low_res_noise'}: take unet")
         return DiT(
             asked.image_size, asked.in_channels, asked.out_channels, patch=self.patch_size, width=self.width, depth=self.depth,
-            heads=self.heads, num_classes=asked.classes, images=1 + asked.small, dropout=settings.dropout,
+            heads=self.heads, num_classes=asked.classes, given_channels=asked.given, dropout=settings.dropout,
             use_checkpoint=settings.use_checkpoint, sees_scale=asked.scale,
         )  # fmt: skip
 

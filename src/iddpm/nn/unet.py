@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iddpm.nn.layers import (
@@ -21,6 +20,7 @@ from iddpm.nn.layers import (
     Upsample,
     conv3x3,
     scale_embedding,
+    stacked,
     timestep_embedding,
     zeroed,
 )
@@ -108,8 +108,6 @@ class Parts:
 class Encoder(nn.Module):
     """What the U-Net and the classifier share: the embedding of time and class, and the way down to the middle."""
 
-    images = 1  # how many are given, stacked on the channels
-
     def __init__(
         self,
         in_channels: int,
@@ -121,9 +119,11 @@ class Encoder(nn.Module):
         num_heads: int,
         use_checkpoint: bool,
         parts: Parts,
+        given_channels: int = 0,
     ):
         super().__init__()
         self.in_channels, self.num_channels, self.num_classes = in_channels, num_channels, num_classes
+        self.given_channels = given_channels  # of an image that is stacked under x
         self.multiple = 2 ** (len(channel_mult) - 1)  # that height and width must be of
         emb = parts.emb_channels
         self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
         stage = partial(Stage, recompute=use_checkpoint)
         ch = int(channel_mult[0] * num_channels)
-        stages, self.widths = [stage(conv3x3(self.images * in_channels, ch))], [ch]  # widths: each stage's output channels
+        stages, self.widths = [stage(conv3x3(in_channels + given_channels, ch))], [ch]  # widths: each stage's output channels
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [parts.block(ch, ch := int(mult * num_channels))]
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
 
         `extra` (B, 4 num_channels) is added to the embedding.
         """
-        channels = self.images * self.in_channels
+        channels = self.in_channels + self.given_channels
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
             raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
@@ -204,13 +204,15 @@ class UNet(Encoder):
         resblock_updown: bool = False,
         new_attention_order: bool = False,
         conv_resample: bool = True,
+        given_channels: int = 0,
         sees_scale: bool = False,
     ):
         norm, order = use_scale_shift_norm, new_attention_order
         parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
         super().__init__(
-            in_channels, num_channels, num_res_blocks, attention, channel_mult, num_classes, num_heads, use_checkpoint, parts
-        )
+            in_channels, num_channels, num_res_blocks, attention, channel_mult, num_classes, num_heads, use_checkpoint, parts,
+            given_channels,
+        )  # fmt: skip
         self.out_channels = out_channels
 
         stages, skips, ch = [], self.widths.copy(), self.widths[-1]
@@ -248,33 +250,32 @@ class UNet(Encoder):
         return self.out(h).to(x.dtype)
 
 
-class SuperResUNet(UNet):
-    """The U-Net that also sees a smaller image (Nichol & Dhariwal 2021; Saharia et al. 2021).
+class GivenUNet(UNet):
+    """The U-Net that is also given an image: the small one to enlarge, or another one of any number of channels.
 
-    The published one for 512 pixels is as wide as for 256: channel_mult_for(256).
+    Stacked under x (Nichol & Dhariwal 2021; Saharia et al. 2021, SR3; Saharia et al. 2022, Palette). `given_channels` -1: as many
+    as x has. The published upsampler to 512 pixels is as wide as that to 256: channel_mult_for(256).
     """
 
-    images = 2
-
-    def __init__(self, *args: Any, sees_noise_level: bool = False, **settings: Any):
-        super().__init__(*args, **settings)
+    def __init__(self, in_channels: int, *args: Any, given_channels: int = -1, sees_noise_level: bool = False, **settings: Any):
+        settings["given_channels"] = in_channels if given_channels == -1 else given_channels
+        super().__init__(in_channels, *args, **settings)
         if sees_noise_level:  # the published ones do not
             emb = 4 * self.num_channels
             self.level_embed = nn.Sequential(nn.Linear(self.num_channels, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
         self.sees_noise_level = sees_noise_level
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, low_res: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None,
+        self, x: Tensor, t: Tensor, given: Tensor, y: Tensor | None = None, low_res_level: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """As UNet; `low_res` (B, in_channels, h, w) of any size is enlarged bilinearly and stacked under x.
+        """As UNet; `given` (B, given_channels, h, w) of any size is scaled bilinearly to x's and stacked under it.
 
         `low_res_level` (B,) in [0, 1] is the deviation of the noise that was put on it, for a network that sees it.
         """
         if (low_res_level is None) == self.sees_noise_level:
             raise ValueError("low_res_level is for networks made with sees_noise_level, and these need it")
-        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
         extra = None
         if low_res_level is not None:
             extra = self.level_embed(timestep_embedding(1000 * low_res_level, self.num_channels).to(self.dtype))  # b 4n
-        return super().forward(torch.cat([x, enlarged], dim=1), t, y, extra, scale)  # b 2c h w
+        return super().forward(stacked(x, given), t, y, extra, scale)

@@ -45,7 +45,7 @@ def images(painters: Sequence[Painter], job: Job, batch_size: int = 64) -> Itera
 def _drawn(painters: Sequence[Painter], part: Job) -> Tensor:
     for paint in painters:
         drawn = paint(part)
-        part = part._replace(low_res=drawn.cpu().numpy())
+        part = part._replace(given=drawn.cpu().numpy())
     return drawn
 
 
@@ -69,9 +69,9 @@ def painter(
     def paint(job: Job) -> Tensor:
         labels = torch.tensor(job.labels, device=device)
         cond = {"y": labels} if config.model.class_cond else {}
-        if config.task.enlarges:
-            cond |= _low_res(config, job, low_res_noise, device)
-        known = (consistent(cond["low_res"]),) if config.sample.consistent else ()
+        if config.task.inputs:
+            cond |= _given(config, job, low_res_noise, device)
+        known = (consistent(cond["given"]),) if config.sample.consistent else ()
         denoise = build.drawing(config, net, cond, *known, weak=weak)
         if guide:
             denoise = guided(denoise, classifier_gradient(guide.net, labels, guide.scale))
@@ -89,13 +89,13 @@ def painter(
     return paint
 
 
-def _low_res(config: Config, job: Job, level: float, device: torch.device) -> dict[str, Tensor]:
-    """What a super-resolution model is shown: the small images, perhaps with noise on them, and how much."""
-    assert job.low_res is not None
-    small = as_float(job.low_res)
+def _given(config: Config, job: Job, level: float, device: torch.device) -> dict[str, Tensor]:
+    """The images that a model is given, small ones perhaps with noise on them, and how much."""
+    assert job.given is not None
+    given = as_float(job.given)
     if level:
-        small = small + level * rng.normal(0, rng.LOW_RES, 0, job.seeds, small.shape[1:])
-    cond = {"low_res": small.to(device)}
+        given = given + level * rng.normal(0, rng.LOW_RES, 0, job.seeds, given.shape[1:])
+    cond = {"given": given.to(device)}
     if config.model.low_res_noise:
-        cond["low_res_level"] = torch.full((len(small),), level, device=device)
+        cond["low_res_level"] = torch.full((len(given),), level, device=device)
     return cond

@@ -1,4 +1,4 @@
-"""Which images to draw: seeds, classes, and the small images to enlarge."""
+"""Which images to draw: seeds, classes, and the images that the model is given."""
 
 import csv
 from collections.abc import Sequence
@@ -8,24 +8,26 @@ from unicodedata import normalize
 import numpy as np
 import torch
 
-from iddpm.config import Config, Draw, image_size, seed_list, small_size, whole
+from iddpm.config import Config, Draw, given_shape, image_size, seed_list, small_size, whole
 from iddpm.data import Images, read_npz
 from iddpm.data.super_res import bicubic, shrink
 from iddpm.errors import UserError
 from iddpm.sampling.images import as_float, as_uint8
 from iddpm.store.remote import place
 
+FIT = "scale them, or have it done as in training: --fit True"
+
 
 class Job(NamedTuple):
-    """Which images to draw: one for each seed, of the class beside it (none: -1), enlarged from the small image beside it."""
+    """Which images to draw: one for each seed, of the class beside it (none: -1), and of the image given beside it."""
 
     seeds: Sequence[int]
     labels: Sequence[int]
-    low_res: np.ndarray | None = None  # (N, h, w, C) uint8
+    given: np.ndarray | None = None  # (N, h, w, G) uint8
 
     def part(self, a: int, b: int | None = None) -> "Job":
         """Images a .. b - 1 of the job."""
-        return Job(self.seeds[a:b], self.labels[a:b], None if self.low_res is None else self.low_res[a:b])
+        return Job(self.seeds[a:b], self.labels[a:b], None if self.given is None else self.given[a:b])
 
 
 def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
@@ -76,35 +78,41 @@ def class_name(config: Config, y: int) -> str:
 
 
 class Inputs(NamedTuple):
-    """The small images that a super-resolution model is to enlarge, and what they were made from, where that is known."""
+    """The images that a model is given, one for each that it draws; of small ones, what they were made from, if that is known."""
 
-    low_res: np.ndarray  # (N, h, w, C) uint8
+    given: np.ndarray  # (N, h, w, G) uint8
     labels: list[int] | None
     originals: np.ndarray | None  # (N, C, H, W) uint8
 
 
-def inputs(draw: Draw, config: Config) -> Inputs:
-    """The images of --low_res or --high_res, and their labels; UserError where they do not fit the model."""
-    m, known = config.model, trained_classes(config)
-    path, size = (draw.low_res, small_size(m)) if draw.low_res else (draw.high_res, image_size(m))
+def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
+    """The images of --given, --low_res or --high_res, and their labels; UserError where they do not fit the model.
+
+    Labels are those of the classes that the model, or the classifier that guides it, knows.
+    """
+    shape, m, known = given_shape(config.model), classes_of.model, trained_classes(classes_of)
+    assert shape is not None
+    path, (channels, *side) = draw.given or draw.low_res or draw.high_res, shape
+    size = image_size(config.model) if draw.high_res else (side[0], side[1])
     if path.endswith(".npz"):
-        images, labels, names = read_npz(place(path), size, m.image_channels)
-        if labels is not None and m.class_cond and names and config.data.classes:
-            labels = np.array([_class(config, names[y]) for y in labels])
+        images, labels, names = read_npz(place(path), size, channels)
+        if labels is not None and m.class_cond and names and classes_of.data.classes:
+            labels = np.array([_class(classes_of, names[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
             raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {known - 1}")
     else:
-        classes, rule = (config.data.classes, config.data.labels) if m.class_cond else (None, "none")
-        data = Images.open(path, size, m.image_channels, labels=rule, classes=classes)
-        if draw.low_res:
-            data.require_size(size)
+        classes, rule = (classes_of.data.classes, classes_of.data.labels) if m.class_cond else (None, "none")
+        # A broken file is refused: the image of another would be taken for its own.
+        data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes)
+        if not draw.high_res and not draw.fit:
+            data.require_size(size, FIT if draw.given else "larger ones are shrunk by --high_res")
         images, labels = data.batch(np.arange(len(data))), data.labels
     given = None if labels is None else [int(y) for y in labels]
     return Inputs(shrunk(config, images), given, images) if draw.high_res else Inputs(images.transpose(0, 2, 3, 1), given, None)
 
 
-def asked(draw: Draw, config: Config, classes_of: Config, given: Inputs | None) -> Job:
-    """The job of a command: of the model's classes, or of the classifier's that guides it; with inputs, seed k enlarges input k.
+def asked(draw: Draw, classes_of: Config, given: Inputs | None) -> Job:
+    """The job of a command: of the model's classes, or of the classifier's that guides it; with inputs, seed k is of input k.
 
     UserError where seeds and images, or classes, do not fit together.
     """
@@ -112,16 +120,16 @@ def asked(draw: Draw, config: Config, classes_of: Config, given: Inputs | None) 
         count = len(_parts(classes_of, draw.labels)) or trained_classes(classes_of)
         count = draw.num_samples or (10 * count if classes_of.model.class_cond else 64)
         return job(classes_of, seed_list(draw.seeds) if draw.seeds else range(count), draw.labels)
-    n = len(given.low_res)
+    n = len(given.given)
     seeds = seed_list(draw.seeds) if draw.seeds else list(range(draw.num_samples or n))
     if max(seeds) >= n:
-        raise UserError(f"there are {n} images to enlarge, numbered from 0: ask for fewer than {max(seeds) + 1}")
-    task = job(config, seeds, draw.labels)
-    if config.model.class_cond and not draw.labels:
+        raise UserError(f"there are {n} images given, numbered from 0: ask for fewer than {max(seeds) + 1}")
+    task = job(classes_of, seeds, draw.labels)
+    if classes_of.model.class_cond and not draw.labels:
         if given.labels is None:
-            raise UserError("this model knows classes, and the images to enlarge have none: give --labels")
+            raise UserError("this model knows classes, and the images given have none: give --labels")
         task = task._replace(labels=[given.labels[s] for s in seeds])
-    return task._replace(low_res=given.low_res[seeds])
+    return task._replace(given=given.given[seeds])
 
 
 def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:

@@ -68,8 +68,8 @@ def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """One image (H, W, C) uint8 as Pillow's."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    """One image (H, W, C) uint8 as Pillow's; of 2, or more than 4 channels, the first alone."""
+    return Image.fromarray(image if image.shape[-1] in (3, 4) else image[..., 0])
 
 
 def preview(config: Config, count: int = 64) -> Job:
@@ -79,9 +79,13 @@ def preview(config: Config, count: int = 64) -> Job:
     return job(config, range(min(per_class, 256) if config.model.class_cond else count))
 
 
-def comparison_file(config: Config, path: Path, drawn: np.ndarray, small: np.ndarray, originals: np.ndarray | None) -> None:
-    """A picture, a row for each image: the small one, its bicubic enlargement, the model's, the original where there is one."""
-    columns = {"small": small, "bicubic": enlarged(config, small), "model": drawn}
+def comparison_file(config: Config, path: Path, drawn: np.ndarray, given: np.ndarray, originals: np.ndarray | None) -> None:
+    """A picture, a row for each image: the given one, of small ones the bicubic enlargement, the model's, the original if known.
+
+    All (N, H, W, C) uint8, but the originals (N, C, H, W).
+    """
+    before = {"small": given, "bicubic": enlarged(config, given)} if config.task.enlarges else {"given": given}
+    columns = {**before, "model": drawn}
     if originals is not None:
         columns["original"] = originals.transpose(0, 2, 3, 1)
     save_picture(comparison(columns), path)

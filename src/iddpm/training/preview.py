@@ -14,14 +14,16 @@ from torch import Tensor
 from iddpm import build, rng
 from iddpm.config import Config
 from iddpm.data import DataSet, Order
-from iddpm.data.batches import make_batch
+from iddpm.data.batches import make_batch, whole
+from iddpm.data.given import shown
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.sampling import sheets
 from iddpm.sampling.draw import images, painter
-from iddpm.sampling.job import Job, shrunk
+from iddpm.sampling.images import as_uint8
+from iddpm.sampling.job import Job
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState, copy_weights
 from iddpm.training.step import method_of
@@ -100,15 +102,18 @@ def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tic
 
 
 def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet, path: Path) -> None:
-    """The run's usual samples; of a model that enlarges, what it makes of the first images of the data, beside them."""
+    """The run's usual samples; of a model that is given images, what it makes of the first ones of the data, beside them."""
     paint = painter(config, net, device)
-    if not config.task.enlarges:
+    if not config.task.inputs:
         job = sheets.preview(config)
         drawn = np.concatenate(list(images([paint], job)))
         sheets.save_picture(sheets.grid(drawn, job.labels, config.data.classes), path)
         return
     first = np.arange(min(8, len(data)))  # by number, not by the data order: every sheet shows the same images
-    originals, labels = data.batch(first), [-1] * len(first) if data.labels is None else data.labels[first].tolist()
-    small = shrunk(config, originals)
-    drawn = np.concatenate(list(images([paint], Job(first.tolist(), labels, small))))
-    sheets.comparison_file(config, path, drawn, small, originals)
+    labels = [-1] * len(first) if data.labels is None else data.labels[first].tolist()
+    pixels = whole(config, torch.from_numpy(data.batch(first)).float() / 127.5 - 1)
+    x0, other = shown(config, pixels)
+    assert other is not None
+    originals, given = as_uint8(x0).numpy(), as_uint8(other).numpy()
+    drawn = np.concatenate(list(images([paint], Job(first.tolist(), labels, given))))
+    sheets.comparison_file(config, path, drawn, given, originals.transpose(0, 3, 1, 2))

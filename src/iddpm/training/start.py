@@ -27,9 +27,11 @@ from iddpm.training import loop, precision, trial
 from iddpm.training.step import learning_rate
 
 OWN = "a data set of the program's own"  # in the place of a path
-PLACES = ("path", "validation", "eval_reference", "init_from")  # settings that name files: kept absolute
+# Settings that name files: kept absolute.
+PLACES = ("path", "given", "validation", "validation_given", "eval_reference", "init_from")
 RATES = ("lr", "lr_anneal_steps", "lr_warmup_steps", "steps", "images", "batch_size")  # what decides the learning rate
-OF_A_RUN = dict(classes=(), rule="", num_classes=0, identity="", asked="", path="")  # of its data: no recipe for others
+# What is said of a run's own data: no recipe for others.
+OF_A_RUN = dict(classes=(), rule="", num_classes=0, identity="", asked="", path="", given="")
 
 
 def start(
@@ -40,24 +42,28 @@ def start(
     dry: bool = False,
     own: Dataset | None = None,
     recipe: str = "",
+    own_given: Dataset | None = None,
 ) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
 
     Without `run` its folder follows from the data or the preset (`default_run`). `own` is a data set of the program's own, in the
-    place of files at `data`; `recipe` a config.json to begin with, as a preset.
+    place of files at `data`, `own_given` that of the images given with these; `recipe` a config.json to begin with, as a preset.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
     data = data or ("" if own is None else OWN)
+    given = given if own_given is None else {**given, "given": OWN}
     run, hint = (run, []) if run else default_run(data, preset, given)
     config, notes = resolve(run, data, preset, given, recipe)
     if (config.data.path == OWN) != (own is not None):
         raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
+    if config.data.given and len({own is None, own_given is None, config.data.given != OWN}) > 1:
+        raise UserError("images and those given with them: both are files, or both data sets of a program's own")
     total_steps(config.train)
     with ExitStack() as stack:
         stack.enter_context(processes.session(build.device(config.train.device), config.train.timeout))
         # Whatever may be refused comes before the lock and the first file.
-        images, config = open_data(config, own)
+        images, config = open_data(config, own, own_given)
         held_out = open_validation(config)
         if held_out:
             _require_held_out(config, images, held_out)
@@ -109,7 +115,8 @@ def _is_other(run: Path, data: str, given: Mapping[str, Any]) -> str:
 
 def _asked(given: Mapping[str, Any]) -> str:
     """The flags of a command, to know it again."""
-    return json.dumps({name: value for name, value in given.items() if name != "device"}, sort_keys=True)
+    kept = {name: value for name, value in given.items() if name not in ("device", "path")}
+    return json.dumps({name: absolute(value) if name in PLACES else value for name, value in kept.items()}, sort_keys=True)
 
 
 def absolute(path: str) -> str:
@@ -122,13 +129,13 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
     """The config of a run: stored, else from its source or preset; then the settings given. And what a resumed run changes."""
     given = {**given, **({"path": data} if data else {})}
     given = {name: absolute(value) if name in PLACES else value for name, value in given.items()}
-    asked, record = _asked({k: v for k, v in given.items() if k != "path"}), run / "config.json"
+    asked, record = _asked(given), run / "config.json"
     if record.exists():  # also of a run that was stopped before its first save, or a config that somebody put there
         stored = Config.from_json(record.read_text(), str(record))
         if preset and preset != stored.preset:
             raise UserError(f"--preset {preset}: {run} was begun with {stored.preset or 'none'}; take another --run")
         if not step_dirs(run):  # nothing is learned of its data yet
-            stored = stored.updated({k: v for k, v in OF_A_RUN.items() if k not in ("path", "asked")})
+            stored = stored.updated({k: v for k, v in OF_A_RUN.items() if k not in ("path", "given", "asked")})
         if recipe:
             given = {**_of_recipe(recipe), **given}
         if not stored.data.path and not data:

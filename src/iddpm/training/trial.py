@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, image_size, is_chain, small_size, total_steps
+from iddpm.config import Config, given_shape, image_size, is_chain, total_steps
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import Batch, make_batch
 from iddpm.parallel import processes
@@ -43,8 +43,8 @@ def example(config: Config, images: int, device: str | torch.device = "cpu") -> 
         cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
     if m.trained_guidance:
         cond["scale"] = torch.ones(images, device=device)
-    if config.task.enlarges:
-        cond["low_res"] = torch.zeros(images, m.image_channels, *small_size(m), device=device)
+    if shape := given_shape(m):
+        cond["given"] = torch.zeros(images, *shape, device=device)
     if m.low_res_noise:
         cond["low_res_level"] = torch.zeros(images, device=device)
     return Batch(x0, torch.zeros_like(x0), cond)

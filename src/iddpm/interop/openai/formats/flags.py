@@ -176,7 +176,7 @@ def from_config(config: Config) -> tuple[str, dict[str, Any]]:
 
     UserError, with the first setting that has no counterpart, where neither program can make this network.
     """
-    task, faults = config.model.task, []
+    task, faults = config.model.task, [f"--task {config.model.task}"]
     for program, networks in NETWORKS.items():
         if task not in networks:
             continue

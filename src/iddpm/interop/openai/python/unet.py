@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iddpm.interop.openai.python.fp16_util import convert_module_to_f16, convert_module_to_f32
 from iddpm.interop.openai.python.nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
-from iddpm.nn import Classifier, SuperResUNet, UNet, layers
+from iddpm.nn import Classifier, GivenUNet, UNet, layers
 
 # ---- layers
 
@@ -227,19 +227,18 @@ class UNetModel(_Torso, UNet):
         return {"down": down, "middle": middle, "up": up}
 
 
-class SuperResModel(UNetModel, SuperResUNet):
+class SuperResModel(UNetModel, GivenUNet):
     """The U-Net that also sees a smaller image, `low_res`."""
 
     def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """As UNetModel; low_res (B, C, h, w) is enlarged and stacked under x."""
         assert low_res is not None, "a super-resolution network needs low_res"
-        return super().forward(x, timesteps, low_res=low_res, **kwargs)
+        return super().forward(x, timesteps, given=low_res, **kwargs)
 
     def get_feature_vectors(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As UNetModel's."""
         assert low_res is not None, "a super-resolution network needs low_res"
-        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
-        return super().get_feature_vectors(torch.cat([x, enlarged], dim=1), timesteps, **kwargs)
+        return super().get_feature_vectors(layers.stacked(x, low_res), timesteps, **kwargs)
 
 
 class EncoderUNetModel(_Torso, Classifier):
