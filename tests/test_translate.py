@@ -217,7 +217,7 @@ def test_larger_sketches_are_scaled_where_that_is_asked_for(model, sketches, tmp
     assert np.array_equal(fitted, drawn(model, sketches, tmp_path / "b.npz"))
 
 
-@pytest.mark.parametrize("solver", choices("solver"))
+@pytest.mark.parametrize("solver", [name for name in choices("solver") if name != "consistency"])
 def test_every_solver_draws_guided_by_sketch_and_class(dropping, sketches, solver, tmp_path):
     images = drawn(dropping, sketches, tmp_path / "x.npz", "--solver", solver, "--sampling_steps", "4", "--guidance", "3")
     assert images.shape == (9, 8, 8, 1) and images.std() > 0
