@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm import build, rng
+from iddpm import build
 from iddpm.config import Config, Evaluate, Sample, Which, check, given_shape, image_size, make
 from iddpm.config.run import typed
-from iddpm.diffusion.bound import bound_terms, prior_term
 from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.schedule import Level
 from iddpm.errors import UserError
+from iddpm.measure.bound import bits_per_dim
+from iddpm.measure.likelihood import in_memory
 from iddpm.sampling.draw import images, painter
 from iddpm.sampling.grids import with_found
-from iddpm.sampling.images import as_float
 from iddpm.sampling.job import Job, job, trained_classes
 from iddpm.sampling.open import Opened, open_weights
 from iddpm.store.remote import place
@@ -104,7 +103,7 @@ class Model:
         """The variational bound on -log2 p (N,) float64, in bits per dimension, of images (N, H, W, C) uint8.
 
         On the grid of `sampling_steps` (or steps), by default every step of the chain. The noise depends on the seed and an
-        image's place. UserError where the images do not fit the model, or its classes are missing.
+        image's place. UserError where the images do not fit the model, its classes are missing, or a bound is not finite.
         """
         config = self._changed({"sampling_steps": "all", **how})
         if not config.task.draws:
@@ -119,20 +118,11 @@ class Model:
             raise UserError("this model knows classes: give the label of each image")
         if m.class_cond and labels is not None and len(labels) and not 0 <= min(labels) <= max(labels) < trained_classes(config):
             raise UserError(f"labels must lie from 0 to {trained_classes(config) - 1}")
-        grid, denoiser = build.grid(config), build.bound_denoiser(config, self.opened.net)
-        found = [np.zeros(0)]
-        for a in range(0, len(images), size_of := self.opened.which.batch_size):
-            x0 = as_float(images[a : a + size_of]).to(self.device)
-            cond = {"y": torch.tensor(labels[a : a + size_of], device=self.device)} if m.class_cond and labels is not None else {}
-
-            def noise(k: int, places: range = range(a, a + len(x0)), shape: torch.Size = x0.shape[1:]) -> Tensor:
-                return rng.normal(seed, rng.LIKELIHOOD, k, places, shape).to(self.device)
-
-            total = prior_term(grid, x0).double()
-            for term in bound_terms(partial(denoiser, cond=cond), x0, grid, noise):
-                total += term.vb.double()
-            found.append(total.cpu().numpy())
-        return np.concatenate(found)
+        if not len(images):
+            return np.zeros(0)
+        data = in_memory(config, images, labels if m.class_cond else None)
+        settings: dict[str, Any] = dict(batch_size=self.opened.which.batch_size, seed=seed, say=lambda line: None)
+        return bits_per_dim(config, self.opened.net, data, self.device, chosen=np.arange(len(images)), **settings).total
 
     def _changed(self, how: Mapping[str, Any]) -> Config:
         how = dict(how)

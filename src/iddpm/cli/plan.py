@@ -40,7 +40,7 @@ class Devices:
     processes: int = opt(1, "number of devices, with one process on each", low=1)
     memory_gb: float = opt(0.0, "memory of a device in GiB (of which CUDA takes about 1): tells which microbatch fits", low=0)
     device_tflops: float = opt(0.0, "nominal TFLOP/s of a device at this --precision: tells how long the run takes", low=0)
-    efficiency: float = opt(0.4, "share of the nominal speed that training reaches", low=0.001, high=1)
+    efficiency: float = opt(0.4, "share of the nominal speed that training reaches", low=0.001, high=1, only="device_tflops")
     measure: bool = opt(False, "instead, time real steps on the --device of this machine")
     bandwidth_gbs: float = opt(0.0, "what a device can send, in GB/s: tells how long communication takes", low=0)
     json: str = opt("", "also write all numbers to this file")
@@ -64,7 +64,7 @@ def _parser(parser: Parser) -> None:
 def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
     devices = make(Devices, {k: v for k, v in given.items() if k in fields_of(Devices)})
     flags = {k: v for k, v in given.items() if k not in fields_of(Devices)}
-    _check(devices, given, asked=bool(preset or run or flags))
+    _check(devices, asked=bool(preset or run or flags))
     from iddpm import build
     from iddpm.training import trial
     from iddpm.training.plan import plan
@@ -107,7 +107,7 @@ def _say(*lines: str) -> None:
 # ---- what is asked
 
 
-def _check(devices: Devices, given: dict[str, Any], asked: bool) -> None:
+def _check(devices: Devices, asked: bool) -> None:
     if not asked:
         raise UserError(
             "plan what? iddpm plan --preset NAME, --run DIR, or flags of iddpm train (--image_size 64 --num_channels 128 ...); "
@@ -115,8 +115,6 @@ def _check(devices: Devices, given: dict[str, Any], asked: bool) -> None:
         )
     if devices.measure and devices.device_tflops:
         raise UserError("--measure and --device_tflops both say how fast a device is: give one")
-    if "efficiency" in given and not devices.device_tflops:
-        raise UserError("--efficiency has no effect without --device_tflops")
     if devices.bandwidth_gbs and devices.processes == 1:
         raise UserError("--bandwidth_gbs has no effect with one process: give --processes N")
 

@@ -61,10 +61,16 @@ def is_read(number: Field, fields: Mapping[str, Field], now: Mapping[str, Any]) 
 
 
 def make(group: type, given: Mapping[str, Any]) -> Any:
-    """A group of settings from the flags given, checked; the numbers given of rows that it chooses go to its field `own`."""
+    """A group of settings from the flags given, checked; the numbers given of rows that it chooses go to its field `own`.
+
+    UserError for a value that is not allowed, and for a flag without effect beside the others.
+    """
     made = group(**{k: v for k, v in given.items() if k in fields_of(group)})
     own = {k: v for k, v in given.items() if k in own_numbers(group) and k not in fields_of(group)}
     check_groups([made], own)
+    for name, f in fields_of(group).items():
+        if name in given and (why := next(unmet(f.only, values_of(made)), "")):
+            raise UserError(f"--{name} has no effect {why}")
     return dataclasses.replace(made, own=tuple(own.items())) if own else made
 
 

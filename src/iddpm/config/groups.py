@@ -219,7 +219,7 @@ class Draw:
     seeds: str = opt("", "seeds instead of a number of images, as 0-63 or 7,9,20-29")
     labels: str = opt("", "classes by name or number, comma-separated; empty: all")
     classifier: str = opt("", "the run of a classifier that guides the samples to their classes")
-    classifier_scale: float = opt(1.0, "strength of the classifier's guidance", 0)
+    classifier_scale: float = opt(1.0, "strength of the classifier's guidance", 0, only="classifier")
     autoguide: str = opt("", "a smaller run, or an earlier checkpoint of this one, to guide away from")
     autoguidance: float = opt(
         2.0, "how far to go from what that one draws (0) to what this one does (1), and beyond", 0, only="autoguide"

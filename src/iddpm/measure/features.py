@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from iddpm.errors import UserError
-from iddpm.measure.ahead import ahead
+from iddpm.measure.ahead import later
 from iddpm.measure.extractors import Extractor, rgb
 from iddpm.measure.image_sets import ImageSet
 from iddpm.measure.metrics.interface import Side
@@ -103,20 +103,12 @@ def _blocks(images: ImageSet, chosen: np.ndarray, extractor: Extractor, block: i
     """The features of a round of blocks in order, one of each process: all of them on every process."""
     rounds = list(processes.rounds(len(chosen), block))
 
-    def take(r: processes.Round) -> np.ndarray | UserError:
-        try:
-            return images.take(chosen[r.call.start : r.call.stop].tolist())
-        except UserError as e:  # perhaps on this process alone, in a thread: all are to end alike
-            return e
-
-    def whole(pixels: np.ndarray | UserError) -> np.ndarray:
-        if isinstance(pixels, UserError):
-            raise pixels
-        return pixels
+    def take(r: processes.Round) -> np.ndarray:
+        return images.take(chosen[r.call.start : r.call.stop].tolist())
 
     # the next block is read while the extractor is at work; what is drawn needs the same device, so nothing would be won
-    for r, pixels in zip(rounds, map(take, rounds) if images.about else ahead(take, rounds)):
-        found = features_of(processes.together(partial(whole, pixels)), extractor)
+    for r, pixels in zip(rounds, (partial(take, r) for r in rounds) if images.about else later(take, rounds)):
+        found = features_of(processes.together(pixels), extractor)  # a fault of one process alone ends all alike
         if fault := next(filter(None, processes.every(_fault(images, chosen[r.call.start :], found))), None):
             raise UserError(fault)
         yield {tap: processes.gather(rows[: len(r.mine)]).numpy() for tap, rows in found.items()}

@@ -17,18 +17,7 @@ from iddpm.store.remote import alone, write_file
 if TYPE_CHECKING:
     import torch
 
-OUTCOME = {
-    "value",
-    "error",
-    "interval",
-    "floor",
-    "unit",
-    "time",
-    "seconds",
-    "machine",
-    "iddpm",
-    "note",
-}  # what a second measurement may change
+OUTCOME = set("value error interval floor unit time seconds machine iddpm note".split())  # what may change when measured again
 
 
 class Figure(NamedTuple):
@@ -48,14 +37,8 @@ class Figure(NamedTuple):
         error = self.error if known and self.error is not None and math.isfinite(self.error) else None
         interval = None if error is None else [self.value - 1.96 * error, self.value + 1.96 * error]
         note = {} if known else {"note": f"the value is {self.value}"}
-        return {
-            "name": self.name,
-            "value": self.value if known else None,
-            "error": error,
-            "interval": interval,
-            **self.about,
-            **note,
-        }
+        found = dict(name=self.name, value=self.value if known else None, error=error, interval=interval)
+        return {**found, **self.about, **note}
 
 
 def record(path: Path, figures: Iterable[Figure]) -> None:

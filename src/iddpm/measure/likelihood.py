@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from iddpm import build
 from iddpm.config import Config, Measure, check, given_shape, image_size
-from iddpm.data import Images
+from iddpm.data import Images, Own
 from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
 from iddpm.measure.bound import Bound, bits_per_dim
@@ -49,6 +50,13 @@ def open_held_out(config: Config, path: Path, given: str = "", *, name_classes: 
         except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
             pass
     return open_with("none")
+
+
+def in_memory(config: Config, images: np.ndarray, labels: Sequence[int] | None) -> Own:
+    """Images (N, H, W, C) uint8 of the model's size, at least one, and their classes by number, as a data set."""
+    m = config.model
+    held = images if labels is None else list(zip(images, labels))
+    return Own(held, image_size(m), m.image_channels, [str(k) for k in range(m.num_classes)])
 
 
 def _by_number(names: tuple[str, ...], known: int, path: Path) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class Quality:
     def best(self, step: int, found: dict[str, float]) -> Best:
         """How a step does, by the kernel distance: of the two, the one without bias."""
         metric = f"kd_{self.name}"
-        return Best(step, found[metric], metric, self.conditions)
+        return Best(step=step, value=found[metric], metric=metric, conditions=self.conditions)
 
     def record(self, step: int, found: dict[str, float]) -> None:
         """Put the figures in the run's metrics.json; the run goes on where that cannot be."""

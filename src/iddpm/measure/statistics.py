@@ -12,7 +12,7 @@ import torch
 from iddpm.data.pickled import unpickle
 from iddpm.errors import UserError, readable
 from iddpm.measure.extractors import Extractor
-from iddpm.measure.extractors.weights import REFUSALS, fault
+from iddpm.measure.extractors.weights import loading
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.records import LARGEST, Count, decode
 from iddpm.store.remote import opened, replace
@@ -92,20 +92,13 @@ def _read_npz(path: Path) -> dict[str, Any] | None:
 
 def _read_pt(path: Path) -> dict[str, Any] | None:
     """torch-fidelity's dict of numpy arrays, by our own reader: torch's would call numpy with whatever the file says."""
-    try:
-        with opened(path) as raw:
-            try:
-                with zipfile.ZipFile(raw) as file, file.open(_pickle_in(file)) as held:
-                    found = unpickle(held)
-            except Exception:  # tensors, an old form or damage, of which torch tells
-                raw.seek(0)
-                found = torch.load(raw, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
-    except UserError:
-        raise
-    except REFUSALS as e:
-        raise UserError(f"{path} {fault(e)}: give a file of statistics (mu, sigma), as torch-fidelity saves it") from None
+    with loading(path, "give a file of statistics (mu, sigma), as torch-fidelity saves it"), opened(path) as raw:
+        try:
+            with zipfile.ZipFile(raw) as file, file.open(_pickle_in(file)) as held:
+                found = unpickle(held)
+        except Exception:  # tensors, an old form or damage, of which torch tells
+            raw.seek(0)
+            found = torch.load(raw, map_location="cpu", weights_only=True)
     return dict(found) if isinstance(found, dict) and "mu" in found and "sigma" in found else None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent import futures
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -29,7 +29,7 @@ from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store import shards
-from iddpm.store.files import BestRecord, Entry, verify
+from iddpm.store.files import Best, Entry, Step, verify
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights:", "weights-ema-{}:", "state/optimizer:"  # prefixes of a tensor's name, for `shards`
 
@@ -251,12 +251,13 @@ def load(folder: Path) -> Saved:
 Number = Annotated[str, msgspec.Meta(pattern=r"^(-?[0-9.]+(e[+-]?[0-9]+)?|-?inf|nan)$")]  # of Python's repr
 
 
-class _Step(TypedDict):
-    step: Count
+class Counted(Step):
+    """What each state.json tells."""
+
     images: Count
 
 
-class RunState(_Step, total=False):
+class RunState(Counted, total=False):
     """state.json: the numbers of a `TrainState`; of an imported run, `weights_only`."""
 
     skipped: Count
@@ -268,7 +269,7 @@ class RunState(_Step, total=False):
     meter: dict[str, list[tuple[Number, Number]]]
     first_loss: float
     measured: Count
-    best: BestRecord | None
+    best: Best | None
     weights_only: bool
 
 

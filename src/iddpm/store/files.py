@@ -41,26 +41,18 @@ class Entry(NamedTuple):
     digest: Digest
 
 
-class Best(NamedTuple):
+class Step(TypedDict):
+    """What each record of a step tells at least."""
+
+    step: Count
+
+
+class Best(Step):
     """The checkpoint that was measured best, of those under equal conditions."""
 
-    step: int
     value: float
     metric: str
     conditions: dict[str, Any]  # as JSON holds them
-
-
-class BestRecord(TypedDict):
-    """The same as JSON."""
-
-    step: Count
-    value: float
-    metric: str
-    conditions: dict[str, Any]
-
-
-class _Named(TypedDict):
-    step: Count
 
 
 # ---- where checkpoints lie
@@ -90,14 +82,14 @@ def step_dirs(run: Path) -> list[Path]:
 def best(run: Path) -> int | None:
     """The step that checkpoints/best.json names, where there is one."""
     try:
-        return decode((run / "checkpoints" / BEST).read_bytes(), _Named, BEST)["step"]
+        return decode((run / "checkpoints" / BEST).read_bytes(), Step, BEST)["step"]
     except places.Unreachable:  # no answer is not the same as none
         raise
     except (OSError, UserError):
         return None
 
 
-def name_best(run: Path, best: Mapping[str, Any] | None) -> None:
+def name_best(run: Path, best: Best | None) -> None:
     """Write a `Best` to checkpoints/best.json, or none."""
     path = run / "checkpoints" / BEST
     if best is None:
@@ -106,7 +98,7 @@ def name_best(run: Path, best: Mapping[str, Any] | None) -> None:
         places.write_file(path, json.dumps(best))
 
 
-def mend_best(run: Path, known: Mapping[str, Any] | None, step: int) -> str | None:
+def mend_best(run: Path, known: Best | None, step: int) -> str | None:
     """Make best.json name the best `known` to the checkpoint of `step`, from which a run goes on, if that best is whole.
 
     Returns what is wrong with it else, and names none. A kill may have left the file behind the checkpoint, or the checkpoint

@@ -84,7 +84,7 @@ class Logger:
         places.write_file(self.path, kept)
         self._columns: list[str] = []
         self._write_csv()
-        self._board = _tensorboard(folder, step) if tensorboard else None
+        self._board = summary_writer(folder / "tensorboard", "--tensorboard", purge_step=step) if tensorboard else None
         if self._target:
             _remote.add(self)
 
@@ -182,9 +182,10 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(run: Path, step: int) -> Any:
+def summary_writer(folder: Path, what: str, **settings: Any) -> Any:
+    """tensorboardX's writer of events; UserError, naming `what` needs it, where its extra is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs its extra: pip install 'iddpm[tensorboard]'") from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        raise UserError(f"{what} needs its extra: pip install 'iddpm[tensorboard]'") from None
+    return SummaryWriter(str(folder), **settings)

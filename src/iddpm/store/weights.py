@@ -1,7 +1,7 @@
 """One file of weights, enough to sample: found in a run, a checkpoint or alone, verified, and finite."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -13,14 +13,10 @@ from iddpm.records import Count, decode
 from iddpm.store import files as storage
 from iddpm.store import remote as places
 from iddpm.store.checkpoint import newest
-from iddpm.store.files import verify
+from iddpm.store.files import Step, verify
 
 
-class _Known(TypedDict):
-    step: Count
-
-
-class About(_Known, total=False):
+class About(Step, total=False):
     """Where weights come from."""
 
     images: Count

@@ -36,18 +36,18 @@ class Saves(AbstractContextManager["Saves"]):
 
         The save that is then `due` names it; of the state that the run began with, which is saved already, that is done here.
         """
-        best, self.state.measured = self.state.best, found.step
-        if best and best.conditions == found.conditions and best.value <= found.value:
+        best, self.state.measured = self.state.best, found["step"]
+        if best and best["conditions"] == found["conditions"] and best["value"] <= found["value"]:
             return
         self.state.best = found
-        if found.step == self.first and processes.rank() == 0:
-            storage.name_best(self.run, found._asdict())
+        if found["step"] == self.first and processes.rank() == 0:
+            storage.name_best(self.run, found)
 
     def due(self) -> bool:
         """Whether the present state is to be saved, whatever its step: it is the best, or the first good one after a bad one."""
         if self.owed and not self.state.skipped_in_a_row:
             return True
-        return self.state.best is not None and self.state.best.step == self.state.step > self.first
+        return self.state.best is not None and self.state.best["step"] == self.state.step > self.first
 
     def begin(self, last: bool = False) -> None:
         """Save the present state, but for one that is worth nothing, which must not take the place of one that is.
@@ -73,5 +73,5 @@ class Saves(AbstractContextManager["Saves"]):
     def _done(self, path: Path | None) -> None:
         if path:
             self.path, best = path, self.state.best
-            note = f", the best by {best.metric}" if best and path == storage.step_dir(self.run, best.step) else ""
+            note = f", the best by {best['metric']}" if best and path == storage.step_dir(self.run, best["step"]) else ""
             self.say(f"saved {path}{note}")

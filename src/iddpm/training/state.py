@@ -115,7 +115,7 @@ class TrainState:
         counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=[])
         counts |= {owner: list(values) for owner, values in self.remembered().items()}
         counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss)
-        return counts | (dict(measured=self.measured, best=self.best and self.best._asdict()) if self.measured else {})
+        return counts | (dict(measured=self.measured, best=self.best) if self.measured else {})
 
     def fault(self) -> str:
         """Why this state is not worth a checkpoint, "" where it is; of what was trained since the last call. On all processes."""
@@ -173,7 +173,7 @@ class TrainState:
             self.meter.load(saved.state.get("meter", {}), self.device)
         if config.train.images:
             self.end = self.step + max(0, math.ceil((config.train.images - self.images) / config.train.batch_size))
-        self.best = Best(**best) if (best := saved.state.get("best")) else None
+        self.best = saved.state.get("best")
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]

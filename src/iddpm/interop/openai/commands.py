@@ -85,8 +85,7 @@ def _train(config: Config, given: Given, device: torch.device) -> None:
     folder = Path(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
     # The original would begin anew and overwrite what lies there. A run goes on only from a checkpoint that is named.
     resume = Path(given["resume_checkpoint"]) if given["resume_checkpoint"] else None
-    held = [path for path in sorted(folder.glob("model*.pt")) if files.name_of(path)["digits"]]
-    if held and not resume:
+    if (held := files.numbered(folder)) and not resume:
         way = f"go on with --resume_checkpoint {held[-1]}, or set another OPENAI_LOGDIR"
         raise UserError(f"{folder} holds checkpoints already: {way}")
     images, config = open_data(config)

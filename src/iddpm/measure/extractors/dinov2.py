@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iddpm.errors import UserError
 from iddpm.measure.extractors import weights as files
-from iddpm.measure.extractors.interface import Extractor
+from iddpm.measure.extractors.interface import Extractor, in_parts
 
 VERSION = 1  # of what is computed here: a change beyond rounding counts it up, and so retires statistics in caches
 FILE = "dinov2_vitl14_pretrain.pth"
@@ -59,25 +59,17 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
 
-class Scale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class Block(nn.Module):
     def __init__(self, width: int, mlp: Callable[[], nn.Module]):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, 1e-6), Attention(width), Scale(width)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, 1e-6), mlp(), Scale(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.attn, self.mlp = Attention(width), mlp()
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(width)}) for _ in range(2))
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """Tokens (b, n, d) to as many, or to the `first` of them alone."""
-        x = x[:, :first] + self.ls1(self.attn(self.norm1(x), first))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x[:, :first] + self.ls1["gamma"] * self.attn(self.norm1(x), first)
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 class DINOv2(nn.Module):
@@ -93,7 +85,7 @@ class DINOv2(nn.Module):
         registers = state.get("register_tokens")
         self.register_tokens = None if registers is None else nn.Parameter(torch.empty(registers.shape))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.blocks = nn.ModuleList([Block(width, mlp) for _ in range(depth(state))])
+        self.blocks = nn.ModuleList([Block(width, mlp) for name in state if name.endswith(".norm1.weight")])
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,11 +98,6 @@ class DINOv2(nn.Module):
         for block in blocks:
             x = block(x)
         return self.norm(last(x, first=1)[:, 0])  # nobody sees the other tokens
-
-
-def depth(state: dict[str, Tensor]) -> int:
-    """How many blocks these weights have."""
-    return sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in state)
 
 
 def positions(embedding: Tensor, side: int, registers: bool) -> Tensor:
@@ -176,15 +163,11 @@ class OpenDINOv2:
         name = f"dinov2-vit{SIZES[_size(net)]}14" + ("" if net.register_tokens is None else "-reg")
         mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
 
-        @torch.inference_mode()
         def network(images: Tensor) -> dict[str, Tensor]:
-            assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
-            parts = images.to(device).split(CHUNK)
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would cost three of six digits
-                return {"pool": torch.cat([net((pillow_bicubic(part, SIDE) / 255 - mean) / deviation) for part in parts])}
+            return {"pool": net((pillow_bicubic(images, SIDE) / 255 - mean) / deviation)}
 
         identity = f"{name} pillow-bicubic v{VERSION} {files.digest(path)}"
-        return Extractor(name, identity, {"pool": _size(net)[0]}, network, device)
+        return Extractor(name, identity, {"pool": _size(net)[0]}, in_parts(network, CHUNK, device), device)
 
 
 EXTRACTORS: dict[str, Callable[..., Callable[[torch.device], Extractor]]] = {"dinov2": OpenDINOv2}

@@ -5,10 +5,10 @@ tell this network from the paper's (Szegedy et al. 2016) and from torchvision's:
 count, the last block pools by maximum, and there are 1008 classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from iddpm.errors import UserError
 from iddpm.measure.extractors import weights as files
-from iddpm.measure.extractors.interface import Extractor
+from iddpm.measure.extractors.interface import Extractor, in_parts
 from iddpm.measure.extractors.resize import tensorflow_bilinear
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -25,7 +25,6 @@ ALIAS = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name of 
 VERSION = 1  # of what is computed here; another one makes cached statistics void
 SIDE = 299
 WIDTHS = {"pool": 2048, "spatial": 7 * 17 * 17}
-NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class Conv(nn.Conv2d):
@@ -40,95 +39,66 @@ class Conv(nn.Conv2d):
         return F.relu_(super().forward(x))
 
 
-def mean3(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+mean3 = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max3 = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halved = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
-def max3(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 1, 1)
+class Mixed(nn.Module):
+    """Branches side by side, the last one behind a pool; its convolutions come one after the other, the last with the stride.
 
+    Each is (channels, kernel), or (channels, kernel, kernel): two side by side, as only a branch's last ones are. Their published
+    names are NAME of one alone, NAME_1, NAME_2 ... of several, and NAME_2a, NAME_2b of two side by side.
+    """
 
-class A(nn.Module):
-    """35x35: branches of 1x1, 5x5, twice 3x3, pool."""
-
-    def __init__(self, width: int, pooled: int):
+    def __init__(self, width: int, pool: Callable[[Tensor], Tensor], stride: int = 1, **branches: Sequence[tuple[Any, ...]]):
         super().__init__()
-        self.branch1x1 = Conv(width, 64)
-        self.branch5x5_1, self.branch5x5_2 = Conv(width, 48), Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3 = Conv(width, 64), Conv(64, 96, 3), Conv(96, 96, 3)
-        self.branch_pool = Conv(width, pooled)
+        self.pool, self.branches = pool, list[list[list[Conv]]]()
+        for name, rows in branches.items():
+            before, branch = width, list[list[Conv]]()
+            for k, (out, *kernels) in enumerate(rows, 1):
+                branch.append([Conv(before, out, kernel, stride if k == len(rows) else 1) for kernel in kernels])
+                title, before = f"{name}_{k}" if len(rows) > 1 else name, out
+                for letter, conv in zip("ab" if len(kernels) > 1 else [""], branch[-1]):
+                    self.add_module(title + letter, conv)
+            self.branches.append(branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(mean3(x))], 1)
+        *others, last = self.branches
+        found = [y for branch in others for y in _through(branch, x)]
+        return torch.cat([*found, *_through(last, self.pool(x))], 1)
 
 
-class B(nn.Module):
-    """35x35 to 17x17."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.branch3x3 = Conv(width, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width, 64), Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
+def _through(branch: list[list[Conv]], x: Tensor) -> list[Tensor]:
+    found = [x]
+    for convs in branch:
+        found = [conv(found[0]) for conv in convs]
+    return found
 
 
-class C(nn.Module):
-    """17x17: branches of 1x1, 7x7 and twice 7x7 (each as a row and a column), pool."""
-
-    def __init__(self, m: int, width: int = 768):
-        super().__init__()
-        row, column = (1, 7), (7, 1)
-        self.branch1x1 = Conv(width, 192)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(width, m), Conv(m, m, row), Conv(m, 192, column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2, self.branch7x7dbl_3 = Conv(width, m), Conv(m, m, column), Conv(m, m, row)
-        self.branch7x7dbl_4, self.branch7x7dbl_5 = Conv(m, m, column), Conv(m, 192, row)
-        self.branch_pool = Conv(width, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(mean3(x))], 1)
+ROW, COLUMN = (1, 7), (7, 1)  # a kernel of 7x7 as two
+CROSS = (1, 3), (3, 1)
 
 
-class D(nn.Module):
-    """17x17 to 8x8."""
-
-    def __init__(self, width: int = 768):
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Conv(width, 192), Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = Conv(width, 192), Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, (7, 1)), Conv(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, 2)], 1)
+def at35(width: int, pooled: int) -> Mixed:
+    return Mixed(
+        width, mean3, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(pooled, 1)],
+    )  # fmt: skip
 
 
-class E(nn.Module):
-    """8x8: branches of 1x1, 3x3 and twice 3x3 (whose last is a row beside a column), pool."""
+def at17(m: int) -> Mixed:
+    return Mixed(
+        768, mean3, branch1x1=[(192, 1)], branch7x7=[(m, 1), (m, ROW), (192, COLUMN)],
+        branch7x7dbl=[(m, 1), (m, COLUMN), (m, ROW), (m, COLUMN), (192, ROW)], branch_pool=[(192, 1)],
+    )  # fmt: skip
 
-    def __init__(self, width: int, pool: Callable[[Tensor], Tensor]):
-        super().__init__()
-        row, column = (1, 3), (3, 1)
-        self.pool = pool
-        self.branch1x1 = Conv(width, 320)
-        self.branch3x3_1, self.branch3x3_2a, self.branch3x3_2b = Conv(width, 384), Conv(384, 384, row), Conv(384, 384, column)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width, 448), Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, row), Conv(384, 384, column)
-        self.branch_pool = Conv(width, 192)
 
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        single = torch.cat([self.branch3x3_2a(single), self.branch3x3_2b(single)], 1)
-        double = torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], 1)
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(self.pool(x))], 1)
+def at8(width: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
+    return Mixed(
+        width, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, *CROSS)],
+        branch3x3dbl=[(448, 1), (384, 3), (384, *CROSS)], branch_pool=[(192, 1)],
+    )  # fmt: skip
 
 
 class Inception(nn.Module):
@@ -148,16 +118,18 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = A(192, 32), A(256, 64), A(288, 64)
-        self.Mixed_6a = B(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = C(128), C(160), C(160), C(192)
-        self.Mixed_7a = D()
-        self.Mixed_7b, self.Mixed_7c = E(1280, mean3), E(2048, max3)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = at35(192, 32), at35(256, 64), at35(288, 64)
+        double = [(64, 1), (96, 3), (96, 3)]
+        self.Mixed_6a = Mixed(288, halved, 2, branch3x3=[(384, 3)], branch3x3dbl=double, branch_pool=[])
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = at17(128), at17(160), at17(160), at17(192)
+        seven = [(192, 1), (192, ROW), (192, COLUMN), (192, 3)]
+        self.Mixed_7a = Mixed(768, halved, 2, branch3x3=[(192, 1), (320, 3)], branch7x7x3=seven, branch_pool=[])
+        self.Mixed_7b, self.Mixed_7c = at8(1280, mean3), at8(2048, max3)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # n 64 147 147
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # n 192 71 71
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # n 288 35 35
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halved(x)))  # n 192 71 71
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halved(x))))  # n 288 35 35
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # n 768 17 17
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # n 17*17*7: the 1x1 branch comes first in x
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # n 2048 8 8
@@ -167,7 +139,6 @@ class Inception(nn.Module):
 def load(state: Mapping[str, Tensor], source: str) -> tuple[Inception, Tensor]:
     """The network with the published tensors, and the last layer's matrix (1008, 2048) float64.
 
-    Each BatchNorm (eps 0.001) goes into its convolution: gamma / sqrt(var + eps) times the weights, and what is left is a bias.
     UserError, naming what is missing, for the weights of another network.
     """
     with torch.device("meta"):  # no time for an initialisation that nobody sees
@@ -175,15 +146,11 @@ def load(state: Mapping[str, Tensor], source: str) -> tuple[Inception, Tensor]:
     folded = {name: module for name, module in net.named_modules() if isinstance(module, Conv)}
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, WIDTHS["pool"]), "fc.bias": (1008,)}
     for name, conv in folded.items():
-        shapes |= {f"{name}.conv.weight": tuple(conv.weight.shape)} | {f"{name}.bn.{n}": (conv.out_channels,) for n in NORM}
+        shapes |= {f"{name}.conv.weight": tuple(conv.weight.shape)} | {f"{name}.bn.{n}": (conv.out_channels,) for n in files.NORM}
     _require(state, shapes, source)
     tensors = {}
     for name in folded:
-        gamma, beta, mean, var = (state[f"{name}.bn.{n}"].double() for n in NORM)
-        gain = gamma / (var + 0.001).sqrt()
-        weight = (state[f"{name}.conv.weight"].double() * gain.view(-1, 1, 1, 1)).float()
-        tensors[f"{name}.weight"] = weight.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-        tensors[f"{name}.bias"] = (beta - mean * gain).float()
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = files.folded(state, f"{name}.conv", f"{name}.bn")
     net.load_state_dict(tensors, assign=True)
     return net.eval().requires_grad_(False), state["fc.weight"].double()
 
@@ -217,44 +184,34 @@ def _pytorch_fid(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OpenInception:
-    """Inception-v3, of FID, sFID and IS; its weights in a file."""
-
-    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
-
-    def __call__(self, device: torch.device) -> Extractor:
-        return _open("inception", "tensorflow", _tensorflow, self.inception_weights, device)
-
-
-@dataclass(frozen=True)
-class OpenPytorchFid:
-    """Inception-v3 on images scaled as pytorch-fid does, which gives nearly the same figures."""
-
-    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
-
-    def __call__(self, device: torch.device) -> Extractor:
-        return _open("inception-pytorch-fid", "pytorch-fid", _pytorch_fid, self.inception_weights, device)
-
-
-def _open(name: str, pipeline: str, prepare: Callable[[Tensor], Tensor], weights: str, device: torch.device) -> Extractor:
-    """An extractor by the way in which images are prepared, with weights from a file.
+    """Inception-v3, of FID, sFID and IS; its weights in a file.
 
     Without a path the file is looked for as `weights.find` says. Class probabilities leave the last layer's bias out, as the
     first implementation (Salimans et al. 2016), OpenAI's and torch-fidelity do. UserError for no file, or another network's.
     """
-    path = files.find(weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
-    net, last = load(files.read(path), weights or str(path))
-    net = net.to(device)
-    chunk = 8 if device.type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
 
-    @torch.inference_mode()
-    def network(images: Tensor) -> dict[str, Tensor]:
-        assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 has 10 bits of mantissa
-            parts = [net(prepare(part).contiguous(memory_format=torch.channels_last)) for part in images.to(device).split(chunk)]
-        return {tap: torch.cat([part[tap] for part in parts]) for tap in WIDTHS}
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+    how: ClassVar[tuple[str, str, Callable[[Tensor], Tensor]]] = ("inception", "tensorflow", _tensorflow)
 
-    identity = f"inception-v3 {pipeline} v{VERSION} {files.digest(path)}"
-    return Extractor(name, identity, WIDTHS, network, device, partial(_probabilities, last))
+    def __call__(self, device: torch.device) -> Extractor:
+        path = files.find(self.inception_weights, "IDDPM_INCEPTION_WEIGHTS", FILE, ADDRESS, "Inception", ALIAS)
+        net, last = load(files.read(path), self.inception_weights or str(path))
+        net, (name, pipeline, prepare) = net.to(device), self.how
+
+        def network(images: Tensor) -> Mapping[str, Tensor]:
+            return net(prepare(images).contiguous(memory_format=torch.channels_last))
+
+        chunk = 8 if device.type == "cpu" else 64  # images, of about 15 MB each; 8 are faster on a CPU than 64
+        identity = f"inception-v3 {pipeline} v{VERSION} {files.digest(path)}"
+        return Extractor(name, identity, WIDTHS, in_parts(network, chunk, device), device, partial(_probabilities, last))
+
+
+@dataclass(frozen=True)
+class OpenPytorchFid(OpenInception):
+    """Inception-v3 on images scaled as pytorch-fid does, which gives nearly the same figures."""
+
+    inception_weights: Annotated[str, "the file of Inception's weights; empty: where torch keeps what it downloads"] = ""
+    how = ("inception-pytorch-fid", "pytorch-fid", _pytorch_fid)
 
 
 def _probabilities(last: Tensor, pool: Tensor) -> Tensor:

@@ -26,3 +26,18 @@ class Extractor(NamedTuple):
         if self.name == "inception":
             return {"FD": "FID", "sFD": "sFID", "KD": "KID", "IS": "IS"}[metric]
         return f"{metric}-{self.name}"
+
+
+def in_parts(
+    network: Callable[[Tensor], Mapping[str, Tensor]], chunk: int, device: torch.device
+) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """An extractor's network from one that takes `chunk` images at a time, on the device, and without TF32's ten bits."""
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> dict[str, Tensor]:
+        assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            parts = [network(part) for part in images.to(device).split(chunk)]
+        return {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
+
+    return run

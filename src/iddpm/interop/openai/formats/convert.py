@@ -13,7 +13,7 @@ from iddpm.data import Images
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, from_config, line
-from iddpm.interop.openai.formats.weights import check_fit, row_of, settle, shapes_of
+from iddpm.interop.openai.formats.weights import check_fit, network_shapes, row_of, settle, shapes_of
 from iddpm.store import checkpoint
 from iddpm.store.checkpoint import Saved
 from iddpm.store.weights import Weights
@@ -139,7 +139,7 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
     else:
         step, rate = weights.about["step"], weights.about.get("ema_rate")
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
-        files.write_weights(best, padded(weights.tensors), config)
+        files.save(best, files.ordered(padded(weights.tensors), network_shapes(config)))
         written = [best.name]
     return [f"wrote in {folder}: {', '.join(written)}", *notes, f"next: {_command(config, best)}"]
 

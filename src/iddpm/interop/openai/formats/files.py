@@ -263,9 +263,9 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shapes = network_shapes(config)
     digits = f"{saved.step:06d}"
-    contents: dict[str, Any] = {f"model{digits}.pt": _ordered(saved.weights, shapes)}
+    contents: dict[str, Any] = {f"model{digits}.pt": ordered(saved.weights, shapes)}
     for rate, average in saved.averages.items():
-        contents[f"ema_{rate}_{digits}.pt"] = _ordered(average, shapes)
+        contents[f"ema_{rate}_{digits}.pt"] = ordered(average, shapes)
     if not saved.state.get("weights_only"):
         contents[f"opt{digits}.pt"] = optimizer_file(saved, config, shapes)
     record = folder / f"iddpm{digits}.json"
@@ -283,7 +283,7 @@ def save_run(folder: Path, config: Config, saved: Saved) -> Path:
     return folder / f"model{digits}.pt"
 
 
-def _ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors in the original's order, each with its own memory: a view would take along all that it is a view of."""
     own = {}
     for name in names:
@@ -292,9 +292,9 @@ def _ordered(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, T
     return own
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], config: Config) -> None:
-    """One file of weights, in the original's order."""
-    save(path, _ordered(tensors, network_shapes(config)))
+def numbered(folder: Path) -> list[Path]:
+    """The models' files of a run's folder."""
+    return [path for path in sorted(folder.glob("model*.pt")) if name_of(path)["digits"]]
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from iddpm.data.sources import open_source
 from iddpm.data.sources.folder import Folder
 from iddpm.errors import UserError
 from iddpm.interop.openai.python import logger
+from iddpm.measure.ahead import ahead
 from iddpm.parallel.processes import rank, world
 
 CROP = 0.8  # the smallest share of an image's side that a random crop shows
@@ -49,7 +49,8 @@ def load_data(
 def _batches(
     data: "ImageDataset", batch_size: int, size: int, shuffle: bool, flip: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    def read(indices: Tensor, draws: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        indices, draws = chosen
         x, y = data.batch(indices.numpy())
         if flip:
             x = torch.where(draws[:, :1, None, None] < 0.5, x.flip(-1), x)
@@ -57,18 +58,13 @@ def _batches(
             x = torch.stack([_cut(image, size, *row[1:].tolist()) for image, row in zip(x, draws)])
         return x, ({} if y is None else {"y": y})
 
-    with ThreadPoolExecutor(1, "images") as pool:  # one batch ahead
-        while True:
-            _draw_seed()  # a DataLoader's base seed
-            own = torch.Generator().manual_seed(_draw_seed() if shuffle else 0)
-            order = torch.randperm(len(data), generator=own) if shuffle else torch.arange(len(data))
-            draws = torch.rand(len(data), 4, generator=own)
-            parts = [slice(k, k + batch_size) for k in range(0, len(data) - batch_size + 1, batch_size)]
-            coming = pool.submit(read, order[parts[0]], draws[parts[0]])
-            for part in parts[1:]:
-                batch, coming = coming.result(), pool.submit(read, order[part], draws[part])
-                yield batch
-            yield coming.result()
+    while True:
+        _draw_seed()  # a DataLoader's base seed
+        own = torch.Generator().manual_seed(_draw_seed() if shuffle else 0)
+        order = torch.randperm(len(data), generator=own) if shuffle else torch.arange(len(data))
+        draws = torch.rand(len(data), 4, generator=own)
+        whole = len(data) - len(data) % batch_size
+        yield from ahead(read, list(zip(order[:whole].split(batch_size), draws[:whole].split(batch_size))))
 
 
 def _cut(x: Tensor, size: int, share: float, down: float, right: float) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import time
 from typing import Any, ClassVar, TextIO
 
-from iddpm.errors import UserError
+from iddpm.store.log import summary_writer
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -111,11 +111,7 @@ class TensorBoardOutputFormat(KVWriter):
     """TensorBoard events, at the row's "step" if it has one."""
 
     def __init__(self, dir: str):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError("the tensorboard log needs its extra: pip install 'iddpm[tensorboard]'") from None
-        self.dir, self.step, self.writer = dir, 0, SummaryWriter(dir)
+        self.dir, self.step, self.writer = dir, 0, summary_writer(Path(dir), "the tensorboard log")
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
         self.step = int(kvs.get("step", self.step + 1))

@@ -295,8 +295,7 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> 
 
 def _refuse_to_overwrite() -> None:
     folder = get_blob_logdir()
-    there = sorted(path.name for path in place(folder).glob("model*.pt") if files.name_of(path)["digits"])
-    if there := same(there):
+    if there := same([path.name for path in files.numbered(place(folder))]):
         raise UserError(f"{folder} holds {there[-1]} already: go on with --resume_checkpoint, or set another OPENAI_LOGDIR")
 
 
