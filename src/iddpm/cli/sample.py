@@ -59,8 +59,10 @@ def _sample(run: str, **given: Any) -> None:
         raise UserError("--seeds and --num_samples both say how many: give one")
     if len(named := [f"--{name}" for name in INPUTS if getattr(draw, name)]) > 1:
         raise UserError(f"{' and '.join(named)} all name the images that the model is given: give one")
-    if draw.fit and (not draw.given or draw.given.endswith(".npz")):
-        raise UserError("--fit scales the files of --given: it has no effect without these")
+    if draw.fit and not draw.given:
+        raise UserError("--fit has no effect without --given")
+    if draw.fit and draw.given.endswith(".npz"):
+        raise UserError(f"--fit scales files: {draw.given} must hold images of the model's size")
     if "classifier_scale" in given and not draw.classifier:
         raise UserError("--classifier_scale has no effect without --classifier")
     if "autoguidance" in given and not draw.autoguide:
