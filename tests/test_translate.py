@@ -314,6 +314,7 @@ def test_a_program_trains_on_pairs_of_its_own_and_draws_by_maps_of_seven_channel
         (["sample", "MODEL", "--given", "BROKEN"], "is not a readable image"),
         (["sample", "MODEL", "--given", "SKETCHES", "--low_res", "SKETCHES"], "give one"),
         (["sample", "MODEL", "--fit"], "--fit has no effect without --given"),
+        (["sample", "MODEL", "--given", "WRONG", "--fit"], "--fit scales files"),
         (["sample", "MODEL", "--given", "SKETCHES", "--seeds", "0-9"], "there are 9 images given"),
         (["sample", "MODEL", "--given", "SKETCHES", "--guidance", "2"], "--given_dropout 0.1"),
         (["sample", "MODEL", "--given", "SKETCHES", "--consistent"], "belongs to --task enlarge"),

@@ -60,7 +60,7 @@ def _sample(run: str, **given: Any) -> None:
     if len(named := [f"--{name}" for name in INPUTS if getattr(draw, name)]) > 1:
         raise UserError(f"{' and '.join(named)} all name the images that the model is given: give one")
     if draw.fit and draw.given.endswith(".npz"):
-        raise UserError("--fit scales files of images: those of an .npz are taken as they are")
+        raise UserError(f"--fit scales files: {draw.given} must hold images of the model's size")
     idle = given.keys() & (fields_of(Draw).keys() - {"find_grid"} | {"solver"})
     if draw.find_grid and idle:
         raise UserError(f"--{min(idle)} has no effect with --find_grid, which draws nothing")
