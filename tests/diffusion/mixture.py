@@ -17,9 +17,10 @@ COVARIANCE = (CENTRES - MEAN).T @ (SHARES[:, None] * (CENTRES - MEAN)) + (SHARES
 
 
 def parts(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
-    """log of each part's share times its density of x_t (B, 2, 1, 1): (B, 3)."""
+    """log of each part's share times its density of x_t (B, 2, 1, 1): (B, 3). Levels are 0-dim or (B, 1)."""
+    alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
     variance = (alpha * SPREADS) ** 2 + sigma**2
-    apart = (x.flatten(1)[:, None] - alpha * CENTRES).square().sum(2)
+    apart = (x.flatten(1)[:, None] - alpha[..., None] * CENTRES).square().sum(2)
     return SHARES.log() - apart / (2 * variance) - (2 * math.pi * variance).log()
 
 
@@ -30,9 +31,10 @@ def log_density(x: Tensor, alpha: Any = 1.0, sigma: Any = 0.0) -> Tensor:
 
 def best_x0(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
     """E[x_0 | x_t], in the dtype of x: the parts' own means, each weighted by how likely x_t is of it."""
+    alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
     wide_x, of = x.double(), parts(x.double(), alpha, sigma).softmax(1)
     gain = alpha * SPREADS**2 / ((alpha * SPREADS) ** 2 + sigma**2)
-    own = CENTRES + gain[:, None] * (wide_x.flatten(1)[:, None] - alpha * CENTRES)
+    own = CENTRES + gain[..., None] * (wide_x.flatten(1)[:, None] - alpha[..., None] * CENTRES)
     return (of[..., None] * own).sum(1).reshape(x.shape).to(x)
 
 
