@@ -1,6 +1,6 @@
 """How much of a grid of its patches' period a transformer's samples show: each checkpoint of a run against real images.
 
-    python benchmarks/patch_grid.py RUN IMAGES [--samples 512] [--steps 50]
+    python benchmarks/patch_grid.py RUN IMAGES [--samples 512] [--steps 20]
 
 Printed is the mean square step between neighbouring pixels across the edges of patches over that inside of them, and its
 standard error, of eight parts. Real images have a ratio of their own, so samples are compared with theirs, not with 1.
@@ -32,7 +32,7 @@ def ratio(images: np.ndarray, patch: int) -> str:
 
 def real(folder: Path, count: int, like: np.ndarray) -> np.ndarray:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg"))
-    chosen = paths[:: max(1, len(paths) // count)][:count]
+    chosen = [paths[k] for k in np.random.default_rng(0).permutation(len(paths))[:count]]
     return np.stack([np.asarray(Image.open(path)).reshape(like.shape) for path in chosen])
 
 
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("images", type=Path, help="a folder of real images of the run's size")
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50, help="of the solver unipc")
+    parser.add_argument("--steps", type=int, default=20, help="of the solver unipc")
     given = parser.parse_args()
     for k, step in enumerate(sorted(int(path.name.split("_")[1]) for path in (given.run / "checkpoints").iterdir())):
         model = iddpm.load(given.run, checkpoint_step=step, device="cpu")
-        patch = model.config.model.patch_size
+        patch = dict(model.config.own)["patch_size"]
         drawn = model.sample(given.samples, seed=0, solver="unipc", steps=given.steps)
         if k == 0:
             print(f"real images    {ratio(real(given.images, given.samples, drawn[0]), patch)}")
