@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-# What the tests compare Inception with: they import torchvision, which the tests stand in for, and their presence would break
-# torchmetrics; so they lie where only those tests look.
-ORACLES := torch-fidelity==0.4.0 pytorch-fid==0.3.0
+# What the tests compare Inception and the solvers with. The first two import torchvision, which the tests stand in for, and their
+# presence would break torchmetrics; so all lie, without what they ask for, where only those tests look.
+ORACLES := torch-fidelity==0.4.0 pytorch-fid==0.3.0 diffusers==0.42.1
 
 .PHONY: demo test test-slow lint types clean
 
@@ -21,7 +21,7 @@ test: lint types .venv/oracles/ready
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m slow -s
 
-.venv/oracles/ready: .venv/ready-dev
+.venv/oracles/ready: Makefile .venv/ready-dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oracles $(ORACLES)
 	touch $@
 

@@ -24,8 +24,8 @@ class Started:
     def __init__(self, launcher: "Launcher", pids: list[int], said: Path):
         self.launcher, self.pids, self.said = launcher, pids, said
 
-    def kill(self, rank: int = 0) -> None:
-        os.kill(self.pids[rank], signal.SIGKILL)
+    def kill(self, rank: int = 0, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pids[rank], number)
 
     def running(self) -> bool:
         """Whether any has not ended."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import TINY, flags, start
+from conftest import TINY, flags
 from iddpm.cli import main as cli
 from iddpm.cli.main import main
 
@@ -24,12 +24,11 @@ def until(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_saves_a_training_and_ends_it_with_75(pictures, tmp_path, number):
-    process = start("train", pictures, "--run", tmp_path / "r", *flags(**LONG))
+def test_a_signal_saves_a_training_and_ends_it_with_75(launcher, pictures, tmp_path, number):
+    process = launcher.start("train", pictures, "--run", tmp_path / "r", *flags(**LONG), said=tmp_path / "said")
     until(tmp_path / "r" / "log.jsonl", '"step": 3,')
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on from here" in err
+    process.kill(number=number)
+    assert process.wait() == [75] and "the same command goes on from here" in process.said.read_text()
     assert list((tmp_path / "r" / "checkpoints").glob("step_*"))
 
 
@@ -47,21 +46,19 @@ def test_nohup_is_respected(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["sample", "nll"])
-def test_what_is_stopped_goes_on_by_the_same_command(run, pictures, tmp_path, verb):
+def test_what_is_stopped_goes_on_by_the_same_command(launcher, run, pictures, tmp_path, verb):
     rest = {
         "sample": ["--num_samples", 60, "--batch_size", 1, "--out", tmp_path / "x.npz"],
         "nll": [pictures, "--out", tmp_path / "n.json"],
     }
     command = (verb, run, *rest[verb], "--sampling_steps", 20, "--device", "cpu")
-    process = start(*command)
-    while process.poll() is None and not list(tmp_path.glob("*.partial*")):
+    process = launcher.start(*command, said=tmp_path / "said")
+    while process.running() and not list(tmp_path.glob("*.partial*")):
         time.sleep(0.01)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip().splitlines()[-1]) == (75, "iddpm: interrupted; the same command goes on from here")
-    again = start(*command)
-    again.communicate(timeout=120)
-    assert again.returncode == 0
+    process.kill(number=signal.SIGTERM)
+    last = "iddpm: interrupted; the same command goes on from here"
+    assert process.wait() == [75] and process.said.read_text().strip().splitlines()[-1] == last
+    launcher.start(*command, said=tmp_path / "again").succeed()
 
 
 @pytest.mark.parametrize("streams", ["| head -1", "<&- >&- 2>&-"])

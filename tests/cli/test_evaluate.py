@@ -268,16 +268,13 @@ def whole(run, pictures, tmp_path_factory) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_finds_the_figures_of_one(run, pictures, tmp_path, whole, processes):
+def test_any_number_of_processes_finds_the_figures_of_one(launcher, run, pictures, tmp_path, whole, processes):
     import shutil
 
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".iddpm"))
     shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(".iddpm"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    line = [*torchrun, "iddpm", *real_command(tmp_path / "run", tmp_path / "pictures", tmp_path / "m.json")]
-    out = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120)
-    assert out.returncode == 0, out.stderr
+    line = real_command(tmp_path / "run", tmp_path / "pictures", tmp_path / "m.json")
+    launcher.start(*line, said=tmp_path / "said", processes=processes).succeed()
     assert values(tmp_path / "m.json") == pytest.approx(whole, rel=1e-6)
 
 
@@ -398,7 +395,7 @@ def test_a_reference_with_too_few_of_each_class_costs_label_consistency_alone(se
     assert "without labels: " in capsys.readouterr().out
 
 
-def test_two_evaluations_at_once_make_the_features_of_a_reference_once(sets, tmp_path):
+def test_two_evaluations_at_once_make_the_features_of_a_reference_once(launcher, sets, tmp_path):
     import shutil
 
     shutil.copy(sets["real"], tmp_path / "real.npz")
@@ -406,10 +403,9 @@ def test_two_evaluations_at_once_make_the_features_of_a_reference_once(sets, tmp
     for k in range(2):
         np.savez(tmp_path / f"{k}.npz", images(30, 20 + k))
         line = ["evaluate", tmp_path / f"{k}.npz", "--reference", tmp_path / "real.npz", "--metrics", "fd,kd", "--device", "cpu"]
-        both.append(start(*line))
+        both.append(launcher.start(*line, said=tmp_path / f"{k}.said"))
     for process in both:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        process.succeed()
     kept = [folder for folder in (tmp_path / ".iddpm").iterdir() if (folder / "pool.f32").stat().st_size == 4 * 1280 * 100]
     assert len(kept) == 1
     assert all(len(values(tmp_path / f"{k}.npz.metrics.json")) == 2 for k in range(2))

@@ -122,6 +122,43 @@ def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, confi
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_the_odes_likelihood_broken_off_goes_on_to_the_very_same_numbers(monkeypatch, run, pictures, tmp_path, capsys):
+    from iddpm.measure import bound, ode
+
+    monkeypatch.setattr(bound, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(bound, "SAVE_COST", 0)
+    add, added = ode.Paths.add, []
+
+    def broken(self, images, rows):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(images)
+        add(self, images, rows)
+
+    settings = dict(ode=True, trace="hutchinson", num_samples=10, batch_size=3)
+    assert nll(run, pictures, out=tmp_path / "whole.json", **settings) == 0
+    monkeypatch.setattr(ode.Paths, "add", broken)
+    assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 75
+    assert (tmp_path / "n.json.partial").exists() and not (tmp_path / "n.json").exists()
+    kept = (tmp_path / "n.json.partial").read_bytes()
+    monkeypatch.setattr(ode.Paths, "add", lambda self, images, rows: (added.append(images), add(self, images, rows)))
+    capsys.readouterr()
+    assert nll(run, pictures, out=tmp_path / "n.json", **settings) == 0
+    assert "going on: 60% is there already" in capsys.readouterr().out
+    assert added == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+    assert (tmp_path / "n.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+    # What another question has left is not gone on with.
+    for other, name in (
+        (dict(trace="exact"), "exact"),
+        (dict(dequantization="uniform"), "dequantization"),
+        (dict(seed=1), "seed"),
+    ):
+        (tmp_path / "n.json.partial").write_bytes(kept)
+        assert nll(run, pictures, out=tmp_path / "n.json", **settings | other) == 0
+        assert name in (said := capsys.readouterr().out) and "starting anew" in said
+
+
 def curve(*argv, **settings):
     return main(["nll", *map(str, argv), *flags(**dict(device="cpu", curve="3,5,all") | settings)])
 

@@ -110,3 +110,24 @@ def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_r
     figures = json.loads((tmp_path / "cut" / "metrics.json").read_text())["figures"]
     assert [f["steps"] for f in figures] == [k for k in (10, STEPS) for _ in range(3)]
     assert figures[-1]["machine"].startswith("2 processes, each ")
+
+
+def test_the_odes_likelihood_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
+    def line(folder):
+        settings = dict(ode=True, trace="exact", sampling_steps="10", batch_size=2, device="cpu", out=folder / "o.json")
+        return ["nll", str(long_run), str(pictures), *(str(token) for k, v in settings.items() for token in (f"--{k}", v))]
+
+    assert main(line(tmp_path / "whole")) == 0
+    partial, began = tmp_path / "cut" / "o.json.partial", time.monotonic()
+    killed = [sys.executable, "-c", SAVING_EVERY_TERM, *line(tmp_path / "cut")]
+    with subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while done(partial) < 4 and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        process.kill()
+        assert partial.exists(), process.stderr.read()
+    assert 4 <= done(partial) < 22
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "iddpm"]
+    out = subprocess.run([*torchrun, *line(tmp_path / "cut")], capture_output=True, text=True, env=ENV, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("going on: ") == 1 and not partial.exists()
+    assert (tmp_path / "cut" / "o.json").read_bytes() == (tmp_path / "whole" / "o.json").read_bytes()

@@ -18,13 +18,6 @@ import campaign
 from conftest import TINY, flags
 from iddpm.parallel import processes
 from iddpm.store.log import read_rows
-from launcher import Launcher
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Launcher() as launcher:
-        yield launcher
 
 
 def test_a_run_killed_three_times_ends_in_every_number_of_one_that_was_not(launcher, pictures, tmp_path):

@@ -93,11 +93,13 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
         print(describe(images))
         if was_trained_on(opened.config, images):
             print(f"{opened.home} was trained on these images, and so knows them better than others")
-    found = bits_by_ode(opened, images, measure)
+    state = out.with_name(f"{out.name}.partial")  # from which the same command goes on
+    found = bits_by_ode(opened, images, measure, state)
     if processes.rank():
         return
     about = opened.weights.about
     write_file(out, json.dumps(found | dict(step=about["step"], ema_rate=about.get("ema_rate", 0), data=str(folder)), indent=1))
+    state.unlink(missing_ok=True)
     error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
     how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
     how += f"; {found['trace']} trace, {found['dequantization']} dequantization"

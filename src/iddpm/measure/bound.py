@@ -34,7 +34,6 @@ from iddpm.words import duration, many
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost ...
 SAVE_COST = 20  # ... or this many times what writing the file takes, where that is longer
 TABLES = Term._fields[1:]  # vb, x0_mse, eps_mse
-KEPT = ("done", "total", "prior", "decoder", "sums", "seconds")  # of Progress, in its file
 ORIGINAL = {"vb": "vb_terms.npz", "eps_mse": "mse_terms.npz", "x0_mse": "xstart_mse_terms.npz"}  # the original's file names
 
 
@@ -62,19 +61,84 @@ class Bound(NamedTuple):
         return self.total - self.prior - self.decoder
 
 
-class Progress:
+class Resumable:
+    """A measurement's arrays, those named in KEPT, in a file that a killed one goes on from; the file is the first process's."""
+
+    KEPT: tuple[str, ...]
+
+    def __init__(self, path: Path | None, job: str):
+        self.seconds = np.zeros(1)  # what this took
+        self.path, self.job, self.seen = path, job, time.monotonic()
+        self.due = self.seen + SAVE_EVERY
+
+    def share(self) -> float:
+        """How much is there already, from 0 to 1."""
+        raise NotImplementedError
+
+    def keep(self, at_once: bool = False) -> float:
+        """Write the file now and then; returns the seconds since the last call."""
+        now = time.monotonic()
+        spent, self.seen = max(now - self.seen, 1e-6), now
+        self.seconds += spent
+        if self.path and (at_once or now > self.due):
+            self.save(self.path)
+            ended = time.monotonic()
+            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - now))
+        return spent
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in self.KEPT}
+        replace(path, lambda file: np.savez(file, identity=np.array(self.job), **arrays))
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Become, on every process, what the file holds of the same job, if anything; `say` hears of it."""
+        if note := self._read():
+            say(note)
+        leads = processes.rank() == 0
+        for name in self.KEPT:
+            held = torch.from_numpy(getattr(self, name))
+            setattr(self, name, processes.gather(held[: None if leads else 0]).numpy())
+
+    def _read(self) -> str:
+        """Take what the file holds of the same job, if anything; returns what there is to say."""
+        if not self.path:
+            return ""
+        try:
+            with opened(self.path) as raw, np.load(raw) as file:
+                if (found := str(file["identity"])) != self.job:
+                    theirs, ours = (decode(text, dict[str, Any], self.path) for text in (found, self.job))
+                    names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
+                    return f"{self.path} is of another measurement (other {names}): starting anew"
+                kept = {name: file[name] for name in self.KEPT}
+                if any(kept[name].shape != getattr(self, name).shape for name in self.KEPT):
+                    raise ValueError("of another shape")
+                for name in self.KEPT:
+                    setattr(self, name, kept[name])
+        except FileNotFoundError:
+            return ""
+        except Unreachable:
+            raise
+        except Exception:  # numpy raises almost anything for a damaged file
+            return f"{self.path} is damaged: starting anew"
+        return f"going on: {self.share():.0%} is there already"
+
+
+class Progress(Resumable):
     """Which terms of which images are in, and their sums: all that a killed job needs to go on, kept in a file.
 
     Sums take in the images one by one in their order, so the batches and processes change nothing but the networks' rounding.
     """
 
+    KEPT = ("done", "total", "prior", "decoder", "sums", "seconds")
+
     def __init__(self, n: int, steps: int, path: Path | None = None, job: str = ""):
         self.done = np.zeros(n, np.int64)  # how many of each image's K terms, from the noisiest step down
         self.total, self.prior, self.decoder = np.zeros((3, n))  # bits/dim; the total is the prior's and the terms so far
         self.sums = np.zeros((2, len(TABLES), steps))  # over images, of each step's vb, x0_mse and eps_mse, and of their squares
-        self.seconds = np.zeros(1)  # what this took
-        self.path, self.job, self.seen = path, job, time.monotonic()
-        self.due = self.seen + SAVE_EVERY
+        super().__init__(path, job)
+
+    def share(self) -> float:
+        return float(self.done.mean() / self.sums.shape[2])
 
     def add(self, images: slice, rows: np.ndarray) -> None:
         """Take in the next j terms (b, 3, j) float32 of b neighbouring images that are equally far."""
@@ -89,44 +153,6 @@ class Progress:
         if terms == last:
             self.decoder[images] = rows[:, 0, -1]
         self.done[images] += terms
-
-    def keep(self, at_once: bool = False) -> float:
-        """Write the file now and then; returns the seconds since the last call."""
-        now = time.monotonic()
-        spent, self.seen = max(now - self.seen, 1e-6), now
-        self.seconds += spent
-        if self.path and (at_once or now > self.due):
-            self.save(self.path)
-            ended = time.monotonic()
-            self.due = ended + max(SAVE_EVERY, SAVE_COST * (ended - now))
-        return spent
-
-    def save(self, path: Path) -> None:
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in KEPT}
-        replace(path, lambda file: np.savez(file, identity=np.array(self.job), **arrays))
-
-    def resume(self) -> str:
-        """Become what the file holds of the same job, if anything; returns what there is to say."""
-        if not self.path:
-            return ""
-        try:
-            with opened(self.path) as raw, np.load(raw) as file:
-                if (found := str(file["identity"])) != self.job:
-                    theirs, ours = (decode(text, dict[str, Any], self.path) for text in (found, self.job))
-                    names = ", ".join(k for k in ours if theirs.get(k) != ours[k])
-                    return f"{self.path} is of another measurement (other {names}): starting anew"
-                kept = {name: file[name] for name in KEPT}
-                if any(kept[name].shape != getattr(self, name).shape for name in KEPT):
-                    raise ValueError("of another shape")
-                for name in KEPT:
-                    setattr(self, name, kept[name])
-        except FileNotFoundError:
-            return ""
-        except Unreachable:
-            raise
-        except Exception:  # numpy raises almost anything for a damaged file
-            return f"{self.path} is damaged: starting anew"
-        return f"going on: {self.done.mean() / self.sums.shape[2]:.0%} is there already"
 
 
 @torch.inference_mode()
@@ -156,16 +182,12 @@ def bits_per_dim(
     grid, denoiser = grid or build.grid(config), build.bound_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))
-    job, leads = _job(config, chosen, seed, identity), processes.rank() == 0
-    progress = Progress(len(chosen), grid.steps, state if leads else None, job)  # the file is the first process's
-    if note := progress.resume():
-        say(note)
-    for name in KEPT:  # and what is in it, everybody's
-        held = torch.from_numpy(getattr(progress, name))
-        setattr(progress, name, processes.gather(held[: None if leads else 0]).numpy())
+    job, leads = job_of(config, chosen, seed, identity), processes.rank() == 0
+    progress = Progress(len(chosen), grid.steps, state if leads else None, job)
+    progress.resume(say)
     tick(int(progress.done.sum()))
     stride, looks = 1, 0  # terms between two looks at all processes: as many as take SAVE_EVERY
-    for r in _rounds(progress.done, grid.steps, batch_size):
+    for r in rounds_left(progress.done, grid.steps, batch_size):
         images, first = slice(r.every.start, r.every.stop), int(progress.done[r.every.start])
         x0, cond = batch_of(config, data, chosen[r.call.start : r.call.stop], device)
         noise = partial(rng.normal, seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
@@ -186,7 +208,7 @@ def bits_per_dim(
     return _bound(progress, chosen, grid, seed)
 
 
-def _job(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, Any]) -> str:
+def job_of(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, Any]) -> str:
     """All that makes the numbers what they are, as JSON."""
     images = hashlib.sha256(np.ascontiguousarray(chosen, np.int64).tobytes()).hexdigest()
     sample, model = config.sample, {k: v for k, v in json.loads(config.to_json()).items() if k in ("model", "diffusion", "own")}
@@ -195,7 +217,7 @@ def _job(config: Config, chosen: np.ndarray, seed: int, identity: Mapping[str, A
     return json.dumps({**identity, "images": images, "seed": seed, **model, **chain})
 
 
-def _rounds(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes.Round]:
+def rounds_left(done: np.ndarray, steps: int, batch_size: int) -> Iterator[processes.Round]:
     """The images still to be measured; those of a round are equally far."""
     edges = [0, *(np.flatnonzero(np.diff(done)) + 1).tolist(), len(done)]
     for a, b in zip(edges, edges[1:]):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -117,15 +118,20 @@ def chains_of(curve: str, runs: Sequence[Opened]) -> dict[str, list[tuple[Opened
     return chains
 
 
+def identity_of(opened: Opened, images: Images, measure: Measure) -> dict[str, Any]:
+    """Whose likelihood of which files: what a measurement that goes on must have in common with the one before."""
+    weights = opened.weights
+    names = hashlib.sha256("\n".join(map(str, images.files)).encode("utf-8", "surrogateescape")).hexdigest()
+    identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=opened.which.precision)
+    return identity | (dict(given=measure.given) if measure.given else {})
+
+
 def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
     """The bound of a run on the images, with a bar of its progress; goes on from `state`, where that is of the same job."""
-    weights, which, n = opened.weights, opened.which, min(measure.num_samples or len(images), len(images))
-    names = hashlib.sha256("\n".join(map(str, images.files)).encode("utf-8", "surrogateescape")).hexdigest()
-    identity = dict(weights=str(weights.path), about=weights.about, files=names, precision=which.precision)
-    identity |= dict(given=measure.given) if measure.given else {}
+    which, n = opened.which, min(measure.num_samples or len(images), len(images))
     with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
         return bits_per_dim(
             opened.config, opened.net, images, opened.device,
             grid=grid, num_samples=n, batch_size=which.batch_size, seed=measure.seed,
-            state=state, identity=identity, say=bar.write, tick=bar.update,
+            state=state, identity=identity_of(opened, images, measure), say=bar.write, tick=bar.update,
         )  # fmt: skip
