@@ -65,14 +65,18 @@ Profile = tuple[float, float]  # an average's gamma and its number of updates
 def combination(snapshots: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
     """The share of each snapshot in the sum that comes nearest to another average, and how far off that is, by its profile.
 
-    Least squares over time (Karras et al. 2024, appendix C.1); 0 is exact, 1 as far as nothing at all. ValueError for none.
+    Least squares over time (Karras et al. 2024, appendix C.1), of shares that add up to 1, or all weights would shrink a little.
+    0 is exact, 1 as far as nothing at all. ValueError for none.
     """
     if not snapshots:
         raise ValueError("there is no snapshot")
     a = torch.tensor([[_product(p, q) for q in snapshots] for p in snapshots], dtype=torch.float64)
     b = torch.tensor([_product(p, wanted) for p in snapshots], dtype=torch.float64)
     scale = a.diagonal().rsqrt()  # all profiles of length 1: shares of very different size are found as well
-    found = scale * torch.linalg.lstsq(a * scale[:, None] * scale, (b * scale)[:, None], driver="gelsd").solution[:, 0]
+    bordered = torch.zeros(len(b) + 1, len(b) + 1, dtype=torch.float64)  # with a multiplier for the sum
+    bordered[:-1, :-1], bordered[-1, :-1], bordered[:-1, -1] = a * scale[:, None] * scale, scale, scale
+    right = torch.cat([b * scale, torch.ones(1, dtype=torch.float64)])
+    found = scale * torch.linalg.lstsq(bordered, right[:, None], driver="gelsd").solution[:-1, 0]
     missed = (found @ a @ found - 2 * found @ b) / _product(wanted, wanted) + 1
     return found.tolist(), max(0.0, missed.item()) ** 0.5
 
