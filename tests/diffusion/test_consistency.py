@@ -41,7 +41,7 @@ def pull(schedule: Any, stage: int, off: float) -> float:
     u = torch.rand(len(x0), generator=generator, dtype=torch.float64) * 0.8 + 0.1
     by = torch.tensor(off, requires_grad=True)
     f = denoiser_of(lambda x, s: exact(x, s, by))
-    loss = Consistency()(f, schedule, M + S * x0, eps, u, progress=lambda: (stage - 1) / 8)["loss"].mean()
+    loss = Consistency(8)(f, schedule, M + S * x0, eps, u, progress=lambda: (stage - 1) / 8)["loss"].mean()
     return torch.autograd.grad(loss, by)[0].item()
 
 
@@ -60,7 +60,7 @@ def test_the_nearer_level_is_the_papers_and_closes_in_from_stage_to_stage() -> N
     u = torch.linspace(0.05, 0.99, 40, dtype=torch.float64)
     t = VE()(u).sigma
     for progress, a in ((0.0, 1), (0.124, 1), (0.126, 2), (0.5, 5), (1.0, 8)):
-        nearer, clean = Consistency().nearer(VE(), u, progress)
+        nearer, clean = Consistency(8).nearer(VE(), u, progress)
         r = t - t * (1 + 8 / (1 + t.exp())) / 2**a
         assert torch.equal(clean, r <= 0.002)
         torch.testing.assert_close(nearer.sigma[~clean], r[~clean], rtol=1e-9, atol=0)
@@ -71,7 +71,7 @@ def test_on_a_chain_it_is_another_step_or_the_image(name: str) -> None:
     steps = chain(name, 40)
     u = (torch.arange(40, dtype=torch.float64) + 0.5) / 40
     for progress in (0.0, 0.5, 1.0):
-        nearer, clean = Consistency().nearer(steps, u, progress)
+        nearer, clean = Consistency(8).nearer(steps, u, progress)
         assert (nearer.time[~clean] < steps(u).time[~clean]).all() and clean[0]
     assert torch.equal(nearer.time[1:][~clean[1:]], steps(u).time[:-1][~clean[1:]])  # in the end, the step beside it
 
