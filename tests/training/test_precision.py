@@ -18,7 +18,7 @@ def test_another_is_taken_where_it_is_faster_by_more_than_a_tenth(monkeypatch, t
     monkeypatch.setattr(precision, "measured", lambda config, device, names: dict(zip(names, times)))
     config, (line,) = precision.settle(Config(), torch.device("cpu"))
     assert config.train.precision == chosen
-    assert chosen in line and f"fp32 {1000 * times[0]:.3g} ms, bf16 {1000 * times[1]:.3g} ms" in line
+    assert f"precision: {chosen} " in line and f"bf16 takes {times[1] / times[0]:.2f} of the time" in line
 
 
 def test_a_precision_that_is_given_is_not_timed(monkeypatch):
@@ -36,6 +36,21 @@ def test_the_time_is_of_the_network_that_is_trained_and_leaves_randomness_alone(
     assert set(seconds) == {"fp32", "bf16"} and all(0 < s < 5 for s in seconds.values())
     wide = precision.measured(config.updated({"num_channels": 128}), torch.device("cpu"), ["fp32"])
     assert wide["fp32"] > 3 * seconds["fp32"]  # 64 times the work
+
+
+@pytest.mark.parametrize(("settings", "size"), [
+    (dict(image_size="1024", channel_mult="1,1"), "64x64"), (dict(image_size="96x160", channel_mult="1,1"), "24x40"),
+    (dict(image_size="256", channel_mult="1,1,1,1,1,1,1"), "128x128"), (dict(image_size="80", channel_mult="1,1,1,1,1"), "80x80"),
+])  # fmt: skip
+def test_large_images_are_timed_small_as_far_as_the_network_takes_them(monkeypatch, settings, size):
+    seen = []
+    real = precision.example
+    monkeypatch.setattr(
+        precision, "example", lambda config, *rest: (seen.append(config.model.image_size), real(config, *rest))[1]
+    )
+    config = Config().updated({**SMALL, "num_channels": 8, "attention_resolutions": "", **settings})
+    assert precision.measured(config, torch.device("cpu"), ["fp32"])["fp32"] > 0
+    assert seen[-1] == size
 
 
 def test_a_run_keeps_what_it_chose_when_it_goes_on(pictures, tmp_path, capsys, monkeypatch):

@@ -1,12 +1,14 @@
 """Which arithmetic is the faster on this machine: `--precision auto` times them on the run's own network before it begins."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from iddpm import build, rng
-from iddpm.config import Config
+from iddpm.config import Config, image_size
+from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.training.step import method_of
 from iddpm.training.trial import example
@@ -14,6 +16,7 @@ from iddpm.training.trial import example
 AUTO, EXACT = "auto", "fp32"
 GAIN = 1.1  # how many times as fast as fp32 another must be to be taken: it rounds more
 ROUNDS, SECONDS = 3, 6.0  # of timing, at most
+SIDE = 64  # pixels of the images it is timed on, at most
 
 
 def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
@@ -25,8 +28,9 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
         return config.updated({"precision": EXACT}), []
     seconds = measured(config, device, [EXACT, *others])
     best = min(seconds, key=lambda name: seconds[name] * (1 if name == EXACT else GAIN))
-    told = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
-    return config.updated({"precision": best}), [f"precision: {best}, by a pass of an image on this machine: {told}"]
+    ratio = seconds[others[0]] / seconds[EXACT]
+    told = f"precision: {best} (on this machine {others[0]} takes {ratio:.2f} of the time that {EXACT} takes)"
+    return config.updated({"precision": best}), [told]
 
 
 def _runs(name: str, device: torch.device) -> bool:
@@ -37,14 +41,21 @@ def _runs(name: str, device: torch.device) -> bool:
 
 
 def measured(config: Config, device: torch.device, names: list[str]) -> dict[str, float]:
-    """The seconds that an image takes forward and backward in each precision.
+    """The seconds that an image, of 64 pixels at most where the network takes such, takes forward and backward in each precision.
 
     The least of up to 3 rounds, in turn, of up to 16 images or about half a second each; of several processes the mean.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         net = build.network(config).to(device)
-    passes = {name: _passes(config.updated({"precision": name}), net, device) for name in names}
-    one = min(_timed(passes[EXACT], 1, device) for _ in range(2))  # the first warms up
+    for height, width in _sizes(*image_size(config.model)):
+        sized = config.updated({"image_size": f"{height}x{width}"})
+        passes = {name: _passes(sized.updated({"precision": name}), net, device) for name in names}
+        try:
+            one = min(_timed(passes[EXACT], 1, device) for _ in range(2))  # the first warms up
+            break
+        except (ValueError, UserError):  # a network, or a task, of which this is no size
+            if (height, width) == image_size(config.model):
+                raise
     images = max(1, min(len(processes.share(config.train.batch_size)), 16, int(0.5 / one)))
     seconds = {name: _timed(run, images, device) for name, run in passes.items()}
     began = time.perf_counter()
@@ -55,6 +66,12 @@ def measured(config: Config, device: torch.device, names: list[str]) -> dict[str
     each = torch.tensor(list(seconds.values()), dtype=torch.float64) / images
     processes.sum_(each)
     return dict(zip(names, (each / processes.world()).tolist()))
+
+
+def _sizes(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """The size halved until no side is above 64 pixels, as far as that goes, then twice as large, up to the size itself."""
+    halvings = max(0, math.ceil(math.log2(max(height, width) / SIDE)))
+    return ((height >> k, width >> k) for k in range(halvings, -1, -1) if not (height % 2**k or width % 2**k))
 
 
 def _passes(config: Config, net: torch.nn.Module, device: torch.device) -> Callable[[int], None]:
