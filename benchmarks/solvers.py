@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from iddpm import build, rng
+from iddpm import build, fit, rng
 from iddpm.config import FOUND, Which, check, image_size
 from iddpm.config.choices import choices
 from iddpm.errors import UserError
@@ -49,7 +49,7 @@ def main() -> None:
     @torch.inference_mode()
     def end(**how: object) -> torch.Tensor:
         changed = check(config.updated(how))
-        changed = build.require_fit(with_found(changed, opened.home))
+        changed = fit.require_fit(with_found(changed, opened.home))
         grid = build.grid(changed)
         called[0] = 0
         x = rng.normal(0, rng.SAMPLE, 0, seeds, shape) * grid.start

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from iddpm import build
+from iddpm import fit
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS
 from iddpm.config import Config, check
@@ -75,7 +75,7 @@ def rows() -> str:
 def fits(schedule: str, parametrization: str) -> bool:
     config = Config().updated(dict(noise_schedule=schedule, parametrization=parametrization, sampling_steps="50"))
     try:
-        build.require_fit(check(config))
+        fit.require_fit(check(config))
     except UserError:
         return False
     return True
@@ -118,7 +118,7 @@ def read(flags: str) -> dict[str, Any]:
 @pytest.mark.parametrize("flags", re.findall(r"^\| [^`|]* \| `(--[^`]*)`", METHODS.read_text(), re.MULTILINE))
 def test_a_method_is_a_config_that_works(flags):
     given = {k: v for k, v in read(flags).items() if k not in ("data", "preset", "config", "run", "dry_run")}
-    build.require_fit(check(Config().updated(given)))
+    fit.require_fit(check(Config().updated(given)))
 
 
 def flags_of(verb: str) -> set[str]:

@@ -26,8 +26,8 @@ from iddpm.diffusion.denoiser import (
 from iddpm.diffusion.grid import Chain, Grid, from_noise, respace, steps_at, walk
 from iddpm.diffusion.guidance import Steering, Taught, autoguided, cfg, classifier_free, first_known, limited, told
 from iddpm.diffusion.law import Uniform
-from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, Terms, clean_cross_entropy, cross_entropy, simple
-from iddpm.diffusion.parametrization import Scalings, previous, v
+from iddpm.diffusion.objective import Terms, clean_cross_entropy, cross_entropy
+from iddpm.diffusion.parametrization import Scalings
 from iddpm.diffusion.schedule import Adjusted, Schedule, Shifted
 from iddpm.diffusion.solvers import Solver
 from iddpm.diffusion.weighting import Weighting
@@ -53,7 +53,7 @@ def network(config: Config) -> nn.Module:
     )
     made = make("network", m.network, config.numbers())
     try:
-        net: nn.Module = made(asked, m) if _takes(made, "settings") else made(asked)  # ours read the fields of Model, too
+        net: nn.Module = made(asked, m) if takes(made, "settings") else made(asked)  # ours read the fields of Model, too
     except ValueError as e:
         raise UserError(f"--network {m.network}, --image_size {m.image_size}: {e}") from None
     return net
@@ -129,7 +129,6 @@ def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], T
 
 def bound_denoiser(config: Config, net: Network) -> Denoiser:
     """As `denoiser`, to measure likelihood with: clipped likewise, of the config's own variance, whose bound is the tighter."""
-    require_density(config, "bits per dimension")
     return denoiser(config, net, *((clip,) if config.sample.clip_denoised else ()))
 
 
@@ -153,12 +152,12 @@ def drawing(config: Config, net: Network, cond: Cond, *after: Callable[[Tensor],
     """
     s, made = config.sample, sampling_denoiser(config, net, *after)
     denoise: Denoise = partial(made, cond=cond)
-    if _knows_guidance(config) and not weak:
+    if knows_guidance(config) and not weak:
         denoise = told(made, cond, s.guidance, s.guidance_low, s.guidance_high)
     elif s.guidance != 1 or weak:
         bare = dataclasses.replace(made, after=())
         denoise = partial(bare, cond=cond)
-        if _knows_guidance(config):
+        if knows_guidance(config):
             denoise = told(bare, cond, s.guidance, s.guidance_low, s.guidance_high)
         elif s.guidance != 1:
             denoise = classifier_free(bare, cond, _dropped(config, cond), _steering(config, s.guidance))
@@ -180,7 +179,7 @@ def _dropped(config: Config, cond: Cond) -> dict[str, Tensor]:
     return without
 
 
-def _knows_guidance(config: Config) -> bool:
+def knows_guidance(config: Config) -> bool:
     """Whether the network itself is to guide, by what it learned."""
     return config.model.trained_guidance > 0 and config.sample.guidance_kind == "auto"
 
@@ -208,10 +207,10 @@ def objective(
     if config.task.classifies:
         return cross_entropy if d.noised else clean_cross_entropy
     loss = make("objective", d.objective_name, config.numbers())
-    asks: dict[str, Any] = {"weighting": weighted or weighting(config)} if _takes(loss, "weighting") else {}
+    asks: dict[str, Any] = {"weighting": weighted or weighting(config)} if takes(loss, "weighting") else {}
     if config.model.trained_guidance:
         asks["toward"] = Taught(config.model.num_classes)
-    if _takes(loss, "progress"):
+    if takes(loss, "progress"):
         asks["progress"] = progress
     return partial(loss, **asks) if asks else loss
 
@@ -234,113 +233,8 @@ def solver(config: Config) -> Solver:
     return made
 
 
-def _takes(f: Callable[..., Any], name: str) -> bool:
+def takes(f: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(f).parameters
-
-
-def require_fit(config: Config) -> Config:
-    """The config itself, or UserError where its choices, each fine alone, do not go together."""
-    d = config.diffusion
-    if config.task.classifies:
-        return config
-    loss, name = row("objective", d.objective_name), d.noise_schedule
-    if d.learn_sigma and loss is simple:
-        raise UserError("--objective simple does not train the variance of --learn_sigma: take hybrid or vlb")
-    if not d.learn_sigma and loss in LEARN_VARIANCE:
-        raise UserError(f"--objective {d.objective} needs --learn_sigma True")
-    if config.sample.guidance != 1 and not (config.model.class_dropout or config.model.given_dropout):
-        dropout = "--given_dropout 0.1 or --class_dropout 0.1" if config.task.translates else "--class_dropout 0.1"
-        raise UserError(
-            f"--guidance needs a model trained with {dropout}, which this is not: guide by --classifier or --autoguide"
-        )
-    changes = [("--noise_candidates", "the law of the noise")] * (config.train.noise_candidates > 1)
-    changes += [("--trained_guidance", "what is learned")] * (config.model.trained_guidance > 0)
-    if changes and loss in CHAIN_ONLY:
-        raise UserError(
-            f"{changes[0][0]} changes {changes[0][1]}, of which --objective {d.objective_name} is the likelihood: "
-            "take --objective simple" + ", --learn_sigma False" * d.learn_sigma
-        )
-    _require_known_guidance(config)
-    _require_leaps(config)
-    if d.snr_shift != 1 and not is_chain(d) and schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
-        raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
-    if d.zero_terminal_snr and d.diffusion_steps < 2:
-        raise UserError("--zero_terminal_snr stretches a chain: --diffusion_steps 2 or more")
-    if config.sample.guidance_low > config.sample.guidance_high:
-        raise UserError(
-            f"--guidance_low {config.sample.guidance_low:g} is above --guidance_high {config.sample.guidance_high:g}: nothing "
-            "would be guided"
-        )
-    if not is_chain(d) and loss in CHAIN_ONLY:
-        raise UserError(
-            f"--objective {d.objective} reads the steps of a chain: take --noise_schedule linear or cosine, not {name}"
-        )
-    if fault := _misfit(config, d.parametrization):
-        others = [other for other in choices("parametrization") if not _misfit(config, other)]
-        raise UserError(f"--parametrization {d.parametrization} {fault} of --noise_schedule {name}: take {' or '.join(others)}")
-    return config
-
-
-def _require_known_guidance(config: Config) -> None:
-    """UserError where the network is to guide by what it learned, and did not learn that."""
-    most, s = config.model.trained_guidance, config.sample
-    if most and not _takes(row("objective", config.diffusion.objective_name), "toward"):
-        raise UserError(f"--trained_guidance has no part in --objective {config.diffusion.objective_name}: take simple")
-    if most and config.model.given_dropout:
-        raise UserError("--trained_guidance is by the class alone: leave out --given_dropout")
-    if 0 < most <= 1:
-        raise UserError(f"--trained_guidance {most:g} teaches nothing, for 1 is no guidance: as 3, or 0 for none")
-    if _knows_guidance(config) and not 1 <= s.guidance <= most:
-        raise UserError(
-            f"--guidance {s.guidance:g}: this network learned guidance from 1 to {most:g}; --guidance_kind cfg goes beyond, "
-            "in two calls"
-        )
-    if _knows_guidance(config) and s.guidance_rescale:
-        raise UserError("--guidance_rescale needs to know what is drawn without guidance: add --guidance_kind cfg, for two calls")
-
-
-def leaps(config: Config) -> bool:
-    """Whether a model's x0 is an image, not the mean of all that x_t may come from."""
-    return not config.task.classifies and getattr(row("objective", config.diffusion.objective_name), "leaps", False)
-
-
-def require_density(config: Config, what: str) -> None:
-    """UserError where a model leaps, for `what` needs one that knows how likely images are."""
-    if leaps(config):
-        raise UserError(
-            f"{what}: a model of --objective {config.diffusion.objective} leaps to images: take the one it was tuned from"
-        )
-
-
-def _require_leaps(config: Config) -> None:
-    """UserError where a solver that leaps is to draw with a model that does not, or another with one that does."""
-    name, solver = config.diffusion.objective_name, config.sample.solver
-    if leaps(config) and not (config.train.steps or config.train.images):
-        raise UserError(f"--objective {name} changes over the run: how long is it? --steps N")
-    fits = [n for n in choices("solver") if getattr(row("solver", n), "leaps", False) == leaps(config)]
-    if solver not in fits and leaps(config):
-        raise UserError(
-            f"--solver {solver} walks from level to level, a model of --objective {name} leaps: take {' or '.join(fits)}"
-        )
-    if solver not in fits:
-        raise UserError(
-            f"--solver {solver} is for a model that leaps: make one of this by iddpm train --init_from, --objective {solver}"
-        )
-    if leaps(config) and config.sample.skip_first:
-        raise UserError("--skip_first would leave out the very call that makes the image")
-
-
-def _misfit(config: Config, name: str) -> str:
-    """Why a parametrization does not go with the schedule of a config; empty where it does."""
-    made = make("parametrization", name, config.numbers())
-    if made is previous and not is_chain(config.diffusion):
-        return "reads the steps of a chain, not levels"
-    level = schedule(config)(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    if made is v and (level.alpha**2 + level.sigma**2 - 1).abs().max() > 1e-6:
-        return "is for alpha^2 + sigma^2 = 1, not for the levels"
-    c = made(next(iter(grid(config))))
-    finite = all(torch.isfinite(x).all() for x in (c.skip, c.out, c.time))
-    return "" if finite else "divides by alpha, which is 0 at the noisiest level"
 
 
 def device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.config import Config, Evaluate, Sample, Which, check, given_shape, image_size, make
 from iddpm.config.run import typed
 from iddpm.diffusion.denoiser import Prediction
@@ -128,7 +128,7 @@ class Model:
         how = dict(how)
         if "steps" in how:
             how["sampling_steps"] = how.pop("steps")
-        return build.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
+        return fit.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
 
 
 def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Path = "", **settings: Any) -> Path:

@@ -154,14 +154,14 @@ def test_a_number_that_two_choices_share_is_read_for_each_of_them(chooser):
 def test_every_preset_is_a_config_whose_network_can_be_built(name):
     import torch
 
-    from iddpm import build
+    from iddpm import build, fit
     from iddpm.config import total_steps
 
     config = check(Config().updated({**PRESETS[name][1], "num_classes": 10}))
     assert name in METHODS or total_steps(config.train) > 0
     with torch.device("meta"):
         build.network(config)
-    build.solver(build.require_fit(config))
+    build.solver(fit.require_fit(config))
 
 
 # Of DESIGN's table of methods: the schedule, what is predicted, the loss and its weighting, the law of t.
@@ -179,10 +179,10 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("before", ["digits", "cifar10-vlb", *METHODS])
 def test_the_preset_of_a_method_leaves_nothing_of_the_mathematics_before_it(before, method):
-    from iddpm import build
+    from iddpm import fit
     from iddpm.training.start import new
 
-    config = build.require_fit(check(new(f"{before},{method}", {"num_classes": 10})))
+    config = fit.require_fit(check(new(f"{before},{method}", {"num_classes": 10})))
     d = config.diffusion
     assert (d.noise_schedule, d.parametrization, d.objective_name, d.weighting, d.schedule_sampler) == METHODS[method]
     alone = new(method, {"num_classes": 10})

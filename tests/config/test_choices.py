@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.cli.main import main
 from iddpm.config import Config, Data, Diffusion, Draw, Evaluate, Measure, Model, Sample, Train, Which, check, make
 from iddpm.config import choices as table
@@ -276,7 +276,7 @@ def test_a_schedule_that_inherits_its_betas_is_a_chain(add):
 
 def test_an_objective_that_takes_no_weighting_refuses_one(add):
     config = Config().updated(dict(objective=add("objective", my_loss)))
-    assert build.objective(build.require_fit(check(config))) is my_loss
+    assert build.objective(fit.require_fit(check(config))) is my_loss
     with pytest.raises(UserError, match="--weighting has no effect with --objective my_loss"):
         check(config.updated(dict(weighting="edm")))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.cli.main import main
 from iddpm.config import Config, check, every_field
 from iddpm.config import choices as table
@@ -48,7 +48,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 def made(method: str) -> Config:
     """The config of a method; 1 in the place of 1.0 among the settings, as a program may write it."""
-    return build.require_fit(check(Config().updated(METHODS[method])))
+    return fit.require_fit(check(Config().updated(METHODS[method])))
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def first_version(**changes: Any) -> str:
 @pytest.mark.parametrize(("run", "task"), [("classes", "images"), ("enlarge", "enlarge"), ("judge", "classify")])
 def test_the_config_of_an_earlier_run_is_brought_up_to_date(run, task):
     text = (EARLIER / run / "config.json").read_text()
-    config = build.require_fit(check(Config.from_json(text)))
+    config = fit.require_fit(check(Config.from_json(text)))
     assert (config.model.task, config.model.network) == (task, "unet")
     assert Config.from_json(config.to_json()) == config
     raw = json.loads(text)
@@ -345,7 +345,7 @@ def test_choices_that_do_not_go_together_are_one_line_that_mends_them(settings, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
     assert not (tmp_path / "r").exists()
-    build.require_fit(check(Config().updated(settings | mended)))
+    fit.require_fit(check(Config().updated(settings | mended)))
 
 
 @pytest.mark.parametrize("schedule", choices("noise_schedule"))
@@ -353,7 +353,7 @@ def test_choices_that_do_not_go_together_are_one_line_that_mends_them(settings, 
 def test_a_pair_that_is_not_refused_is_finite_at_every_level(schedule, parametrization):
     config = check(Config().updated(dict(noise_schedule=schedule, parametrization=parametrization, sampling_steps="50")))
     try:
-        build.require_fit(config)
+        fit.require_fit(config)
     except UserError:
         assert (schedule, parametrization) in {
             (s["noise_schedule"], s.get("parametrization")) for s, _, _ in UNFIT if len(s) == 2 and "noise_schedule" in s
@@ -375,7 +375,7 @@ class Circle(Flow):
 def test_v_goes_with_any_schedule_whose_squares_sum_to_one():
     table.add("noise_schedule", Circle)
     settings = dict(noise_schedule="Circle", parametrization="v", sampling_steps="50")
-    build.require_fit(check(Config().updated(settings)))
+    fit.require_fit(check(Config().updated(settings)))
 
 
 def test_a_resumed_run_may_change_a_number_only_where_it_may_change_the_choice():

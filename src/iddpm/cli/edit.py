@@ -39,7 +39,7 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
         raise UserError(f"--solver {given['solver']}: between two images ddim leads, which comes back the way it went")
     if edit.between and edit.seeds:
         raise UserError("--seeds draw nothing between two images: they are brought back to noise")
-    from iddpm import build
+    from iddpm import build, fit
     from iddpm.parallel import processes
     from iddpm.sampling import edit as made
     from iddpm.sampling.job import job
@@ -61,7 +61,7 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
         inputs = [_read(path, config) for path in images]
         mask = _mask(edit.mask, images, config) if edit.mask else None
         if between:
-            build.require_density(config, "--between")
+            fit.require_density(config, "--between")
             grid = build.grid(config)
             if images:
                 ends = [made.noise_of(config, net, device, image, y) for image in inputs]

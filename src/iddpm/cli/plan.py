@@ -121,7 +121,7 @@ def _check(devices: Devices, asked: bool) -> None:
 
 def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> Config:
     """The config that the same flags would train, of data that need not be there."""
-    from iddpm import build
+    from iddpm import fit
     from iddpm.training import start
 
     if preset and run:
@@ -132,7 +132,7 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         if not record.exists():
             raise UserError(f"{run} is no run of iddpm: it has no config.json")
         return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
-    config = build.require_fit(check(start.new(preset, given)))
+    config = fit.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
         known = [CLASSES[name] for name in preset.split(",") if name in CLASSES]
         if not known:

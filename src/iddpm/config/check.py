@@ -11,7 +11,7 @@ LEVELS = 16  # each halves the image
 def check(config: Config) -> Config:
     """The config itself, or UserError for the first thing in it that cannot work or would be silently ignored.
 
-    What depends on the rows chosen together (a learned variance on a continuous schedule) is checked by `build.require_fit`.
+    What depends on the rows chosen together (a learned variance on a continuous schedule) is checked by `fit.require_fit`.
     """
     now, model, train, data = config.flat(), config.model, config.train, config.data
     check_groups(config.parts, dict(config.own))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm import build, rng
+from iddpm import build, fit, rng
 from iddpm.config import Config
 from iddpm.data import DataSet, Order
 from iddpm.data.given import shown
@@ -179,6 +179,7 @@ def bits_per_dim(
     same `identity` (anything JSON holds) and settings goes on from there. The processes share the batches. `grid` is the
     config's, from who has it at hand. UserError where an image's bound is not finite.
     """
+    fit.require_density(config, "bits per dimension")
     grid, denoiser = grid or build.grid(config), build.bound_denoiser(config, net)
     if chosen is None:
         chosen = Order(len(data), seed).indices(0, min(num_samples or len(data), len(data)))

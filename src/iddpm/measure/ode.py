@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iddpm import build, rng
+from iddpm import build, fit, rng
 from iddpm.config import Measure
 from iddpm.data import Images, Order
 from iddpm.diffusion.ode import DEQUANTIZATIONS, log_density
@@ -51,7 +51,7 @@ def bits_by_ode(
     error is a third of the difference to half as many steps, as of a method of order 2. UserError where it is not finite.
     """
     config, which = opened.config, opened.which
-    build.require_density(config, "--ode")
+    fit.require_density(config, "--ode")
     grid = build.grid(config)
     if grid.steps < 2:
         raise UserError(f"--ode follows a path: {grid.steps} step is none; take --sampling_steps 2 or more")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from iddpm import build, rng
+from iddpm import build, fit, rng
 from iddpm.config import FOUND, Config, image_size, whole
 from iddpm.data import Order
 from iddpm.data.batches import open_data
@@ -35,7 +35,7 @@ def find(config: Config, net: Any, device: torch.device, steps: int, by: str, ba
     """
     if not config.task.draws:
         raise UserError("--find_grid is for models of images")
-    build.require_density(config, "--find_grid")
+    fit.require_density(config, "--find_grid")
     count = min(FINE, config.diffusion.diffusion_steps) if build.is_chain(config.diffusion) else FINE
     fine = build.grid(config.updated(dict(sampling_steps=str(count), grid="respaced")))
     task, shape = job(config, range(IMAGES)), (config.model.image_channels, *image_size(config.model))

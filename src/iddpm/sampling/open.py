@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.config import FOUND, Config, Which, check
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
@@ -38,7 +38,7 @@ def open_weights(source: Path, which: Which, changes: Mapping[str, Any] = {}) ->
     device = processes.own_device(build.device(which.device))
     weights = read_weights(source, _step(source, which), which.ema_rate if which.ema_rate >= 0 else None)
     config = check(weights.config.updated(changes))
-    config = build.require_fit(with_found(config, beside(weights.path)) if config.sample.grid in FOUND else config)
+    config = fit.require_fit(with_found(config, beside(weights.path)) if config.sample.grid in FOUND else config)
     return Opened(weights, config, restore(weights, device, which.precision), device, which)
 
 

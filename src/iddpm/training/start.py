@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.config import Config, check, every_field, fields_of, settings_of, total_steps
 from iddpm.config.choices import row
 from iddpm.config.fields import unmet
@@ -149,7 +149,7 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
     if recipe and preset:
         raise UserError("--config and --preset are both what to begin with: give one")
     config = new(preset, {**(_of_recipe(recipe) if recipe else {}), **_implied(given)})
-    build.solver(build.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
+    build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
     return config.updated({"asked": asked}), []
 
 
@@ -193,7 +193,7 @@ def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
     notes = [f"changed on resume: {k} {now.get(k)} -> {v}" for k, v in changed.items()]
-    config = build.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
+    config = fit.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
     if set(changed) & set(RATES):
         notes += _other_rate(stored, config, run)
     return config, notes

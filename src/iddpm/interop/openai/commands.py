@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iddpm import build, rng
+from iddpm import build, fit, rng
 from iddpm.config import ENDLESS, Config, check, image_size, small_size
 from iddpm.data import read_npz
 from iddpm.data.batches import open_data, open_validation
@@ -43,7 +43,7 @@ def _config(task: str, program: str, given: Given) -> Config:
     known = {k: v for k, v in given.items() if not (k == "sigma_small" and given.get("learn_sigma"))}
     config = flags.to_config(task, known, program, processes.world())
     given = {k: given[k] for k in ("seed", "device") if k in given}
-    return build.require_fit(check(config.updated(dict(given, published=True))))
+    return fit.require_fit(check(config.updated(dict(given, published=True))))
 
 
 def _path(given: Given, flag: str, what: str) -> Path:

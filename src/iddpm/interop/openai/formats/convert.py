@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm import build
+from iddpm import fit
 from iddpm.config import Config, check, ema_rates, every_field, image_size
 from iddpm.data import Images
 from iddpm.errors import UserError
@@ -66,7 +66,7 @@ def _stored(record: files.Record, given: Mapping[str, Any]) -> tuple[Config, lis
             raise UserError(f"--{name}: {record.path} holds the config; change it by our names, if at all")
         if fields[name].fixed and value != now.get(name):
             raise UserError(f"--{name} {value} contradicts {record.path}, which says {now.get(name, 'none')}")
-    return build.require_fit(check(record.config.updated(given))), [f"config: {record.path}"]
+    return fit.require_fit(check(record.config.updated(given))), [f"config: {record.path}"]
 
 
 def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.config import Config, Model, check, image_size, settings_of
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
@@ -233,7 +233,7 @@ def settle(shapes: Shapes, given: Mapping[str, Any], source: str, published: str
     ours = settings_of(*config.parts)
     config = config.updated({k: v for k, v in given.items() if k in ours and k not in void})
     check_fit(shapes, config, source)
-    return Settled(build.require_fit(check(config)), program, assumed, [] if published else alike(told))
+    return Settled(fit.require_fit(check(config)), program, assumed, [] if published else alike(told))
 
 
 def row_of(published: str) -> Published:
