@@ -20,7 +20,7 @@ from iddpm.config.choices import choices
 from iddpm.errors import UserError
 from iddpm.sampling.grids import find, keep, with_found
 
-TWICE = ("heun", "edm")  # calls a step, but one at the last
+TWICE = {"heun": 2, "edm": 1}  # calls a step, but for so many less in all
 OWN_STEPS = ("adaptive", "consistency")
 
 
@@ -47,8 +47,9 @@ def main() -> None:
         for solver in given.solvers.split(","):
             print(f"| {solver} |", end="", flush=True)
             for count in counts:
-                steps, own = (count + 1) // 2 if solver in TWICE else count, {"S_churn": 0.0} if solver == "edm" else {}
-                calls = 2 * steps - 1 if solver in TWICE else steps
+                less = TWICE.get(solver, 0)
+                steps, own = (count + less) // 2 if less else count, {"S_churn": 0.0} if solver == "edm" else {}
+                calls = 2 * steps - less if less else steps
                 try:
                     if grid in FOUND:
                         _find(model, grid, steps)

@@ -162,8 +162,9 @@ def heuns(scheduler: Any, grid: Grid, parametrization: str, x: Tensor, scale: Ca
 
 
 def test_heun_takes_the_steps_of_diffusers_on_rectified_flow(diffusers: Make) -> None:
+    """But for the step to the least noisy level, where ours is Euler's, and so the one behind it."""
     grid = walk(Flow(), GRIDS["karras"]()(Flow(), 8))
-    same(heun(best, X, grid, noise), heuns(diffusers("FlowMatchHeunDiscrete"), grid, "flow", X, lambda s: torch.ones(())))
+    same(heun(best, X, grid, noise), heuns(diffusers("FlowMatchHeunDiscrete"), grid, "flow", X, lambda s: torch.ones(()))[:-2])
 
 
 @pytest.mark.parametrize(("parametrization", "called"), [("eps", "epsilon"), ("v", "v_prediction")])

@@ -28,7 +28,7 @@ LEAPS = {"consistency"}  # for models of another kind, whose x0 is an image: of 
 OWN_STEPS = {"adaptive"}  # which chooses its levels itself
 BEYOND = {"ab2", "ab4", "adaptive"}  # the last step is no jump to the guess
 CALLS: dict[str, Callable[[Grid], int]] = {  # of the network on a grid, where they are not one a step
-    "heun": lambda grid: 2 * grid.steps - 1,  # one at the last
+    "heun": lambda grid: max(1, 2 * grid.steps - 2),  # one at the last, and one at the step to it
     "edm": lambda grid: 2 * grid.steps - 1 - int((grid.table.sigma > FAR * grid.table.alpha).sum()),  # and far away
 }
 
