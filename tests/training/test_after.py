@@ -172,13 +172,16 @@ def test_the_best_width_is_searched_by_a_distance(run, pictures, capsys):
     tried = {float(line.split()[1]): float(line.split()[3]) for line in out.splitlines() if line.startswith("--std")}
     chosen = min(tried, key=lambda width: tried[width])
     assert f"the best: --std {chosen:g}" in out and len(tried) >= 3
+    assert not list(run.glob(".ema*"))
     assert {path.name for path in run.glob("ema-*")} == {"ema-0.1.safetensors", f"ema-{chosen:g}.safetensors"}
 
 
 @pytest.mark.parametrize(("words", "line"), [
     (["--std", "0.4"], "relative width"), (["--std", "0.012"], "take one nearer"), ([], "which average?"),
     (["--std", "0.1", "--best"], "which average?"), (["--std", "0.1", "--num_samples", "3"], "without --best"),
-    (["--best"], "--reference DATA"), (["--best", "--reference", "x", "--metrics", "prdc"], "one distance"),
+    (["--best"], "--reference DATA"),
+    (["--best", "--reference", "x", "--out", "x.pt"], "ends in .safetensors"),
+    (["--best", "--reference", "x", "--metrics", "prdc"], "one distance"),
     (["--std", "0.1", "--step", "9"], "no snapshots of averages up to step 9"),
 ])  # fmt: skip
 def test_what_cannot_be_made_is_one_line(run, words, line, capsys):

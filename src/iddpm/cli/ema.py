@@ -48,49 +48,42 @@ def _ema(run: str, std: float, step: int, best: bool, out: str, **given: Any) ->
 
 def _search(run: Path, step: int, out: str, given: dict[str, Any]) -> None:
     settings, which = make(Evaluate, {"metrics": "kd", **given}), make(Which, given)
-    changes = {k: v for k, v in given.items() if k in settings_of(Sample)}
+    changes, metric = {k: v for k, v in given.items() if k in settings_of(Sample)}, settings.metrics.upper()
     if not settings.reference:
         raise UserError("--best compares samples with real images: --reference DATA")
     if settings.metrics not in DISTANCES:
         raise UserError(f"--metrics {settings.metrics}: --best goes by one distance: {', '.join(DISTANCES)}")
+    if out:  # what cannot be written is refused before the work
+        file_to_write(out, "--out", ".safetensors")
     from iddpm import build
     from iddpm.measure import compare
     from iddpm.parallel import processes
     from iddpm.training.after import keep, made, search
 
-    def path_of(std: float) -> Path:
-        return run / f"ema-{std:g}.safetensors"
-
     with processes.session(build.device(which.device)) as device:
+        leads = processes.rank() == 0
 
         def distance(std: float) -> float:
-            average = made(run, std, step)
-            if not processes.rank():
-                keep(average, std, path_of(std))
-            processes.barrier()
-            found = compare.evaluate(
-                of_run(path_of(std), settings, which, changes), settings, device, batch_size=which.batch_size
-            )
-            value: float = processes.same(found.findings[0].estimate.value if found else None)
-            if not processes.rank():
-                print(
-                    f"--std {std:<6g} {settings.metrics.upper()} {value:.4g}   ({average.missed:.1%} of its profile missed)",
-                    flush=True,
-                )
+            average, path = made(run, std, step), run / f".ema-{std:g}.safetensors"  # for as long as it is measured
+            try:
+                if leads:
+                    keep(average, std, path)
+                processes.barrier()
+                found = compare.evaluate(of_run(path, settings, which, changes), settings, device, batch_size=which.batch_size)
+                value: float = processes.same(found.findings[0].estimate.value if found else None)
+            finally:
+                if leads:
+                    path.unlink(missing_ok=True)
+            if leads:
+                print(f"--std {std:<6g} {metric} {value:.4g}   ({average.missed:.1%} of its profile missed)", flush=True)
             return value
 
-        kept = set(run.glob("ema-*.safetensors"))
         found = search(distance)
         chosen = min(found, key=lambda std: found[std])
-        if processes.rank():
-            return
-        target = file_to_write(out or path_of(chosen), "--out", ".safetensors")
-        for std in found:
-            if path_of(std) not in kept:
-                path_of(std).unlink(missing_ok=True)
-        keep(made(run, chosen, step), chosen, target)
-        print(f"the best: --std {chosen:g}, {settings.metrics.upper()} {found[chosen]:.4g}: {target}")
-        print(f"next: iddpm sample {target}")
+        if leads:
+            path = file_to_write(out or run / f"ema-{chosen:g}.safetensors", "--out", ".safetensors")
+            keep(made(run, chosen, step), chosen, path)
+            print(f"the best: --std {chosen:g}, {metric} {found[chosen]:.4g}: {path}\nnext: iddpm sample {path}")
 
 
 HELP = "averages of any width, made after the training from its snapshots"
