@@ -132,6 +132,9 @@ class Pointwise(nn.Conv1d):
         return F.linear(x, self.weight.squeeze(2), self.bias)  # b t c'
 
 
+FEW_TOKENS = 256  # up to which a CPU's flash attention goes back through bfloat16 in twice the time of plain products
+
+
 def attend(qkv: Tensor, heads: int, *, heads_first: bool, queries: int | None = None) -> Tensor:
     """Softmax attention of tokens (B, T, 3C) in `heads` heads; the first `queries` outputs (all by default), (B, T', C).
 
@@ -140,7 +143,12 @@ def attend(qkv: Tensor, heads: int, *, heads_first: bool, queries: int | None = 
     split, which = ((heads, 3, -1), 3) if heads_first else ((3, heads, -1), 2)
     # views with the channels of a head innermost: the layout that the fast kernels take without a copy
     q, k, v = (z.transpose(1, 2) for z in qkv.unflatten(2, split).unbind(which))  # b heads t c/heads
-    return F.scaled_dot_product_attention(q[:, :, :queries], k, v).transpose(1, 2).flatten(2)  # b t' c
+    q = q[:, :, :queries]
+    low = qkv.dtype == torch.bfloat16 or torch.is_autocast_enabled(qkv.device.type)
+    if qkv.device.type == "cpu" and qkv.requires_grad and low and k.shape[2] <= FEW_TOKENS:
+        weights = (q @ k.transpose(2, 3)).float().mul(q.shape[3] ** -0.5).softmax(3)  # b heads t' t
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # b t' c
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # b t' c
 
 
 class AttentionBlock(nn.Module):

@@ -60,7 +60,8 @@ class TrainState:
         self.law, self.weighting = build.law(config), build.weighting(config)
         self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
         betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay)
+        # fused: one pass over each weight instead of about ten
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
         self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup, ema_widths(settings))
         self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
         self.step = 0  # optimizer steps tried

@@ -77,7 +77,8 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
     # fp16 gradients come larger by the loss scale, which keeps small ones from vanishing: back to their size before they are
     # clipped or looked at.
     grads = [p.grad for p in state.params.values() if p.grad is not None]
-    torch._foreach_div_(shard.local(grads), state.scale.factor)
+    if state.scale.enabled:
+        torch._foreach_div_(shard.local(grads), state.scale.factor)
     norm = shard.whole(torch.nn.utils.get_total_norm(grads))
     good = bool(torch.isfinite(norm))  # waits for the device: the price of never applying a bad gradient
     if good:
