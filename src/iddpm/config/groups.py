@@ -37,6 +37,7 @@ class Model:
     num_channels: int = _unet(128, "channels of the first level", 1, 65536)
     num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
+    unet_patch: int = _unet(1, "side of the patches of pixels that it works on; 2 is about four times as fast", 1, 64)
     attention_resolutions: str = _unet("16,8", "sizes (of the shorter side) that get attention; empty: none")
     num_heads: int = _unet(4, "attention heads", 1, 65536)
     num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", -1, 65536)
@@ -127,6 +128,8 @@ class Train:
     images: int = opt(0, "end after this many images instead", 0)
     batch_size: int = opt(64, "images per step, over all processes together", 1)
     microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", -1)
+    optimizer: str = _fixed("adamw", "muon: matrices and kernels move by the orthogonal part of their momentum, the rest by AdamW",
+                            choices=("adamw", "muon"))
     lr: float = opt(1e-4, "learning rate", 0)
     lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", 0)
     lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", -1)

@@ -33,10 +33,12 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
 
     `settings` has the fields of `config.Model`. ValueError where sizes and channels do not fit together.
     """
-    side = min(asked.image_size)
+    patch = settings.unet_patch
+    side = min(asked.image_size) // patch
     mult = _numbers(settings.channel_mult) or channel_mult_for(side)
-    if bad := [s for s in asked.image_size if s % 2 ** (len(mult) - 1)]:
-        raise ValueError(f"{len(mult)} levels need an image size of multiples of {2 ** (len(mult) - 1)}, not {bad[0]}")
+    if bad := [s for s in asked.image_size if s % (least := patch * 2 ** (len(mult) - 1))]:
+        of = f" of patches of {patch} pixels" if patch > 1 else ""
+        raise ValueError(f"{len(mult)} levels{of} need an image size of multiples of {least}, not {bad[0]}")
     common: dict[str, Any] = dict(
         in_channels=asked.in_channels,
         out_channels=asked.out_channels,
@@ -45,10 +47,12 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
     )
     common |= {name: getattr(settings, name) for name in SAME}
     if asked.logits:
+        if patch > 1:
+            raise ValueError("--unet_patch is for networks that make images, not for classifiers")
         if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
-    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale)
+    common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale, patch=patch)
     if not asked.given:
         return UNet(**common)
     return GivenUNet(**common, given_channels=asked.given, sees_noise_level=asked.small_level)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iddpm.nn.layers import (
@@ -182,7 +183,8 @@ class UNet(Encoder):
     """The U-Net (Nichol & Dhariwal 2021, section 3 and appendix A; Ho et al. 2020, appendix B).
 
     `attention` holds down-sampling rates: with 4 in it, the level of a quarter of the image's size has attention. The levels
-    are num_channels times `channel_mult` wide. `num_head_channels` other than -1 replaces `num_heads`.
+    are num_channels times `channel_mult` wide. `num_head_channels` other than -1 replaces `num_heads`. With `patch`, each square of
+    so many pixels a side comes in, and goes out, as one of more channels (Luhman & Luhman 2022): 2 is four times as fast.
     ValueError where the channels do not divide among the heads.
     """
 
@@ -206,14 +208,15 @@ class UNet(Encoder):
         conv_resample: bool = True,
         given_channels: int = 0,
         sees_scale: bool = False,
+        patch: int = 1,
     ):
         norm, order = use_scale_shift_norm, new_attention_order
         parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
         super().__init__(
-            in_channels, num_channels, num_res_blocks, attention, channel_mult, num_classes, num_heads, use_checkpoint, parts,
-            given_channels,
+            in_channels * patch**2, num_channels, num_res_blocks, attention, channel_mult, num_classes, num_heads, use_checkpoint,
+            parts, given_channels * patch**2,
         )  # fmt: skip
-        self.out_channels = out_channels
+        self.out_channels, self.patch = out_channels, patch
 
         stages, skips, ch = [], self.widths.copy(), self.widths[-1]
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -225,7 +228,7 @@ class UNet(Encoder):
                     layers.append(parts.up(ch))
                 stages.append(Stage(*layers, recompute=use_checkpoint))
         self.output_blocks = nn.ModuleList(stages)
-        self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
+        self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels * patch**2)))
         self.sees_scale = sees_scale
         if sees_scale:
             emb = 4 * num_channels
@@ -244,10 +247,12 @@ class UNet(Encoder):
             extra = seen if extra is None else extra + seen
         elif scale is not None:
             raise ValueError("scale is for networks made with sees_scale")
-        emb, (*skips, h) = self.encode(x, t, y, extra)
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(f"this network takes patches of {self.patch} pixels, of which {tuple(x.shape[2:])} is no multiple")
+        emb, (*skips, h) = self.encode(F.pixel_unshuffle(x, self.patch), t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
-        return self.out(h).to(x.dtype)
+        return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
 
 
 class GivenUNet(UNet):

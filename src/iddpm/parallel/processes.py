@@ -1,11 +1,14 @@
 """Many processes: the only file that knows of them. Without torchrun there is one, and every function here is then free."""
 
+import ctypes
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -16,14 +19,26 @@ from iddpm.errors import UserError
 
 T = TypeVar("T")
 LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpiexec", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}  # and how they count
+KEEP = {-3: 2**30, -1: 2**31 - 1}  # of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
 TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This process's device: under torchrun, cuda means cuda:LOCAL_RANK."""
+    """This process's device, made ready: under torchrun, cuda means cuda:LOCAL_RANK; on a CPU, freed memory is kept."""
+    if device.type == "cpu":
+        _keep_memory()
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@cache
+def _keep_memory() -> None:
+    """Have glibc keep what is freed, for the next step: a step that takes its memory anew of the system is an eighth slower."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
+        for option, value in KEEP.items():
+            mallopt(option, value)
 
 
 @contextmanager

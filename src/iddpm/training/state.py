@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iddpm import build
 from iddpm.config import ENDLESS, Config, ema_rates, ema_widths, total_steps
@@ -17,6 +17,7 @@ from iddpm.store.files import Best
 from iddpm.store.log import Meter
 from iddpm.store.weights import Weights
 from iddpm.training.ema import EMA
+from iddpm.training.muon import Muon
 from iddpm.words import many
 
 MEMORIES = {"law": "law of t", "weighting": "weighting"}  # of TrainState: what may remember losses
@@ -59,9 +60,7 @@ class TrainState:
         self.parallel = shard.spread(self.net, settings.shard)
         self.law, self.weighting = build.law(config), build.weighting(config)
         self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
-        betas, decay = (0.9, settings.adam_beta2), settings.weight_decay
-        # fused: one pass over each weight instead of about ten
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
+        self.optimizer = optimizer(config, self.net, self.params)
         self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup, ema_widths(settings))
         self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
         self.step = 0  # optimizer steps tried
@@ -178,6 +177,21 @@ class TrainState:
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]
+
+
+def optimizer(config: Config, net: nn.Module, params: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of a network's parameters. Its embeddings, first and last layers are no matrices to Muon."""
+    settings = config.train
+    # fused: one pass over each weight instead of about ten
+    own: dict[str, Any] = dict(lr=settings.lr, betas=(0.9, settings.adam_beta2), weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(params.values(), **own)
+    if settings.shard:
+        raise UserError("--optimizer muon needs whole matrices, which --shard divides: leave one of them out")
+    ends = {id(p) for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    ends |= {id(m.weight) for m in (convs[0], convs[-1])}
+    return Muon(params, {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends}, dtype=build.DTYPES[settings.precision] or torch.float32, **own)
 
 
 def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[str, ...] = ()) -> list[str]:
