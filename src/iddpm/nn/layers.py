@@ -144,8 +144,7 @@ def attend(qkv: Tensor, heads: int, *, heads_first: bool, queries: int | None = 
     # views with the channels of a head innermost: the layout that the fast kernels take without a copy
     q, k, v = (z.transpose(1, 2) for z in qkv.unflatten(2, split).unbind(which))  # b heads t c/heads
     q = q[:, :, :queries]
-    low = qkv.dtype == torch.bfloat16 or torch.is_autocast_enabled(qkv.device.type)
-    if qkv.device.type == "cpu" and qkv.requires_grad and low and k.shape[2] <= FEW_TOKENS:
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and k.shape[2] <= FEW_TOKENS:
         weights = (q @ k.transpose(2, 3)).float().mul(q.shape[3] ** -0.5).softmax(3)  # b heads t' t
         return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # b t' c
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # b t' c

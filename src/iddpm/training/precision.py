@@ -23,14 +23,18 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
     """The config with `--precision auto` replaced by what is faster here, and a line on why; every process calls it."""
     if config.train.precision != AUTO:
         return config, []
-    others = [name for name in ("bf16", "fp16") if _runs(name, device)][:1]  # fp16 only where the device has no bf16
-    if not others:
+    if not (tried := others(device)):
         return config.updated({"precision": EXACT}), []
-    seconds = measured(config, device, [EXACT, *others])
+    seconds = measured(config, device, [EXACT, *tried])
     best = min(seconds, key=lambda name: seconds[name] * (1 if name == EXACT else GAIN))
-    ratio = seconds[others[0]] / seconds[EXACT]
-    told = f"precision: {best} (on this machine {others[0]} takes {ratio:.2f} of the time that {EXACT} takes)"
+    ratio = seconds[tried[0]] / seconds[EXACT]
+    told = f"precision: {best} (on this machine {tried[0]} takes {ratio:.2f} of the time that {EXACT} takes)"
     return config.updated({"precision": best}), [told]
+
+
+def others(device: torch.device) -> list[str]:
+    """What may be faster than fp32 on a device: fp16 only where it has no bf16."""
+    return [name for name in ("bf16", "fp16") if _runs(name, device)][:1]
 
 
 def _runs(name: str, device: torch.device) -> bool:

@@ -1,0 +1,147 @@
+"""The recipe of a run that names none (`--preset auto`): from the images, the device and the time to every setting, with reasons.
+
+One function a rule, in the order of `RULES`; a later one reads what those before it chose, and a flag given wins over all. The
+experiments behind the numbers are in docs/log.md, "the best pictures per hour".
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from iddpm.config.groups import Model
+
+TIME = "1h"  # of a run that says nothing of its end
+WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
+SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
+FEW = 5000  # images: a network sees each of them many times
+LEAST_OF_CLASS = 10  # images, or its class is not learned
+CLASSES = 1000  # at most
+DAYS = 3.0  # of a run, beyond which it is told at once
+
+
+class Facts(NamedTuple):
+    """What the rules go by."""
+
+    count: int  # images
+    height: int  # pixels, of the middle one of some that were looked at ...
+    width: int
+    alike: bool  # ... and whether all of these have that size
+    channels: int  # 1 where all of these are grey, else 3
+    classes: int  # 0: none
+    smallest: int  # images of the smallest class
+    cuda: bool
+    seconds: float  # of the run; 0: its steps or images are given instead
+    gflops: float  # 10^9 operations a second of training, in the faster precision
+    cost: Callable[[Mapping[str, Any]], float]  # 10^9 operations of training on one image, with these settings
+
+
+class Choice(NamedTuple):
+    """What a rule chose, and why in a few words."""
+
+    settings: dict[str, Any]
+    why: str
+
+
+def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """As the images, up to what the time allows: twice the side costs four times as much."""
+    side, given = min(facts.height, facts.width), now.get("image_size")
+    most = (32 if facts.seconds and facts.seconds < 1800 else 64) if not facts.cuda else 128 if facts.seconds < 86400 else 256
+    fits = side if side <= most and side % 4 == 0 else min(most, 1 << (side.bit_length() - 1))
+    of = f"{'all' if facts.alike else 'most'} of the {facts.count:,} images have {facts.height}x{facts.width} pixels"
+    if given:
+        return Choice({"image_channels": facts.channels}, "as the images")
+    why = of if fits == side == max(facts.height, facts.width) else f"{of}, and this time is for {most} at most"
+    return Choice({"image_size": str(fits), "image_channels": facts.channels}, why)
+
+
+def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """Their classes, where there are some with enough images: guidance makes the greatest difference of all."""
+    if now.get("task", "images") == "classify":
+        return Choice({"class_cond": True}, "which it is to tell")
+    if not 2 <= facts.classes <= CLASSES or facts.smallest < LEAST_OF_CLASS:
+        why = "there are none" if facts.classes < 2 else f"one of the {facts.classes} has {facts.smallest} images only"
+        return Choice({"class_cond": False}, why)
+    return Choice(
+        {"class_cond": True, "class_dropout": 0.1, "guidance": GUIDANCE}, f"{facts.classes} classes, towards which samples are guided"
+    )
+
+
+GUIDANCE = 1.5
+
+
+def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """The widest network that still sees enough images in the time; patches of 2 x 2 pixels make a step four times as fast."""
+    height, _, width = str(now["image_size"]).partition("x")
+    side = min(int(height), int(width or height))
+    patch = max(1, 1 << (max(side // 16, 1).bit_length() - 1)) if side > 64 else 2 if side >= 32 else 1
+    grid = side // patch
+    levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
+    shape: dict[str, Any] = dict(
+        unet_patch=patch, num_res_blocks=2, channel_mult=",".join(["1", "2", "2", "2"][:levels]), attention_resolutions="8",
+        num_head_channels=32, num_heads=Model().num_heads,
+    )  # fmt: skip
+    attended = [s for s in (grid >> k for k in range(levels)) if s <= 8]
+    shape["attention_resolutions"] = str(attended[0]) if attended else ""
+    fixed = now.get("images") or now.get("steps", 0) * now.get("batch_size", BATCH)
+
+    def seen(channels: int) -> float:
+        return fixed or facts.gflops * facts.seconds / facts.cost({**now, **shape, "num_channels": channels})
+
+    able = [n for n in WIDTHS if facts.seconds and seen(n) >= SEEN] or [WIDTHS[0] if facts.seconds else 64]
+    shape["num_channels"] = now.get("num_channels", able[-1])
+    pace = facts.gflops / facts.cost({**now, **shape})
+    images = seen(shape["num_channels"])
+    told = f"about {pace:,.3g} images/s here, {images:,.2g} in all"
+    return Choice(shape, told)
+
+
+BATCH = 64
+
+
+def method(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """What is learned, and at which levels of noise."""
+    if now.get("task") == "classify":
+        return Choice({"noise_schedule": "cosine", "schedule_sampler": "stratified"}, "noisy images of all levels")
+    made = dict(noise_schedule="cosine", diffusion_steps=1000, parametrization="v", schedule_sampler="stratified")
+    return Choice(made, "the best of those tried at equal time")
+
+
+def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """The optimizer: a high rate that ends at 0, and an average over the last tenth of the run."""
+    channels = int(now.get("num_channels", 64))
+    made: dict[str, Any] = dict(
+        batch_size=BATCH, lr=1e-3 if channels <= 64 else 5e-4 if channels <= 128 else 2e-4, lr_warmup_steps=200, adam_beta2=0.99,
+        ema_rate="0.9999", lr_decay=0.3,
+    )  # fmt: skip
+    return Choice(made, "")
+
+
+def small(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """What keeps a network from learning few images by heart."""
+    made: dict[str, Any] = {"random_flip": facts.channels == 3 and now.get("task") != "translate"}
+    if facts.count < FEW:
+        return Choice({**made, "dropout": 0.1}, f"{facts.count:,} images are seen many times (--random_flip False for writing)")
+    return Choice(made, "twice the images (--random_flip False where left and right differ, as in writing)")
+
+
+def sampling(facts: Facts, now: Mapping[str, Any]) -> Choice:
+    """The solver of its sheets, and of `iddpm sample`."""
+    return Choice({"solver": "dpmpp_2m", "sampling_steps": "25"}, "as good as ten times as many steps of the chain")
+
+
+RULES: tuple[Callable[[Facts, Mapping[str, Any]], Choice], ...] = (
+    size, classes, network, method, training, small, sampling,
+)  # fmt: skip
+
+
+def recipe(facts: Facts, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings chosen beside those given, and a line a rule."""
+    chosen: dict[str, Any] = {}
+    lines = []
+    for rule in RULES:
+        settings, why = rule(facts, {**chosen, **given})
+        own = {name: value for name, value in settings.items() if name not in given}
+        chosen |= own
+        if own:
+            lines.append(" ".join(f"--{name} {value}" for name, value in own.items()) + f"  ({why})" * bool(why))
+    return chosen, lines

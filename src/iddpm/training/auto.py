@@ -1,0 +1,111 @@
+"""`--preset auto`: looks at the images and measures the device, for the rules of config/auto.py."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from iddpm import build
+from iddpm.config import Config, auto, every_field, fields_of
+from iddpm.config.fields import unmet
+from iddpm.data import Images
+from iddpm.data.own import Dataset
+from iddpm.errors import UserError
+from iddpm.training import precision, trial
+from iddpm.words import seconds_of
+
+LOOKED_AT = 16  # images
+# What is timed to know a device: small, but of the kind that is to be trained.
+PROBE = dict(image_size="16", num_channels=64, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", batch_size=16)
+PROBE_CUDA = dict(PROBE, image_size="32", num_channels=128, batch_size=64)
+# Flags that make a command a recipe of its own: the network's sizes, and what is learned. No others are chosen beside them.
+OWN = ("network", "num_channels", "num_res_blocks", "channel_mult", "noise_schedule", "parametrization", "objective")
+
+
+def applies(preset: str, given: Mapping[str, Any]) -> bool:
+    """Whether a new run's recipe is chosen for it: where that is asked for, or nothing is said of one."""
+    return preset == "auto" or not (preset or given.get("init_from") or any(name in given for name in OWN))
+
+
+def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a run on these images beside those given, and a line on each group of them. It takes about 5 s."""
+    given = dict(given)
+    ends = [name for name in ("time", "steps", "images") if given.get(name)]
+    chosen = {} if ends else {"time": auto.TIME}
+    device = build.device(given.get("device", "auto"))
+    seconds = seconds_of({**given, **chosen}.get("time", ""))
+    facts = auto.Facts(**_look(path, given, own), cuda=device.type == "cuda", seconds=seconds, gflops=_gflops(device), cost=_cost)
+    found, lines = auto.recipe(facts, {**chosen, **given})
+    config = Config().updated({**found, **chosen, **given})
+    idle = {name for name in found if name in fields_of(*config.parts) and any(unmet(every_field()[name].only, config.flat()))}
+    if not ends:
+        lines.insert(0, f"--time {auto.TIME}  (nothing was said of the end: --time 8h goes on, and further)")
+    return {name: value for name, value in {**found, **chosen}.items() if name not in idle}, lines
+
+
+def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str, Any]:
+    """The facts of a data set."""
+    if own is not None:
+        count, images, labels = len(own), [own[k] for k in _few(len(own))], None
+        if isinstance(images[0], (tuple, list)):
+            labels = np.array([int(own[k][1]) for k in range(count)])
+            images = [item[0] for item in images]
+    else:
+        found = Images.open(path, (8, 8), on_broken="skip", cache_bytes=0, labels=given.get("labels", "auto"))
+        count, labels, images = len(found), found.labels, []
+        for k in _few(count):
+            try:
+                images.append(found.picture(k))
+            except UserError:  # a broken one, of which is told when all are read
+                continue
+    arrays = [_array(image) for image in images]
+    if not arrays:
+        raise UserError(f"none of {LOOKED_AT} images of {path} could be read: iddpm train --preset none shows why")
+    (size, how_many), *_ = Counter(a.shape[:2] for a in arrays).most_common(1)
+    if how_many < len(arrays):  # of various sizes the middle one, by its shorter side
+        size = sorted((a.shape[:2] for a in arrays), key=min)[len(arrays) // 2]
+    per_class = np.bincount(labels)[np.unique(labels)] if labels is not None and len(labels) else np.zeros(0, int)
+    return dict(
+        count=count, height=size[0], width=size[1], alike=how_many == len(arrays),
+        channels=1 if all(_grey(a) for a in arrays) else 3, classes=len(per_class),
+        smallest=int(per_class.min()) if len(per_class) else 0,
+    )  # fmt: skip
+
+
+def _few(count: int) -> list[int]:
+    few: list[int] = np.linspace(0, count - 1, min(LOOKED_AT, count)).round().astype(int).tolist()
+    return few
+
+
+def _array(image: Any) -> np.ndarray:
+    """An image as (H, W) or (H, W, C)."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image)
+    array = np.asarray(image)
+    return array.transpose(1, 2, 0) if array.dtype.kind == "f" and array.ndim == 3 else array
+
+
+def _grey(image: np.ndarray) -> bool:
+    return image.ndim == 2 or image.shape[2] == 1 or bool((image[..., :1] == image[..., :3]).all())
+
+
+def _cost(settings: Mapping[str, Any]) -> float:
+    """10^9 operations of training on one image: three times those of a call of the network."""
+    known = every_field()
+    config = Config().updated({name: value for name, value in settings.items() if name in known} | dict(class_cond=False))
+    with torch.device("meta"):
+        net, one = build.network(config), trial.example(config, 1, "meta")
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            net(one.x0, torch.zeros(1), **one.cond)
+    return 3 * counted.get_total_flops() / 1e9
+
+
+def _gflops(device: torch.device) -> float:
+    """10^9 operations a second that training takes on a device, in its faster precision."""
+    config = Config().updated(PROBE_CUDA if device.type == "cuda" else PROBE)
+    seconds = precision.measured(config, device, [precision.EXACT, *precision.others(device)])
+    return _cost(config.flat()) / min(seconds.values())
