@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """sha256 of each tensor of the newest checkpoint, read by the safetensors library alone, and all numbers beside them, but for the time."""
+    """sha256 of each tensor of the newest checkpoint, read by the safetensors library alone, and all numbers but the time."""
     folder, out = max((run / "checkpoints").glob("step_*")), {}
     for file in folder.rglob("*.safetensors"):
         for name, array in load_file(file).items():

@@ -213,8 +213,8 @@ def require_finishable(run: Path, asked: str, before: Train, rate: float) -> Non
 def go_back(run: Path, train: Train) -> list[str]:
     """Let a run that is asked to end later than its decay did go on from before that; returns a line on what was done.
 
-    The last checkpoint of the decay is put away in RUN/ended, where `iddpm sample` finds it; a kill meanwhile costs nothing. On
-    the first process alone, which holds the run's lock.
+    The last checkpoint of the decay, and the best, are put away in RUN/ended, where `iddpm sample` finds them; a kill meanwhile
+    costs nothing. On the first process alone, which holds the run's lock.
     """
     state = newest(run)
     decay: Decay | None = state.get("decay") if state else None
@@ -225,23 +225,21 @@ def go_back(run: Path, train: Train) -> list[str]:
     if back is None:
         gone = f"no checkpoint from before the decay, which began at step {decay['start']}, is left"
         return [f"{gone}: training goes on from the decayed weights of step {state['step']}"]
-    *among, last = [f for f in storage.step_dirs(run) if storage.step_of(f) > storage.step_of(back)] or [back]
-    if last == back:
-        return []
-    for folder in among:
+    later = [folder for folder in storage.step_dirs(run) if storage.step_of(folder) > storage.step_of(back)]
+    for folder in later:  # the newest last: until it is gone, it tells that there is something to do
+        if folder == later[-1] or storage.step_of(folder) == storage.best(run):
+            _move(folder, run / "ended" / folder.name)
         storage.discard(folder)
-    away = run / "ended" / last.name
-    storage.discard(away)
-    _move(last, away)
-    return [f"back to step {storage.step_of(back)}, before the decay; the weights it led to are kept in {away}"]
+    kept = f"; the weights it led to are kept in {run / 'ended' / later[-1].name}" if later else ""
+    return [f"back to step {storage.step_of(back)}, before the decay{kept}"]
 
 
 def _move(folder: Path, target: Path) -> None:
     """Put a checkpoint's folder elsewhere; on a remote storage file by file, its manifest last."""
+    storage.discard(target)
     if not places.remote(folder):
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
         return
     for name in (*storage.manifest(folder), storage.MANIFEST):
         (target / name).write_bytes((folder / name).read_bytes())
-    storage.discard(folder)

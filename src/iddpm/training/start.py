@@ -84,10 +84,11 @@ def start(
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())
         leads = processes.rank() == 0
+        if leads:
+            write_config(run, config)
         notes += processes.of_first(lambda: ending.go_back(run, config.train))
         if leads:
             print("\n".join((images.describe(), *notes)))
-            write_config(run, config)
         last = loop.train(config, images, run, notes=notes, held_out=held_out, began=began)
         if leads and last:
             print(f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
@@ -148,7 +149,7 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
             given = {**_of_recipe(recipe), **given}
         if not stored.data.path and not data:
             raise UserError(f"which images? {record} names none: iddpm train DATA --run {run}")
-        if given.get("finish"):
+        if _implied(given, stored.flat()).get("finish"):
             ends = stored.train.steps or stored.train.images or stored.train.time
             rate = learning_rate(stored, ending.goes_on(run, stored.train)[0], total_steps(stored.train)) if ends else 1.0
             ending.require_finishable(run, given["finish"], stored.train, rate)
@@ -174,8 +175,6 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    if given.get("finish"):
-        raise UserError("--finish ends a run that has begun, and here is none: give its --run")
     parts, config, inherited = recipes(preset), Config(), set[str]()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
@@ -186,6 +185,8 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
     for part in parts:
         config = config.updated(part)
     given = _implied(given, config.flat())
+    if given.get("finish"):
+        raise UserError("--finish ends a run that has begun, and here is none: give its --run")
     chosen = given.get("objective", "auto")
     implied = getattr(row("objective", chosen), "implies", {}) if chosen != "auto" else {}
     config = config.updated({**implied, **given, "preset": preset})
@@ -209,11 +210,15 @@ def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config
         k = fixed[0]
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
-    notes = [f"changed on resume: {k} {now.get(k)} -> {v}" for k, v in changed.items()]
+    notes = [f"changed on resume: {k} {_shown(now.get(k))} -> {_shown(v)}" for k, v in changed.items()]
     config = fit.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
     if set(changed) & set(RATES):
         notes += _other_rate(stored, config, run)
     return config, notes
+
+
+def _shown(value: Any) -> Any:
+    return "none" if value == "" else value
 
 
 def _is_another(name: str, value: Any, now: Any) -> bool:
@@ -251,12 +256,12 @@ def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> Non
 def _require_time(config: Config, run: Path, began: float) -> None:
     """UserError where a run is given less time than a few of its steps take here, at the least: some images are timed."""
     by, until = ending.aim(config.train)
-    if by not in ("time", "finish") or (by == "time" and step_dirs(run)):
+    if by in ("steps", "images") or (by == "time" and step_dirs(run)) or ending.goes_on(run, config.train)[1]:
         return
     device, name = build.device(config.train.device), config.train.precision
     step = precision.measured(config, device, [name])[name] * len(processes.share(config.train.batch_size))
     passed = processes.same(time.monotonic() - began) if by == "time" else 0.0
-    if until < (least := passed + processes.same(ending.FEW * step)):
+    if until < (least := passed + ending.FEW * step):
         raise UserError(
             f"--{by} {getattr(config.train, by)} is too short: {ending.FEW} steps, with what goes before them, take at least "
             f"{duration(least)} here; give more time, or a smaller network or --batch_size"

@@ -100,10 +100,10 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB of process memory at the most"
     say(f"one step: {seconds:.3f} s ({rate(n / seconds)} images/s), {memory}")
-    if text := config.train.time:
-        length = f"--time {text}: about {seconds_of(text, 'time') / seconds:,.0f} steps"
-    else:
-        length = f"{end} steps: about {duration(end * seconds)}"
-    if share := config.train.lr_decay:
-        length += f", of which in the last {share:.0%} the rate falls to 0"
+    length, share = f"{end} steps: about {duration(end * seconds)}", config.train.lr_decay
+    if text := config.train.finish or config.train.time:
+        share = 1.0 if config.train.finish else share
+        length = f"about {seconds_of(text, 'time') / seconds:,.0f} steps in {text}"
+    if share:
+        length += f", in the last {share:.0%} of which the rate falls to 0"
     say(f"{length}, without checkpoints and samples. Nothing was written.")
