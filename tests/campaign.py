@@ -26,14 +26,14 @@ SETTINGS = {
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """sha256 of each tensor of the newest checkpoint, read by the safetensors library alone, and all numbers beside them."""
+    """sha256 of each tensor of the newest checkpoint, read by the safetensors library alone, and all numbers but the time."""
     folder, out = max((run / "checkpoints").glob("step_*")), {}
     for file in folder.rglob("*.safetensors"):
         for name, array in load_file(file).items():
             content = f"{array.dtype} {array.shape} ".encode() + array.tobytes()
             out[f"{file.relative_to(folder)}: {name}"] = hashlib.sha256(content).hexdigest()
     numbers = json.loads((folder / "state" / "state.json").read_text())
-    return out | {f"state.json: {name}": json.dumps(value) for name, value in numbers.items()}
+    return out | {f"state.json: {name}": json.dumps(value) for name, value in numbers.items() if name != "seconds"}
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -3,7 +3,7 @@
 import torch
 
 from iddpm import build
-from iddpm.config import Config, is_chain
+from iddpm.config import ENDS, Config, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.objective import CHAIN_ONLY, LEARN_VARIANCE, simple
 from iddpm.diffusion.parametrization import previous, v
@@ -87,8 +87,8 @@ def require_density(config: Config, what: str) -> None:
 def _require_leaps(config: Config) -> None:
     """UserError where a solver that leaps is to draw with a model that does not, or another with one that does."""
     name, solver = config.diffusion.objective_name, config.sample.solver
-    if leaps(config) and not (config.train.steps or config.train.images):
-        raise UserError(f"--objective {name} changes over the run: how long is it? --steps N")
+    if leaps(config) and not any(getattr(config.train, end) for end in ENDS):
+        raise UserError(f"--objective {name} changes over the run: how long is it? --steps N or --time 2h")
     fits = [n for n in choices("solver") if getattr(row("solver", n), "leaps", False) == leaps(config)]
     if solver not in fits and leaps(config):
         raise UserError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb
-from iddpm.config import Config, check, ema_rates, ema_widths, fields_of, image_size, make
+from iddpm.config import ENDS, Config, check, ema_rates, ema_widths, fields_of, image_size, make, seconds_of
 from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
@@ -96,7 +96,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         Path(devices.json).write_text(json.dumps(facts, indent=1))
         _say("", f"wrote {devices.json}")
     fitting = {"microbatch": micro} if micro < planned.micro else {}
-    ends = bool(config.train.steps or config.train.images)
+    ends = any(getattr(config.train, name) for name in ENDS)
     _say("", f"next: {_next(preset, run, flags | fitting, devices.processes, ends)}")
 
 
@@ -216,14 +216,15 @@ def _speed(planned: "Plan", config: Config, devices: Devices, seconds: float) ->
     n, known = config.train.batch_size, devices.bandwidth_gbs or not planned.traffic
     # DDP and FSDP send while the backward pass computes. How much of it that hides depends on the network between devices.
     talk = sum(t.sent for t in planned.traffic) / (devices.bandwidth_gbs * 1e9) if devices.bandwidth_gbs else 0.0
-    total = config.train.images or config.train.steps * n
     steps = {"hidden": max(seconds, talk), "not_hidden": seconds + talk}
+    time = seconds_of(config.train.time, "time")
+    total = config.train.images or config.train.steps * n or int(time / steps["not_hidden"]) * n
     return {
         "compute_seconds": seconds,
         "communication_seconds": talk if known else None,
         "images_per_second": {k: n / s for k, s in steps.items()},
         "total_images": total,
-        "days": {k: total / n * s / 86400 for k, s in steps.items()} if total else None,
+        "days": {k: (time or total / n * s) / 86400 for k, s in steps.items()} if total else None,
     }
 
 
@@ -238,10 +239,10 @@ def _pace(speed: dict[str, Any], said: str) -> Iterator[str]:
     hidden = " (communication not hidden behind arithmetic, and hidden)" if talk else ""
     yield f"             {low}{rate['hidden']:,.4g} images/s{hidden}"
     if days:
-        ends = [duration(86400 * days[k]) for k in ("hidden", *(["not_hidden"] if talk else []))]
+        ends = dict.fromkeys(duration(86400 * days[k]) for k in ("hidden", *(["not_hidden"] if talk else [])))
         yield f"run          {speed['total_images']:,} images: {' to '.join(ends)}"
     else:
-        yield "run          give --steps N or --images N to know how long it takes"
+        yield "run          give --time 8h, --steps N or --images N: when does it end?"
 
 
 def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`iddpm train`: train a new run, or go on with one."""
 
+import time
 from typing import Any
 
 from iddpm.cli.flags import Parser, Verb, listed
@@ -8,7 +9,8 @@ from iddpm.config.presets import PRESETS
 
 FIRST = (  # what the help shows before all other flags
     "task", "image_size", "small_size", "given", "given_channels", "image_channels", "class_cond", "random_flip", "validation",
-    "steps", "images", "batch_size", "lr", "precision", "device", "init_from", "sample_interval", "save_interval",
+    "time", "steps", "images", "finish", "batch_size", "lr", "precision", "device", "init_from", "sample_interval",
+    "save_interval",
 )  # fmt: skip
 
 
@@ -31,10 +33,11 @@ def _parser(parser: Parser) -> None:
 
 
 def _train(data: str, preset: str, config: str, run: str, dry_run: bool, **given: Any) -> None:
+    began = time.monotonic()  # before torch is imported, which takes seconds: they count with --time
     from iddpm.store.remote import place
     from iddpm.training.start import start
 
-    start(place(run) if run else None, data, preset, given, dry_run, recipe=config)
+    start(place(run) if run else None, data, preset, given, dry_run, recipe=config, began=began)
 
 
 VERB = Verb(_train, _parser, "DATA", "train a model on a folder of images; the same command resumes")

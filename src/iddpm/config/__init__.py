@@ -2,7 +2,21 @@
 
 from iddpm.config.check import check
 from iddpm.config.fields import fields_of, make, own_numbers, settings_of
-from iddpm.config.groups import ENDLESS, FOUND, Data, Diffusion, Draw, Edit, Evaluate, Measure, Model, Sample, Train, Which
+from iddpm.config.groups import (
+    ENDLESS,
+    ENDS,
+    FOUND,
+    Data,
+    Diffusion,
+    Draw,
+    Edit,
+    Evaluate,
+    Measure,
+    Model,
+    Sample,
+    Train,
+    Which,
+)
 from iddpm.config.parse import (
     ema_rates,
     ema_widths,
@@ -10,6 +24,7 @@ from iddpm.config.parse import (
     image_size,
     is_chain,
     numbers,
+    seconds_of,
     seed_list,
     small_size,
     total_steps,
@@ -18,7 +33,7 @@ from iddpm.config.parse import (
 from iddpm.config.run import Config, every_field
 
 __all__ = [
-    "ENDLESS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample", "Train",
-    "Which", "check", "ema_rates", "ema_widths", "every_field", "fields_of", "given_shape", "image_size", "is_chain", "make",
-    "numbers", "own_numbers", "seed_list", "settings_of", "small_size", "total_steps", "whole",
+    "ENDLESS", "ENDS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample",
+    "Train", "Which", "check", "ema_rates", "ema_widths", "every_field", "fields_of", "given_shape", "image_size", "is_chain",
+    "make", "numbers", "own_numbers", "seconds_of", "seed_list", "settings_of", "small_size", "total_steps", "whole",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """What cannot work, or would be silently ignored, is refused before anything is done."""
 
 from iddpm.config.fields import check_groups, fields_of, unmet
-from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, small_size, whole
+from iddpm.config.groups import ENDS, Train
+from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, seconds_of, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
@@ -40,8 +41,22 @@ def check(config: Config) -> Config:
         raise UserError(f"--given {data.given} is what the run is to draw: give other images, or other --given_channels")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
+    _check_end(train)
     _check_sampling_steps(config)
     return config
+
+
+def _check_end(train: Train) -> None:
+    """Raise UserError where two settings say when the run ends, or how its rate does."""
+    ends = [name for name in ENDS if getattr(train, name)]
+    if len(ends) > 1:
+        raise UserError(f"--{ends[0]} and --{ends[1]} both say when to stop: give one")
+    seconds_of(train.time, "time")
+    seconds_of(train.finish, "finish")
+    if train.lr_decay and train.lr_anneal_steps:
+        raise UserError("--lr_decay and --lr_anneal_steps both lower the rate to 0: give one")
+    if train.time and train.lr_anneal_steps == -1:
+        raise UserError("--lr_anneal_steps -1 ends at a step, which --time does not know: --lr_decay 1 is the same by time")
 
 
 def _check_sampling_steps(config: Config) -> None:

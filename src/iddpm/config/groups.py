@@ -9,6 +9,7 @@ from iddpm.config.tasks import TASKS
 
 FOUND = ("found_path", "found_bound")  # grids of a model's own
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
+ENDS = ("steps", "images", "time")  # of Train: each says when to stop, so one replaces another
 
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet")
@@ -126,6 +127,8 @@ class Train:
 
     steps: int = opt(0, "end after this many optimizer steps", 0)
     images: int = opt(0, "end after this many images instead", 0)
+    time: str = opt("", "end after so much time of training instead, all parts of a run together: 45m, 8h, 2h30m, 3d")
+    finish: str = opt("", "end a run that has begun: its rate falls to 0 over as many steps as fit in so much time, as 10m")
     batch_size: int = opt(64, "images per step, over all processes together", 1)
     microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", -1)
     optimizer: str = _fixed("adamw", "muon: matrices and kernels move by the orthogonal part of their momentum, the rest by AdamW",
@@ -133,6 +136,7 @@ class Train:
     lr: float = opt(1e-4, "learning rate", 0)
     lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", 0)
     lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", -1)
+    lr_decay: float = opt(0.0, "share of the run, at its end, in which the rate falls linearly to 0; of a --time 0.2", 0, 1)
     weight_decay: float = opt(0.0, "AdamW's decay", 0)
     adam_beta2: float = opt(0.999, "AdamW's second-moment rate", 0, 0.999999)
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)

@@ -1,15 +1,17 @@
 """What flags say in words: numbers, sizes, seeds, ends."""
 
 import math
+import re
 from typing import Any
 
 from iddpm.config.choices import choices
-from iddpm.config.groups import Diffusion, Model, Train
+from iddpm.config.groups import ENDLESS, Diffusion, Model, Train
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
 
 MOST_SEEDS = 10**7
 SEED = 2**64 - 1  # the largest
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # in seconds
 
 
 def whole(text: str, most: int = 2**63 - 1) -> int | None:
@@ -87,10 +89,22 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
+def seconds_of(text: str, name: str) -> float:
+    """The seconds of 90s, 45m, 8h, 3d or 2h30m; 0 of an empty text."""
+    if not text:
+        return 0.0
+    written = text.replace(" ", "").lower()
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", written)
+    found = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != written or not 0 < found < math.inf:
+        raise UserError(f"--{name} {text!r}: give a time as 90s, 45m, 8h, 3d or 2h30m")
+    return found
+
+
 def total_steps(train: Train) -> int:
-    """Optimizer steps of the whole run; UserError where neither --steps nor --images says."""
-    if train.steps and train.images:
-        raise UserError("--steps and --images both say when to stop: give one")
+    """Optimizer steps of the whole run, ENDLESS of one that ends by --time; UserError where nothing says when it ends."""
+    if train.time:
+        return ENDLESS
     if not train.steps and not train.images:
-        raise UserError("say when to stop: --steps N or --images N (or take a --preset)")
+        raise UserError("say when to stop: --time 8h, --steps N or --images N (or take a --preset)")
     return train.steps or math.ceil(train.images / train.batch_size)

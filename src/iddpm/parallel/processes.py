@@ -152,8 +152,8 @@ def parts(n: int, size: int) -> list[slice]:
     return [slice(min(a, mine), min(a + size, mine)) for a in range(0, longest, size)]
 
 
-def count(*values: bool) -> list[int]:
-    """On how many processes each is true."""
+def count(*values: int) -> list[int]:
+    """On how many processes each is true; of whole numbers, their sum."""
     flags = torch.tensor(values, dtype=torch.int64)
     sum_(flags)
     return cast(list[int], flags.tolist())

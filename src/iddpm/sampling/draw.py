@@ -32,7 +32,10 @@ class Guide(NamedTuple):
 Painter = Callable[[Job], Tensor]  # draws all images of a job at once, on this process alone: (n, H, W, C) uint8, on the device
 
 
-def images(painters: Sequence[Painter], job: Job, batch_size: int = 64) -> Iterator[np.ndarray]:
+BATCH = 64  # images that a process draws at a time
+
+
+def images(painters: Sequence[Painter], job: Job, batch_size: int = BATCH) -> Iterator[np.ndarray]:
     """The images of a job in order, batch by batch, (n, H, W, C) uint8; each painter after the first enlarges what the last drew.
 
     Several processes draw `batch_size` images each at a time, call the networks equally often, and all get all images.

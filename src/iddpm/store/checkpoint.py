@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent import futures
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import msgspec
 import torch
@@ -147,7 +147,7 @@ class Folder:
                     f"delete {self.run / 'checkpoints'} to begin anew"
                 )
             return None, passed_over
-        state = _state(folder)
+        state = state_of(folder)
         if fault := storage.mend_best(self.run, state.setdefault("best", None), storage.step_of(folder)):
             state["best"], passed_over = None, [*passed_over, fault]
         return state, passed_over
@@ -213,7 +213,8 @@ class Folder:
         storage.commit(draft.folder, draft.final, entries | {"state/state.json": state})
         if draft.state.get("best"):
             storage.name_best(self.run, draft.state["best"])
-        storage.prune(self.run, self.keep, self.keep_every, draft.state["step"])
+        decay = draft.state.get("decay")
+        storage.prune(self.run, self.keep, self.keep_every, draft.state["step"], decay["start"] if decay else None)
 
     def _fault(self, draft: Draft, error: BaseException | None) -> BaseException:
         """What went wrong on any process, for all of them: UserError where a storage failed. Nothing of the draft is left."""
@@ -245,7 +246,7 @@ def newest(run: Path, verify: Callable[[Path], str | None] = verify) -> tuple[Pa
 
 def load(folder: Path) -> Saved:
     """All of a verified checkpoint, in memory."""
-    return Saved.of({name: tensor[()].clone() for name, tensor in shards.tensors(folder).items()}, _state(folder))
+    return Saved.of({name: tensor[()].clone() for name, tensor in shards.tensors(folder).items()}, state_of(folder))
 
 
 Number = Annotated[str, msgspec.Meta(pattern=r"^(-?[0-9.]+(e[+-]?[0-9]+)?|-?inf|nan)$")]  # of Python's repr
@@ -255,6 +256,17 @@ class Counted(Step):
     """What each state.json tells."""
 
     images: Count
+
+
+class Decay(TypedDict):
+    """How a run ends: from one step to another its rate falls linearly to 0. Fixed when it begins, and the same ever after."""
+
+    start: Count
+    end: Count
+    factor: Annotated[float, msgspec.Meta(ge=0)]  # the rate at its start, as a multiple of --lr
+    done: Annotated[float, msgspec.Meta(ge=0, le=1)]  # the share of the run that was done at its start
+    by: Literal["steps", "images", "time", "finish"]  # which setting asked for this end ...
+    until: Annotated[float, msgspec.Meta(ge=0)]  # ... and its value, in seconds where it is a time
 
 
 class RunState(Counted, total=False):
@@ -270,13 +282,16 @@ class RunState(Counted, total=False):
     first_loss: float
     measured: Count
     best: Best | None
+    seconds: Annotated[float, msgspec.Meta(ge=0)]  # trained, all parts of the run together
+    decay: Decay | None
     weights_only: bool
 
 
 RESUMED = ("skipped", "skipped_in_a_row", "ema_updates", "lg_loss_scale", "law")  # which a run that goes on must have
 
 
-def _state(folder: Path) -> dict[str, Any]:
+def state_of(folder: Path) -> dict[str, Any]:
+    """The numbers of a checkpoint; UserError where they are damaged."""
     path = folder / "state" / "state.json"
     state = decode(path.read_bytes(), RunState, path)
     if not state.get("weights_only") and (absent := [name for name in RESUMED if name not in state]):

@@ -114,22 +114,22 @@ def mend_best(run: Path, known: Best | None, step: int) -> str | None:
     return fault
 
 
-def prune(run: Path, keep: int, keep_every: int, last: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none) and the best.
+def prune(run: Path, keep: int, keep_every: int, last: int, also: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none), those of every `keep_every`-th step (0: none), the best and `also`.
 
     Those beyond the step `last` were passed over as damaged when the run went on: they neither count nor are deleted. What
     has no manifest does not count.
     """
     if not keep:
         return
-    spared, left = best(run), keep
+    spared, left = (best(run), also), keep
     for folder in reversed(step_dirs(run)):
         step = step_of(folder)
         if step > last:
             continue
         if left:
             left -= (folder / MANIFEST).exists()
-        elif step != spared and not (keep_every and step % keep_every == 0):
+        elif step not in spared and not (keep_every and step % keep_every == 0):
             discard(folder)
 
 

@@ -22,6 +22,7 @@ from iddpm.store.log import Logger
 from iddpm.store.remote import place
 from iddpm.store.weights import read_weights
 from iddpm.training import preview
+from iddpm.training.ending import WARM, Clock, aim
 from iddpm.training.saves import Diverged, Saves
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step
@@ -61,13 +62,15 @@ def train(
     save_start: bool = False,
     held_out: DataSet | None = None,
     sheets: bool = True,
+    began: float | None = None,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
-    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where
-    the run cannot go on (50 bad steps in a row, data that cannot be read, a checkpoint that cannot be written), on every
-    process alike; Stopped after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
+    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. The time of the run
+    counts from when the process `began` (time.monotonic), else from here. Raises UserError where the run cannot go on (50 bad
+    steps in a row, data that cannot be read, a checkpoint that cannot be written), on every process alike; Stopped after
+    Ctrl-C, SIGTERM or SIGHUP, once all is saved.
     """
     settings = config.train
     device = processes.own_device(build.device(settings.device))
@@ -79,7 +82,7 @@ def train(
     store = store or checkpoint.Folder(run, settings.keep, settings.keep_every, settings.async_save)
     state = TrainState(config, device)
     passed_over = _begin(state, config, store, run, say)
-    first, end = state.step, state.end
+    first, clock = state.step, Clock(config, state, began)
     if leads:
         run.mkdir(parents=True, exist_ok=True)
     # The log forgets what it has of later steps than the checkpoint's: they are taken again.
@@ -87,8 +90,8 @@ def train(
     if logger:
         for line in (*notes, *passed_over):
             logger.event(first, line)
-    if first >= end:
-        say(f"{run} is at step {first} of {end} already: a larger --steps goes on")
+    if first >= state.stop:
+        say(_ended(state, run, config))
     draws = sheets and not config.task.classifies
     method, meter = method_of(config, state.parallel, state), state.meter
 
@@ -108,20 +111,28 @@ def train(
 
         if save_start and not first:
             saves.begin()
-        logged, began = first, time.monotonic()
-        then = began  # when step `logged` was
+        logged, then = first, time.monotonic()  # when step `logged` was
         # Threads prepare batches a few steps ahead: what they hold in memory is not part of the state, and is prepared again.
-        batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, end)
+        batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, state.stop)
         while True:
             # The next batch, None at the end. Reading may fail on one process alone, so all agree on whether to go on.
             tell(state.step, "reading data")
-            batch, fault = _next(batches)
+            batch, fault = _next(batches) if state.step < state.stop else (None, None)
             tell(state.step, "waiting for the others' data")
-            over = _why_it_ends(state, asked(), fault, saves)
+            over = _why_it_ends(state, asked(), fault, saves, clock)
+
+            # The decay of the rate begins with a checkpoint, from which the run can go on if it is to end later after all.
+            if not over and clock.due():
+                line = clock.begin(learning_rate(config, state.step, state.end))
+                say(line)
+                if logger:
+                    logger.event(state.step, line)
+                batch = batch if state.step < state.stop else None
 
             # Every `eval_every` steps: what the averaged weights draw, measured. A run that was stopped meanwhile does it when
             # it goes on, so here the step that it begins with counts, too. A drawing takes minutes.
             if quality and not over and state.step % settings.eval_every == 0 and state.step > state.measured:
+                clock.beside.append("measuring")
                 found, why = preview.measure(config, state, quality, tick)
                 if why:  # images that are not finite, say, are no reason to end a run: its gradients will tell
                     state.measured = state.step
@@ -144,19 +155,18 @@ def train(
             if due(settings.log_interval) or last:
                 now = time.monotonic()
                 pace = (state.step - logged) * settings.batch_size / (now - then)
-                left = (end - state.step) * (now - began) / (state.step - first)
                 logged, then = state.step, now
                 row = _row(state, config, meter.read(processes.sum_), pace)
                 if logger:
                     logger.row(**row)
-                say(_line(row, state.step, end, left))
+                say(_line(row, state.step, state.stop, clock.left))
 
             # Every `save_interval` steps, where the best was measured, and at the last: a checkpoint, written in a thread while
             # training goes on. Weights that diverged are not saved: the checkpoint before them is the one to go back to.
             tell(state.step, "saving")
             if (due(settings.save_interval) or saves.due() or last) and not isinstance(over, Diverged):
                 saves.begin(last)
-            saves.settle(wait=last)
+            saves.settle(wait=last or bool(state.decay and state.decay["start"] == state.step))
 
             # Now and then, and at the last: a snapshot of the averages by powers of time. It costs the writing of them.
             interval = averages.interval(state.step, settings.ema_snapshots)
@@ -169,7 +179,10 @@ def train(
 
             # Every `sample_interval` steps, and at the end: a sheet of samples. It costs as many passes as a solver takes steps,
             # and comes after the save, so that a kill while it is drawn loses no training.
+            if draws and clock.limit and state.step == first + WARM and not last:
+                draws = clock.affords(preview.sheet_seconds(config, state, data, tick), say)
             if draws and (due(settings.sample_interval) or last):
+                clock.beside.append("sheet")
                 say(f"samples: {preview.sheet(config, state, data, run, tick)}")
 
             if batch is None:
@@ -193,11 +206,19 @@ def _begin(state: TrainState, config: Config, store: Store, run: Path, say: Call
         state.restore(saved, config)
         if state.ema.powers and not processes.rank():
             averages.forget(run, state.step)
-        say(f"resuming {run} at step {state.step}" + (f" of {state.end}" if state.end < ENDLESS else ""))
+        say(f"resuming {run} at step {state.step}" + (f" of {state.stop}" if state.stop < ENDLESS else ""))
     elif source := config.train.init_from:
         anew = initialise(state, read_weights(place(source)), config.train.init_reset, config.data.classes)
         say(f"starting from the weights of {source}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     return passed_over
+
+
+def _ended(state: TrainState, run: Path, config: Config) -> str:
+    """What is said of a run that is at its end already."""
+    by, decay = aim(config.train)[0], state.decay
+    way = "--steps or --time" if by == "finish" else f"a larger --{by}"
+    before = f" from step {decay['start']}, before its decay" if decay and decay["start"] < decay["end"] else ""
+    return f"{run} is at step {state.step} of {state.stop} already: {way} goes on{before}"
 
 
 def _snapshot(state: TrainState, config: Config, run: Path) -> None:
@@ -218,15 +239,16 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
         return None, e
 
 
-def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None, saves: Saves) -> UserError | None:
+def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None, saves: Saves, clock: Clock) -> UserError | None:
     """What ends the run at this step, the same on every process; None where nothing does. Every process calls it."""
     if state.skipped_in_a_row >= MAX_SKIPS:
         return Diverged(
             f"{MAX_SKIPS} steps in a row had no finite gradient (at step {state.step}): lower --lr, set --grad_clip 1, "
             f"or leave fp16; {saves.whole()}"
         )
-    # The one exchange that each step makes beside the gradients': two numbers, through the CPUs.
-    stopped, broken = processes.count(asked, fault is not None)
+    # The one exchange that each step makes beside the gradients': three numbers, through the CPUs.
+    stopped, broken, milliseconds = processes.count(asked, fault is not None, clock.read())
+    clock.told(milliseconds)
     if broken:
         return UserError(next(text for text in processes.every(str(fault) if fault else None) if text))
     # A step that was skipped says nothing good of the weights: a stop waits for one that was not, a few steps long.
@@ -265,7 +287,7 @@ def _silence(line: str) -> None:
 def _row(state: TrainState, config: Config, means: Mapping[str, float], images_per_second: float) -> dict[str, Any]:
     row: dict[str, Any] = {"step": state.step, "images": state.images, "time": time.time(), **means}
     row |= {
-        "lr": learning_rate(config, state.step - 1, state.end),
+        "lr": learning_rate(config, state.step - 1, state.end, state.decay),
         "images_per_second": images_per_second,
         "skipped": state.skipped,
     }
@@ -278,6 +300,5 @@ def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
     values = "  ".join(f"{k} {row.get(k, math.nan):.4g}" for k in ("loss", "grad_norm", "lr"))
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
     speed = f"{rate(row['images_per_second'])} images/s"
-    if end == ENDLESS:
-        return f"step {step}  {values}{skipped}  {speed}"
-    return f"step {step}/{end}  {values}{skipped}  {speed}  {duration(left)} left"
+    of = f"/{end}" if end < ENDLESS else ""
+    return f"step {step}{of}  {values}{skipped}  {speed}" + (f"  {duration(left)} left" if left < math.inf else "")

@@ -55,7 +55,7 @@ def measured(config: Config, device: torch.device, names: list[str]) -> dict[str
         sized = config.updated({"image_size": f"{height}x{width}"})
         passes = {name: _passes(sized.updated({"precision": name}), net, device) for name in names}
         try:
-            one = min(_timed(passes[EXACT], 1, device) for _ in range(2))  # the first warms up
+            one = min(_timed(passes[names[0]], 1, device) for _ in range(2))  # the first warms up
             break
         except (ValueError, UserError):  # a network, or a task, of which this is no size
             if (height, width) == image_size(config.model):

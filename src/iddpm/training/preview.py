@@ -3,8 +3,9 @@
 None of it touches the run's randomness: a run that is looked at is, to the bit, the run that is not.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.sampling import sheets
-from iddpm.sampling.draw import images, painter
+from iddpm.sampling.draw import BATCH, images, painter
 from iddpm.sampling.images import as_uint8
 from iddpm.sampling.job import Job
 from iddpm.store.log import Meter
@@ -101,9 +102,31 @@ def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tic
     return str(path)
 
 
-def draw_sheet(config: Config, net: Network, device: torch.device, data: DataSet, path: Path) -> None:
-    """The run's usual samples; of a model that is given images, what it makes of the first ones of the data, beside them."""
-    paint = painter(config, net, device)
+def sheet_seconds(config: Config, state: TrainState, data: DataSet, tick: Tick) -> float:
+    """How long such a sheet takes, by two steps of the solver; 0 where the run is to stop. The first process's, on all."""
+    steps, times = build.grid(config).steps, [time.monotonic()]
+
+    def stop() -> None:
+        if state.device.type != "cpu":
+            torch.accelerator.synchronize(state.device)
+        times.append(time.monotonic())
+        if len(times) > min(steps, 2):
+            raise Interrupted
+
+    with suppress(Interrupted), averaged(config, state, "timing samples", tick) as net:
+        draw_sheet(config, net, state.device, data, Path(), stop)
+    calls = 1 if config.task.inputs else len(list(processes.rounds(len(sheets.preview(config).seeds), BATCH)))
+    return float(processes.same((times[-1] - times[-2]) * steps * calls if len(times) > 1 else 0.0))
+
+
+def draw_sheet(
+    config: Config, net: Network, device: torch.device, data: DataSet, path: Path, tick: Callable[[], None] = lambda: None
+) -> None:
+    """The run's usual samples; of a model that is given images, what it makes of the first ones of the data, beside them.
+
+    `tick` is called after each step of the solver.
+    """
+    paint = painter(config, net, device, tick)
     if not config.task.inputs:
         job = sheets.preview(config)
         drawn = np.concatenate(list(images([paint], job)))

@@ -44,10 +44,11 @@ class Saves(AbstractContextManager["Saves"]):
             storage.name_best(self.run, found)
 
     def due(self) -> bool:
-        """Whether the present state is to be saved, whatever its step: it is the best, or the first good one after a bad one."""
+        """Whether the present state is to be saved, whatever its step: as the best, where its decay begins, after a bad one."""
         if self.owed and not self.state.skipped_in_a_row:
             return True
-        return self.state.best is not None and self.state.best["step"] == self.state.step > self.first
+        best, decay = self.state.best, self.state.decay
+        return self.state.step > self.first and self.state.step in (best and best["step"], decay and decay["start"])
 
     def begin(self, last: bool = False) -> None:
         """Save the present state, but for one that is worth nothing, which must not take the place of one that is.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iddpm import build, fit
-from iddpm.config import Config, check, every_field, fields_of, settings_of, total_steps
+from iddpm.config import ENDS, Config, check, every_field, fields_of, settings_of, total_steps
 from iddpm.config.choices import row
 from iddpm.config.fields import unmet
 from iddpm.config.presets import recipes
@@ -20,18 +21,20 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store import lock, log
-from iddpm.store.files import step_dirs, step_of
+from iddpm.store.files import step_dirs
 from iddpm.store.remote import place, remote, write_file
 from iddpm.store.weights import read_weights
-from iddpm.training import loop, precision, trial
+from iddpm.training import ending, loop, precision, trial
 from iddpm.training.step import learning_rate
+from iddpm.words import duration
 
 OWN = "a data set of the program's own"  # in the place of a path
 # Settings that name files: kept absolute.
 PLACES = ("path", "given", "validation", "validation_given", "eval_reference", "init_from")
-RATES = ("lr", "lr_anneal_steps", "lr_warmup_steps", "steps", "images", "batch_size")  # what decides the learning rate
+RATES = ("lr", "lr_anneal_steps", "lr_warmup_steps", "lr_decay", *ENDS, "batch_size")  # what decides the learning rate
+DECAY = 0.2  # the share of a --time in which the rate falls, unless it is given
 # What is said of a run's own data: no recipe for others.
-OF_A_RUN = dict(classes=(), rule="", num_classes=0, identity="", asked="", path="", given="")
+OF_A_RUN = dict(classes=(), rule="", num_classes=0, identity="", asked="", path="", given="", finish="")
 
 
 def start(
@@ -43,14 +46,17 @@ def start(
     own: Dataset | None = None,
     recipe: str = "",
     own_given: Dataset | None = None,
+    began: float | None = None,
 ) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
 
     Without `run` its folder follows from the data or the preset (`default_run`). `own` is a data set of the program's own, in the
     place of files at `data`, `own_given` that of the images given with these; `recipe` a config.json to begin with, as a preset.
+    The time of the run counts from when the command `began` (time.monotonic), else from here.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
+    began = time.monotonic() if began is None else began
     data = data or ("" if own is None else OWN)
     given = given if own_given is None else {**given, "given": OWN}
     run, hint = (run, []) if run else default_run(data, preset, given)
@@ -72,15 +78,18 @@ def start(
         if dry:
             trial.dry_run(config, images)
             return None
+        _require_time(config, run, began)
         notes = [*hint, *notes, *chosen, *_other_images(config.data.identity, images.identity())]
         config = config.updated({"identity": json.dumps(images.identity())})
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())
         leads = processes.rank() == 0
         if leads:
-            print("\n".join((images.describe(), *notes)))
             write_config(run, config)
-        last = loop.train(config, images, run, notes=notes, held_out=held_out)
+        notes += processes.of_first(lambda: ending.go_back(run, config.train))
+        if leads:
+            print("\n".join((images.describe(), *notes)))
+        last = loop.train(config, images, run, notes=notes, held_out=held_out, began=began)
         if leads and last:
             print(f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
         if leads:
@@ -140,6 +149,10 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
             given = {**_of_recipe(recipe), **given}
         if not stored.data.path and not data:
             raise UserError(f"which images? {record} names none: iddpm train DATA --run {run}")
+        if _implied(given, stored.flat()).get("finish"):
+            ends = stored.train.steps or stored.train.images or stored.train.time
+            rate = learning_rate(stored, ending.goes_on(run, stored.train)[0], total_steps(stored.train)) if ends else 1.0
+            ending.require_finishable(run, given["finish"], stored.train, rate)
         config, notes = resumed(stored, given, run)
         return config.updated({"asked": stored.data.asked or asked}), notes
     if run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
@@ -148,7 +161,8 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
         raise UserError(f"which images? {run} holds no run yet: iddpm train DATA --run {run}")
     if recipe and preset:
         raise UserError("--config and --preset are both what to begin with: give one")
-    config = new(preset, {**(_of_recipe(recipe) if recipe else {}), **_implied(given)})
+    of_recipe = _of_recipe(recipe) if recipe else {}
+    config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)})
     build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
     return config.updated({"asked": asked}), []
 
@@ -161,7 +175,7 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
 
 def new(preset: str, given: Mapping[str, Any]) -> Config:
     """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    parts, given, config, inherited = recipes(preset), _implied(given), Config(), set[str]()
+    parts, config, inherited = recipes(preset), Config(), set[str]()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = set(settings_of(other.model, other.diffusion, other.sample))
@@ -170,6 +184,9 @@ def new(preset: str, given: Mapping[str, Any]) -> Config:
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
     for part in parts:
         config = config.updated(part)
+    given = _implied(given, config.flat())
+    if given.get("finish"):
+        raise UserError("--finish ends a run that has begun, and here is none: give its --run")
     chosen = given.get("objective", "auto")
     implied = getattr(row("objective", chosen), "implies", {}) if chosen != "auto" else {}
     config = config.updated({**implied, **given, "preset": preset})
@@ -184,7 +201,8 @@ def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
     """The config of a run that goes on with other settings, and a line on each; UserError for one that cannot change."""
-    given, now, fields = _implied(given), stored.flat(), every_field()
+    now, fields = stored.flat(), every_field()
+    given = _implied(given, now)
     if given.get("precision") == precision.AUTO and step_dirs(run):  # settled when the run began
         given.pop("precision")
     changed = {k: v for k, v in given.items() if k not in now or _is_another(k, v, now[k])}
@@ -192,11 +210,15 @@ def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config
         k = fixed[0]
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
-    notes = [f"changed on resume: {k} {now.get(k)} -> {v}" for k, v in changed.items()]
+    notes = [f"changed on resume: {k} {_shown(now.get(k))} -> {_shown(v)}" for k, v in changed.items()]
     config = fit.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
     if set(changed) & set(RATES):
         notes += _other_rate(stored, config, run)
     return config, notes
+
+
+def _shown(value: Any) -> Any:
+    return "none" if value == "" else value
 
 
 def _is_another(name: str, value: Any, now: Any) -> bool:
@@ -205,10 +227,10 @@ def _is_another(name: str, value: Any, now: Any) -> bool:
 
 def _other_rate(before: Config, now: Config, run: Path) -> list[str]:
     """A line where the learning rate of the next step is another than the settings before would have made it."""
-    step = max(map(step_of, step_dirs(run)), default=0)
-    if not (before.train.steps or before.train.images):  # as imports write it
+    step, decay = ending.goes_on(run, now.train)
+    if not any(getattr(before.train, name) for name in ENDS):  # as imports write it
         return []
-    was, is_ = (learning_rate(config, step, total_steps(config.train)) for config in (before, now))
+    was, is_ = (learning_rate(config, step, total_steps(config.train), decay) for config in (before, now))
     return [] if was == is_ else [f"learning rate from step {step} on: {is_:.3g}, and {was:.3g} by the settings before"]
 
 
@@ -231,6 +253,21 @@ def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> Non
         raise UserError(f"--validation {config.data.validation}: {count} also trained on; give images that lie elsewhere")
 
 
+def _require_time(config: Config, run: Path, began: float) -> None:
+    """UserError where a run is given less time than a few of its steps take here, at the least: some images are timed."""
+    by, until = ending.aim(config.train)
+    if by in ("steps", "images") or (by == "time" and step_dirs(run)) or ending.goes_on(run, config.train)[1]:
+        return
+    device, name = build.device(config.train.device), config.train.precision
+    step = precision.measured(config, device, [name])[name] * len(processes.share(config.train.batch_size))
+    passed = processes.same(time.monotonic() - began) if by == "time" else 0.0
+    if until < (least := passed + ending.FEW * step):
+        raise UserError(
+            f"--{by} {getattr(config.train, by)} is too short: {ending.FEW} steps, with what goes before them, take at least "
+            f"{duration(least)} here; give more time, or a smaller network or --batch_size"
+        )
+
+
 def _real(file: Any) -> str:
     """Where a file lies, whatever links lead to it."""
     if not isinstance(file, Path) or remote(file):
@@ -244,10 +281,20 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings given, with what follows from them."""
-    if bool(given.get("steps")) != bool(given.get("images")):  # one of them replaces the other, wherever that came from
-        given = {"steps": 0, "images": 0, **given}
+def _implied(given: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings given, with what follows from them where they change those of `now`."""
+    asked = [name for name in (*ENDS, "lr_decay", "lr_anneal_steps", "finish") if given.get(name)]
+    if "finish" in asked and len(asked) > 1:
+        raise UserError(f"--finish says how the run ends: not together with --{asked[0]}")
+    if set(asked) & set(ENDS):  # one of them replaces another, wherever that came from
+        given = {"steps": 0, "images": 0, "time": "", "finish": "", **given}
+    begins_time = "time" in asked and not now.get("time")
+    if "lr_decay" in asked or ("lr_decay" in given and begins_time):
+        given = {"lr_anneal_steps": 0, **given}
+    elif "lr_anneal_steps" in asked:
+        given = {"lr_decay": 0.0, **given}
+    elif begins_time:
+        given = {**given, "lr_decay": now.get("lr_decay") or DECAY, "lr_anneal_steps": 0}
     if given.get("eval_every") == 0:  # what belongs to measuring goes with it
         idle = {k: f.default for k, f in every_field().items() if f.only == "eval_every"}
         given = idle | dict(given)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm import build
-from iddpm.config import ENDLESS, Config, ema_rates, ema_widths, total_steps
+from iddpm.config import ENDLESS, Config, ema_rates, ema_widths, seconds_of, total_steps
 from iddpm.diffusion.weighting import Remembering
 from iddpm.errors import UserError
 from iddpm.parallel import processes, shard
@@ -16,6 +16,7 @@ from iddpm.store import checkpoint
 from iddpm.store.files import Best
 from iddpm.store.log import Meter
 from iddpm.store.weights import Weights
+from iddpm.training import ending
 from iddpm.training.ema import EMA
 from iddpm.training.muon import Muon
 from iddpm.words import many
@@ -69,15 +70,28 @@ class TrainState:
         self.skipped_in_a_row = 0
         self.measured = 0  # the last step whose samples were measured (--eval_every)
         self.best: Best | None = None  # of the steps measured
-        # where the run ends; of --images, as if all its batches had been of the present size
+        # where the run ends, by its settings; of --images, as if all its batches had been of the present size
         self.end = total_steps(settings) if settings.steps or settings.images else ENDLESS
+        self.time, self.by_clock = seconds_of(settings.time, "time"), bool(settings.time or settings.finish)
+        self.seconds = 0.0  # trained, in all parts of the run
+        self.decay: checkpoint.Decay | None = None  # once it has begun
         self.meter = Meter()  # of the log's next line
         self.health = Meter()  # the loss since the last save ...
         self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
         self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
+    @property
+    def stop(self) -> int:
+        """The step at which the run stops; ENDLESS where it stops by time, until its decay has begun."""
+        return self.decay["end"] if self.decay else ENDLESS if self.by_clock else self.end
+
     def progress(self) -> float:
         """The share of the run that is done; 0 of one without an end."""
+        if self.decay:
+            done, steps = self.decay["done"], self.decay["end"] - self.decay["start"]
+            return min(1.0, done + (1 - done) * (self.step - self.decay["start"]) / max(1, steps))
+        if self.time:
+            return min(1.0, self.seconds / self.time)
         return min(1.0, self.step / self.end) if self.end < ENDLESS else 0.0
 
     def count(self, images: int, good: bool) -> None:
@@ -114,7 +128,8 @@ class TrainState:
         counts = {name: getattr(self, name) for name in COUNTS}
         counts |= dict(ema_updates=self.ema.updates, lg_loss_scale=self.scale.lg, law=[])
         counts |= {owner: list(values) for owner, values in self.remembered().items()}
-        counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss)
+        counts |= dict(meter=self.meter.sums(processes.sum_), first_loss=self.first_loss, seconds=self.seconds)
+        counts |= dict(decay=self.decay) if self.decay else {}
         return counts | (dict(measured=self.measured, best=self.best) if self.measured else {})
 
     def fault(self) -> str:
@@ -173,7 +188,8 @@ class TrainState:
             self.meter.load(saved.state.get("meter", {}), self.device)
         if config.train.images:
             self.end = self.step + max(0, math.ceil((config.train.images - self.images) / config.train.batch_size))
-        self.best = saved.state.get("best")
+        self.best, self.seconds = saved.state.get("best"), saved.state.get("seconds", 0.0)
+        self.decay = ending.kept(saved.state, config.train, self.end)
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]

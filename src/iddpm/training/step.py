@@ -15,6 +15,7 @@ from iddpm.diffusion.objective import Terms
 from iddpm.diffusion.schedule import Schedule
 from iddpm.diffusion.weighting import Remembering
 from iddpm.parallel import processes, shard
+from iddpm.store.checkpoint import Decay
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
 
@@ -85,7 +86,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         if settings.grad_clip:
             torch._foreach_mul_(shard.local(grads), (settings.grad_clip / norm).clamp(max=1.0))
         for group in state.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = learning_rate(config, state.step, state.end), settings.weight_decay
+            group["lr"], group["weight_decay"] = learning_rate(config, state.step, state.end, state.decay), settings.weight_decay
         state.optimizer.step()
         state.ema.update()
         if state.law.looks:  # all processes' losses come together only for a law that reads them
@@ -106,9 +107,15 @@ def _dropout_seed(seed: int, step: int) -> int:
     return int(rng.stream(seed, rng.DROPOUT, step, processes.rank()).integers(2**63))
 
 
-def learning_rate(config: Config, step: int, end: int) -> float:
-    """The rate of optimizer step `step`, counted from 0, of a run of `end`: warmed up linearly, annealed linearly to 0."""
+def learning_rate(config: Config, step: int, end: int, decay: Decay | None = None) -> float:
+    """The rate of optimizer step `step`, counted from 0, of a run of `end`: warmed up linearly, annealed linearly to 0.
+
+    Once a decay has begun: from what it then was, linearly to 0 at the decay's end.
+    """
     settings = config.train
+    if decay and step >= decay["start"]:
+        left = (decay["end"] - step) / max(1, decay["end"] - decay["start"])
+        return settings.lr * decay["factor"] * max(0.0, left)
     end = end if settings.lr_anneal_steps == -1 else settings.lr_anneal_steps
     warm = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
     return settings.lr * warm * (max(0.0, 1 - step / end) if end else 1.0)

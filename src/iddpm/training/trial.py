@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from iddpm import build
-from iddpm.config import Config, given_shape, image_size, is_chain, total_steps
+from iddpm.config import Config, given_shape, image_size, is_chain, seconds_of, total_steps
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import Batch, make_batch
 from iddpm.parallel import processes
@@ -91,12 +91,19 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     chain = f"a chain of {config.diffusion.diffusion_steps}" if is_chain(config.diffusion) else config.diffusion.noise_schedule
     say(f"images {tuple(shapes.x0.shape)}{seen}, {chain}")
     held = weights * 4 * (4 + averages) / 2**20  # float32: weights, gradients, and AdamW's two of each
+    more = ", and one from before the decay" if config.train.lr_decay and config.train.keep else ""
     disk = size(weights * 4 * (3 + averages))  # the weights, their averages, and AdamW's two
-    say(f"a checkpoint takes {disk} on the disk, of which --keep {config.train.keep} leaves {config.train.keep or 'all'}")
+    say(f"a checkpoint takes {disk} on the disk, of which --keep {config.train.keep} leaves {config.train.keep or 'all'}{more}")
     say(f"{weights:,} weights; with gradients, AdamW and {averages} averages {held:,.0f} MiB")
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB of process memory at the most"
     say(f"one step: {seconds:.3f} s ({rate(n / seconds)} images/s), {memory}")
-    say(f"{end} steps: about {duration(end * seconds)}, without checkpoints and samples. Nothing was written.")
+    length, share = f"{end} steps: about {duration(end * seconds)}", config.train.lr_decay
+    if text := config.train.finish or config.train.time:
+        share = 1.0 if config.train.finish else share
+        length = f"about {seconds_of(text, 'time') / seconds:,.0f} steps in {text}"
+    if share:
+        length += f", in the last {share:.0%} of which the rate falls to 0"
+    say(f"{length}, without checkpoints and samples. Nothing was written.")

@@ -1,0 +1,245 @@
+"""How a run ends: when the decay of its rate begins, over how many steps, and how a run goes on from before it.
+
+The time that a run has trained is the first process's, told to all at each step, so all decide alike. The clock decides until
+the decay begins, and never after: its steps are fixed then, and saved.
+"""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from iddpm.config import ENDLESS, Config, Train, seconds_of
+from iddpm.errors import UserError
+from iddpm.parallel import processes
+from iddpm.store import files as storage
+from iddpm.store import remote as places
+from iddpm.store.checkpoint import Decay, state_of
+from iddpm.words import duration, many
+
+if TYPE_CHECKING:
+    from iddpm.training.state import TrainState
+
+WARM = 2  # steps of a process that say nothing of its pace
+PACED = 3  # steps of which the pace is the mean, at the least ...
+SURE = 0.03  # ... and as a share of the time of the decay, of which they say how many steps it has
+FEW = 10  # steps: a run of fewer is hardly one
+SHEET = 64  # images of a sheet
+COSTLY = 0.2  # of the time: sheets of samples that take more are left out
+
+
+def aim(train: Train) -> tuple[Literal["steps", "images", "time", "finish"], float]:
+    """Which setting says when a run ends, and its value, in seconds where it is a time."""
+    if train.finish or train.time:
+        return ("finish", seconds_of(train.finish, "finish")) if train.finish else ("time", seconds_of(train.time, "time"))
+    return ("images", float(train.images)) if train.images else ("steps", float(train.steps))
+
+
+class Clock:
+    """The time that a run has trained, what its steps and sheets take of it, and when its decay begins."""
+
+    def __init__(self, config: Config, state: "TrainState", began: float | None = None):
+        """Of a state just restored, by a process that `began` then (time.monotonic)."""
+        self.train, self.state, self.config = config.train, state, config
+        self.first, self.began = state.step, (time.monotonic() if began is None else began) - state.seconds
+        self.started = time.monotonic()
+        self.by, self.until = aim(config.train)
+        self.limit = self.until if self.by == "time" else 0.0  # of --finish, once the time of the first step is told
+        self.share = 1.0 if self.by == "finish" else config.train.lr_decay
+        self.timed, self.spent = 0, 0.0  # steps of this process, and their seconds
+        self.costs = {"sheet": 0.0, "measuring": 0.0}  # seconds of one
+        self.beside: list[str] = []  # what was done beside the step under way
+
+    def read(self) -> int:
+        """Milliseconds that the run has trained, on the first process; 0 on the others: the sum is the same for all."""
+        return 0 if processes.rank() else int(1000 * (time.monotonic() - self.began))
+
+    def told(self, milliseconds: int) -> None:
+        """Take note of the time at the beginning of a step, and of what the step before has taken."""
+        passed, self.state.seconds = milliseconds / 1000 - self.state.seconds, milliseconds / 1000
+        if self.by == "finish" and not self.limit:
+            self.limit = self.state.seconds + self.until
+        if self.state.step > self.first + WARM:
+            if not self.beside:
+                self.timed, self.spent = self.timed + 1, self.spent + passed
+            elif self.beside in (["sheet"], ["measuring"]):
+                self.costs[self.beside[0]] = max(0.0, passed - self.pace)
+        self.beside = []
+
+    @property
+    def pace(self) -> float:
+        """Seconds of a step with what belongs to it (data, saves, validation); 0 where none was timed."""
+        return self.spent / self.timed if self.timed else 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end: of the steps, at the pace of this process, where their number is known, else of the time."""
+        state = self.state
+        if state.stop < ENDLESS:
+            since = time.monotonic() - self.started
+            return (state.stop - state.step) * since / max(1, state.step - self.first)
+        return max(0.0, self.limit - state.seconds) if self.limit else math.inf
+
+    def affords(self, seconds: float, say: Callable[[str], None]) -> bool:
+        """Whether a run of this time can draw sheets of samples that take so long each; where not, says so."""
+        self.beside.append("timing")
+        self.costs["measuring"] = seconds * self.train.eval_samples / SHEET  # until one was measured
+        if seconds <= COSTLY * self.until:
+            self.costs["sheet"] = seconds
+            return True
+        say(f"no sheets of samples: one takes {duration(seconds)} of --{self.by} {getattr(self.train, self.by)}")
+        return False
+
+    @property
+    def room(self) -> float:
+        """Seconds that are left for steps: until the end, without the last sheet of samples."""
+        return self.limit - self.state.seconds - self.costs["sheet"]
+
+    def due(self) -> bool:
+        """Whether the decay is to begin at this step, or a run without one, that ends by time, is to end."""
+        state = self.state
+        if state.decay:
+            return False
+        if not state.by_clock:
+            start = state.end - round(self.share * state.end)
+            return self.share > 0 and state.end < ENDLESS and start <= state.step < state.end
+        whole = self.until - self.costs["sheet"]
+        if self.room <= self.pace:
+            return True
+        sure = self.timed >= PACED and self.spent >= SURE * self.share * whole
+        return sure and not state.skipped_in_a_row and self.room <= self.share * whole
+
+    def begin(self, rate: float) -> str:
+        """Let the decay begin at this step, from a rate; returns a line on it."""
+        state, lr = self.state, self.train.lr
+        end = state.end if not state.by_clock else state.step + self._steps()
+        state.decay = Decay(
+            start=state.step, end=end, factor=rate / lr if lr else 1.0, done=state.progress(), by=self.by, until=self.until
+        )
+        steps = end - state.step
+        if not steps:
+            return f"the time is over at step {state.step}: a larger --{self.by} goes on"
+        told = f"the rate falls from {rate:.3g} at step {state.step} to 0 at step {end}"
+        if not state.by_clock:
+            return told
+        few = f"; that is a short time for this network, of which a step takes {duration(self.pace)}" if end < FEW else ""
+        return f"{told}: {many(steps, 'step')} in {duration(self.room)}{few}"
+
+    def _steps(self) -> int:
+        """How many steps fit until the end."""
+        if not self.pace or self.room <= 0:
+            return 0
+        first, train = self.state.step, self.train
+
+        def cost(n: int) -> float:
+            """Seconds of n steps with the sheets and measurements among them; the sheet at their end has its own time."""
+
+            def among(interval: int, last: int) -> int:
+                return last // interval - (first - 1) // interval if interval else 0
+
+            sheets, measurements = among(train.sample_interval, first + n - 1), among(train.eval_every, first + n)
+            return n * self.pace + sheets * self.costs["sheet"] + measurements * self.costs["measuring"]
+
+        fitting = bisect_right(range(1, int(self.room / self.pace) + 1), self.room, key=cost)
+        return max(fitting, FEW) if self.by == "finish" else fitting
+
+
+# ---- a run that has a decay behind it
+
+
+def kept(state: Mapping[str, Any], train: Train, end: int) -> Decay | None:
+    """The decay that a run goes on in, from the numbers of its checkpoint; None where it is asked to end later than that does."""
+    decay: Decay | None = state.get("decay")
+    if decay is None or outgrown(decay, state, train):
+        return None
+    return decay if train.time or train.finish else {**decay, "end": end}
+
+
+def outgrown(decay: Decay, state: Mapping[str, Any], train: Train) -> bool:
+    """Whether a run in its decay, or behind it, is now asked to end later."""
+    by, until = aim(train)
+    if by == "finish":
+        return decay["by"] != by
+    if by == decay["by"]:
+        return until > decay["until"]
+    if by == "time":
+        return until > float(state.get("seconds", 0.0))
+    steps = decay["end"] - int(state["step"])
+    return until > (decay["end"] if by == "steps" else state["images"] + steps * train.batch_size)
+
+
+def newest(run: Path) -> dict[str, Any] | None:
+    """The numbers of the newest checkpoint that can be read, without a look at its weights."""
+    for folder in reversed(storage.step_dirs(run)):
+        if (folder / storage.MANIFEST).exists():
+            try:
+                return state_of(folder)
+            except (UserError, OSError):
+                continue
+    return None
+
+
+def goes_on(run: Path, train: Train) -> tuple[int, Decay | None]:
+    """The step that a run will go on from, and the decay that it then is in."""
+    state = newest(run)
+    if state is None:
+        return 0, None
+    decay: Decay | None = state.get("decay")
+    if decay and outgrown(decay, state, train):
+        return decay["start"], None
+    return state["step"], decay
+
+
+def require_finishable(run: Path, asked: str, before: Train, rate: float) -> None:
+    """UserError where a run cannot be finished, by --finish: it has no checkpoint, is in its decay, or its next `rate` is 0."""
+    state = newest(run)
+    if state is None:
+        raise UserError(f"--finish ends a run that has begun, and {run} holds no checkpoint: train it first")
+    decay: Decay | None = state.get("decay")
+    if decay and (decay["by"], before.finish) == ("finish", asked):
+        return
+    if decay and state["step"] < decay["end"]:
+        where = f"from step {decay['start']} to {decay['end']}, and at step {state['step']} of it"
+        raise UserError(f"--finish: {run} is in its decay already, {where}: the same command without --finish goes on")
+    if decay:
+        way = f"a larger --steps or --time goes on from step {decay['start']}, before it"
+        raise UserError(f"--finish: {run} has ended with its decay, at step {decay['end']}: {way}")
+    if not rate:
+        raise UserError(f"--finish: the learning rate of {run} has come to 0 already, at step {state['step']}")
+
+
+def go_back(run: Path, train: Train) -> list[str]:
+    """Let a run that is asked to end later than its decay did go on from before that; returns a line on what was done.
+
+    The last checkpoint of the decay, and the best, are put away in RUN/ended, where `iddpm sample` finds them; a kill meanwhile
+    costs nothing. On the first process alone, which holds the run's lock.
+    """
+    state = newest(run)
+    decay: Decay | None = state.get("decay") if state else None
+    if not state or not decay or not outgrown(decay, state, train):
+        return []
+    earlier = (f for f in reversed(storage.step_dirs(run)) if storage.step_of(f) <= decay["start"])
+    back = next((folder for folder in earlier if storage.verify(folder) is None), None)
+    if back is None:
+        gone = f"no checkpoint from before the decay, which began at step {decay['start']}, is left"
+        return [f"{gone}: training goes on from the decayed weights of step {state['step']}"]
+    later = [folder for folder in storage.step_dirs(run) if storage.step_of(folder) > storage.step_of(back)]
+    for folder in later:  # the newest last: until it is gone, it tells that there is something to do
+        if folder == later[-1] or storage.step_of(folder) == storage.best(run):
+            _move(folder, run / "ended" / folder.name)
+        storage.discard(folder)
+    kept = f"; the weights it led to are kept in {run / 'ended' / later[-1].name}" if later else ""
+    return [f"back to step {storage.step_of(back)}, before the decay{kept}"]
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Put a checkpoint's folder elsewhere; on a remote storage file by file, its manifest last."""
+    storage.discard(target)
+    if not places.remote(folder):
+        target.parent.mkdir(exist_ok=True)
+        folder.rename(target)
+        return
+    for name in (*storage.manifest(folder), storage.MANIFEST):
+        (target / name).write_bytes((folder / name).read_bytes())
