@@ -132,6 +132,8 @@ def _config(preset: str, run: str, num_classes: int, flags: dict[str, Any]) -> C
         if not record.exists():
             raise UserError(f"{run} is no run of iddpm: it has no config.json")
         return start.resumed(Config.from_json(record.read_text(), str(record)), given, Path(run))[0]
+    if "auto" in preset.split(","):
+        raise UserError("--preset auto is chosen for images: iddpm train DATA --dry_run; or plan one of the others")
     config = fit.require_fit(check(start.new(preset, given)))
     if config.model.class_cond and not config.model.num_classes:
         known = [CLASSES[name] for name in preset.split(",") if name in CLASSES]

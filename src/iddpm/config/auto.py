@@ -4,7 +4,6 @@ One function a rule, in the order of `RULES`; a later one reads what those befor
 experiments behind the numbers are in docs/log.md, "the best pictures per hour".
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,9 +60,8 @@ def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
     if not 2 <= facts.classes <= CLASSES or facts.smallest < LEAST_OF_CLASS:
         why = "there are none" if facts.classes < 2 else f"one of the {facts.classes} has {facts.smallest} images only"
         return Choice({"class_cond": False}, why)
-    return Choice(
-        {"class_cond": True, "class_dropout": 0.1, "guidance": GUIDANCE}, f"{facts.classes} classes, towards which samples are guided"
-    )
+    made = {"class_cond": True, "class_dropout": 0.1, "guidance": GUIDANCE}
+    return Choice(made, f"{facts.classes} classes, towards which samples are guided")
 
 
 GUIDANCE = 1.5

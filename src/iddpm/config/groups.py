@@ -131,8 +131,10 @@ class Train:
     finish: str = opt("", "end a run that has begun: its rate falls to 0 over as many steps as fit in so much time, as 10m")
     batch_size: int = opt(64, "images per step, over all processes together", 1)
     microbatch: int = opt(-1, "images of a step computed at a time, to save memory; -1: all. The gradient stays the same", -1)
-    optimizer: str = _fixed("adamw", "muon: matrices and kernels move by the orthogonal part of their momentum, the rest by AdamW",
-                            choices=("adamw", "muon"))
+    optimizer: str = _fixed(
+        "adamw", "muon: matrices and kernels move by the orthogonal part of their momentum, the rest by AdamW",
+        choices=("adamw", "muon"),
+    )  # fmt: skip
     lr: float = opt(1e-4, "learning rate", 0)
     lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", 0)
     lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", -1)

@@ -16,6 +16,8 @@ _METHOD = dict(noise_schedule="linear", diffusion_steps=1000, parametrization="e
 
 # name: (what it is for and the number it reproduces or got, its settings)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": ("chosen for the images, the device and the time (config/auto.py); of a run that says nothing of its recipe", {}),
+    "none": ("no recipe: what the flags say, else their defaults, which are the original's", {}),
     "digits": (
         "handwritten digits, 8x8 grey, in 4 minutes on two CPU cores (make demo)",
         dict(image_size="8", image_channels=1, class_cond=True, num_channels=48, num_res_blocks=1, channel_mult="1,2",

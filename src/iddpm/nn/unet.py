@@ -183,8 +183,8 @@ class UNet(Encoder):
     """The U-Net (Nichol & Dhariwal 2021, section 3 and appendix A; Ho et al. 2020, appendix B).
 
     `attention` holds down-sampling rates: with 4 in it, the level of a quarter of the image's size has attention. The levels
-    are num_channels times `channel_mult` wide. `num_head_channels` other than -1 replaces `num_heads`. With `patch`, each square of
-    so many pixels a side comes in, and goes out, as one of more channels (Luhman & Luhman 2022): 2 is four times as fast.
+    are num_channels times `channel_mult` wide. `num_head_channels` other than -1 replaces `num_heads`. With `patch`, each square
+    of so many pixels a side comes in, and goes out, as one of more channels (Luhman & Luhman 2022): 2 is four times as fast.
     ValueError where the channels do not divide among the heads.
     """
 

@@ -10,14 +10,15 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm import build
-from iddpm.config import Config, auto, every_field, fields_of
+from iddpm.config import ENDS, Config, auto, every_field, fields_of, seconds_of
 from iddpm.config.fields import unmet
 from iddpm.data import Images
 from iddpm.data.own import Dataset
 from iddpm.errors import UserError
+from iddpm.parallel import processes
 from iddpm.training import precision, trial
-from iddpm.words import seconds_of
 
+NAME = "auto"  # of the preset
 LOOKED_AT = 16  # images
 # What is timed to know a device: small, but of the kind that is to be trained.
 PROBE = dict(image_size="16", num_channels=64, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", batch_size=16)
@@ -28,16 +29,16 @@ OWN = ("network", "num_channels", "num_res_blocks", "channel_mult", "noise_sched
 
 def applies(preset: str, given: Mapping[str, Any]) -> bool:
     """Whether a new run's recipe is chosen for it: where that is asked for, or nothing is said of one."""
-    return preset == "auto" or not (preset or given.get("init_from") or any(name in given for name in OWN))
+    return NAME in preset.split(",") or not (preset or given.get("init_from") or any(name in given for name in OWN))
 
 
 def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> tuple[dict[str, Any], list[str]]:
     """The settings of a run on these images beside those given, and a line on each group of them. It takes about 5 s."""
     given = dict(given)
-    ends = [name for name in ("time", "steps", "images") if given.get(name)]
+    ends = any(given.get(name) for name in ENDS)
     chosen = {} if ends else {"time": auto.TIME}
     device = build.device(given.get("device", "auto"))
-    seconds = seconds_of({**given, **chosen}.get("time", ""))
+    seconds = seconds_of({**given, **chosen}.get("time", ""), "time")
     facts = auto.Facts(**_look(path, given, own), cuda=device.type == "cuda", seconds=seconds, gflops=_gflops(device), cost=_cost)
     found, lines = auto.recipe(facts, {**chosen, **given})
     config = Config().updated({**found, **chosen, **given})
@@ -105,7 +106,7 @@ def _cost(settings: Mapping[str, Any]) -> float:
 
 
 def _gflops(device: torch.device) -> float:
-    """10^9 operations a second that training takes on a device, in its faster precision."""
+    """10^9 operations a second that training takes on all processes' devices, in the faster precision; every one calls it."""
     config = Config().updated(PROBE_CUDA if device.type == "cuda" else PROBE)
     seconds = precision.measured(config, device, [precision.EXACT, *precision.others(device)])
-    return _cost(config.flat()) / min(seconds.values())
+    return processes.world() * _cost(config.flat()) / min(seconds.values())

@@ -19,9 +19,14 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], matrices: set[str], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32,
+        self,
+        params: Mapping[str, Tensor],
+        matrices: set[str],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
         **adam: Any,
-    ):  # fmt: skip
+    ):
         rest = [p for name, p in params.items() if name not in matrices]
         super().__init__(rest, lr=lr, **adam)
         self.matrices = [p for name, p in params.items() if name in matrices]

@@ -4,10 +4,12 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from iddpm import build, fit
 from iddpm.config import ENDS, Config, check, every_field, fields_of, settings_of, total_steps
@@ -24,7 +26,7 @@ from iddpm.store import lock, log
 from iddpm.store.files import step_dirs
 from iddpm.store.remote import place, remote, write_file
 from iddpm.store.weights import read_weights
-from iddpm.training import ending, loop, precision, trial
+from iddpm.training import auto, ending, loop, precision, trial
 from iddpm.training.step import learning_rate
 from iddpm.words import duration
 
@@ -60,14 +62,14 @@ def start(
     data = data or ("" if own is None else OWN)
     given = given if own_given is None else {**given, "given": OWN}
     run, hint = (run, []) if run else default_run(data, preset, given)
-    config, notes = resolve(run, data, preset, given, recipe)
-    if (config.data.path == OWN) != (own is not None):
-        raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
-    if config.data.given and len({own is None, own_given is None, config.data.given != OWN}) > 1:
-        raise UserError("images and those given with them: both are files, or both data sets of a program's own")
-    total_steps(config.train)
     with ExitStack() as stack:
-        stack.enter_context(processes.session(build.device(config.train.device), config.train.timeout))
+        stack.enter_context(_session(run, given))
+        config, notes = resolve(run, data, preset, given, recipe, own)
+        if (config.data.path == OWN) != (own is not None):
+            raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
+        if config.data.given and len({own is None, own_given is None, config.data.given != OWN}) > 1:
+            raise UserError("images and those given with them: both are files, or both data sets of a program's own")
+        total_steps(config.train)
         # Whatever may be refused comes before the lock and the first file.
         images, config = open_data(config, own, own_given)
         held_out = open_validation(config)
@@ -76,6 +78,7 @@ def start(
         build.network(config)  # only to see that its sizes fit
         config, chosen = precision.settle(config, build.device(config.train.device))
         if dry:
+            print("\n".join((images.describe(), *notes, *chosen)))
             trial.dry_run(config, images)
             return None
         _require_time(config, run, began)
@@ -104,7 +107,8 @@ def default_run(data: str, preset: str, given: Mapping[str, Any]) -> tuple[Path,
     """
     if not data:
         raise UserError("which images? iddpm train DATA, or --run DIR to go on with a run")
-    name = preset.replace(",", "-") or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
+    recipe = "-".join(part for part in preset.split(",") if part not in ("auto", "none"))
+    name = recipe or "-".join(place(data).resolve().parts[-2:]).strip("/:") or "run"
     run, k, hint = place(f"runs/{name}"), 1, list[str]()
     while (run / "config.json").exists() and (why := _is_other(run, data, given)):
         hint = [f"{run} is {why}, so this is a new one; to go on with that: --run {run}"]
@@ -134,8 +138,21 @@ def absolute(path: str) -> str:
     return path if not path or path == OWN or "://" in str(found) else str(Path(os.path.abspath(found)))
 
 
-def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe: str = "") -> tuple[Config, list[str]]:
-    """The config of a run: stored, else from its source or preset; then the settings given. And what a resumed run changes."""
+def _session(run: Path, given: Mapping[str, Any]) -> AbstractContextManager[torch.device]:
+    """The processes of a run; those of a new one are to agree on its recipe."""
+    record = run / "config.json"
+    stored = Config.from_json(record.read_text(), str(record)) if record.exists() else Config()
+    asked = stored.updated({name: given[name] for name in ("device", "timeout") if name in given})
+    return processes.session(build.device(check(asked).train.device), asked.train.timeout)
+
+
+def resolve(
+    run: Path, data: str, preset: str, given: Mapping[str, Any], recipe: str = "", own: Dataset | None = None
+) -> tuple[Config, list[str]]:
+    """The config of a run: stored, else from its source or preset; then the settings given. And what was chosen or changed.
+
+    The recipe of a new run that says nothing of one is chosen for its images.
+    """
     given = {**given, **({"path": data} if data else {})}
     given = {name: absolute(value) if name in PLACES else value for name, value in given.items()}
     asked, record = _asked(given), run / "config.json"
@@ -161,10 +178,14 @@ def resolve(run: Path, data: str, preset: str, given: Mapping[str, Any], recipe:
         raise UserError(f"which images? {run} holds no run yet: iddpm train DATA --run {run}")
     if recipe and preset:
         raise UserError("--config and --preset are both what to begin with: give one")
-    of_recipe = _of_recipe(recipe) if recipe else {}
-    config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)})
+    of_recipe, found, lines = _of_recipe(recipe) if recipe else {}, dict[str, Any](), list[str]()
+    if not recipe and auto.applies(preset, given):
+        check(Config().updated(_implied(given, {})))  # before the look at the images and the device
+        found, lines = auto.choose(data, given, own)
+        preset = preset or auto.NAME
+    config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)}, found)
     build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
-    return config.updated({"asked": asked}), []
+    return config.updated({"asked": asked}), lines
 
 
 def _of_recipe(recipe: str) -> dict[str, Any]:
@@ -173,9 +194,9 @@ def _of_recipe(recipe: str) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name not in OF_A_RUN}
 
 
-def new(preset: str, given: Mapping[str, Any]) -> Config:
-    """The config of a new run: its source's (--init_from), the preset's, then the settings given; unchecked."""
-    parts, config, inherited = recipes(preset), Config(), set[str]()
+def new(preset: str, given: Mapping[str, Any], found: Mapping[str, Any] = {}) -> Config:
+    """The config of a new run: its source's (--init_from), what was `found`, the preset's, then what is given; unchecked."""
+    parts, config, inherited = [found, *recipes(preset)], Config(), set[str]()
     if source := given.get("init_from"):
         other = read_weights(place(source)).config
         inherited = set(settings_of(other.model, other.diffusion, other.sample))

@@ -207,7 +207,8 @@ def optimizer(config: Config, net: nn.Module, params: Mapping[str, Tensor]) -> t
     ends = {id(p) for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     ends |= {id(m.weight) for m in (convs[0], convs[-1])}
-    return Muon(params, {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends}, dtype=build.DTYPES[settings.precision] or torch.float32, **own)
+    matrices = {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends}
+    return Muon(params, matrices, dtype=build.DTYPES[settings.precision] or torch.float32, **own)
 
 
 def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[str, ...] = ()) -> list[str]:
