@@ -21,7 +21,7 @@ DAYS = 3.0  # of a run, beyond which it is told at once
 class Facts(NamedTuple):
     """What the rules go by."""
 
-    count: int  # images
+    images: int
     height: int  # pixels, of the middle one of some that were looked at ...
     width: int
     alike: bool  # ... and whether all of these have that size
@@ -46,7 +46,7 @@ def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
     side, given = min(facts.height, facts.width), now.get("image_size")
     most = (32 if facts.seconds and facts.seconds < 1800 else 64) if not facts.cuda else 128 if facts.seconds < 86400 else 256
     fits = side if side <= most and side % 4 == 0 else min(most, 1 << (side.bit_length() - 1))
-    of = f"{'all' if facts.alike else 'most'} of the {facts.count:,} images have {facts.height}x{facts.width} pixels"
+    of = f"{'all' if facts.alike else 'most'} of the {facts.images:,} images have {facts.height}x{facts.width} pixels"
     if given:
         return Choice({"image_channels": facts.channels}, "as the images")
     why = of if fits == side == max(facts.height, facts.width) else f"{of}, and this time is for {most} at most"
@@ -117,8 +117,8 @@ def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
 def small(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """What keeps a network from learning few images by heart."""
     made: dict[str, Any] = {"random_flip": facts.channels == 3 and now.get("task") != "translate"}
-    if facts.count < FEW:
-        return Choice({**made, "dropout": 0.1}, f"{facts.count:,} images are seen many times (--random_flip False for writing)")
+    if facts.images < FEW:
+        return Choice({**made, "dropout": 0.1}, f"{facts.images:,} images are seen many times (--random_flip False for writing)")
     return Choice(made, "twice the images (--random_flip False where left and right differ, as in writing)")
 
 

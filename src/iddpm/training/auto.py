@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm import build
-from iddpm.config import ENDS, Config, auto, every_field, fields_of, seconds_of
+from iddpm.config import ENDS, Config, Diffusion, auto, every_field, fields_of, seconds_of
 from iddpm.config.fields import unmet
 from iddpm.data import Images
 from iddpm.data.own import Dataset
@@ -23,13 +23,22 @@ LOOKED_AT = 16  # images
 # What is timed to know a device: small, but of the kind that is to be trained.
 PROBE = dict(image_size="16", num_channels=64, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", batch_size=16)
 PROBE_CUDA = dict(PROBE, image_size="32", num_channels=128, batch_size=64)
-# Flags that make a command a recipe of its own: the network's sizes, and what is learned. No others are chosen beside them.
-OWN = ("network", "num_channels", "num_res_blocks", "channel_mult", "noise_schedule", "parametrization", "objective")
 
 
 def applies(preset: str, given: Mapping[str, Any]) -> bool:
     """Whether a new run's recipe is chosen for it: where that is asked for, or nothing is said of one."""
-    return NAME in preset.split(",") or not (preset or given.get("init_from") or any(name in given for name in OWN))
+    return NAME in preset.split(",") or not (preset or given.get("init_from") or of_a_recipe(given))
+
+
+def of_a_recipe(given: Mapping[str, Any]) -> list[str]:
+    """Those of the flags that make a command a recipe of its own, beside which nothing is chosen: on the network, or the process."""
+    process, known = fields_of(Diffusion), every_field()
+
+    def tells(name: str) -> bool:
+        f = known[name]
+        return name == "network" or name in process or "network" in f.only or not {"network", *process}.isdisjoint(f.rows)
+
+    return [name for name in given if name in known and tells(name)]
 
 
 def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -71,7 +80,7 @@ def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str,
         size = sorted((a.shape[:2] for a in arrays), key=min)[len(arrays) // 2]
     per_class = np.bincount(labels)[np.unique(labels)] if labels is not None and len(labels) else np.zeros(0, int)
     return dict(
-        count=count, height=size[0], width=size[1], alike=how_many == len(arrays),
+        images=count, height=size[0], width=size[1], alike=how_many == len(arrays),
         channels=1 if all(_grey(a) for a in arrays) else 3, classes=len(per_class),
         smallest=int(per_class.min()) if len(per_class) else 0,
     )  # fmt: skip

@@ -33,7 +33,7 @@ class Muon(torch.optim.AdamW):
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step of both, at the rate and decay of the AdamW."""
         group = self.param_groups[0]
         shapes: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
