@@ -31,7 +31,7 @@ def applies(preset: str, given: Mapping[str, Any]) -> bool:
 
 
 def of_a_recipe(given: Mapping[str, Any]) -> list[str]:
-    """Those of the flags that make a command a recipe of its own, beside which nothing is chosen: on the network, or the process."""
+    """Those of the flags that make a command a recipe of its own, beside which nothing is chosen: of the network, the process."""
     process, known = fields_of(Diffusion), every_field()
 
     def tells(name: str) -> bool:
