@@ -171,7 +171,7 @@ def test_a_run_of_images_ends_its_decay_where_it_ends(pictures, tmp_path):
     [
         (dict(), 31, 38),  # the last fifth of the 38 s that the last sheet leaves
         (dict(lr_decay=0.5), 19, 38),
-        (dict(lr_decay=0.0), 37, 38),
+        (dict(lr_decay=0.0), 38, 38),
         (dict(sample_interval=10), 27, 32),  # sheets at 10, 20, 30 and at the end
     ],
     ids=["a fifth", "a half", "none", "with sheets on the way"],

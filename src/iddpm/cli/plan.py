@@ -159,8 +159,9 @@ def _what(planned: "Plan", config: Config) -> Iterator[str]:
     off, on = planned.passes[False], planned.passes[True]
     both = f"{_si(off.both)}FLOP forward and backward, {_si(on.both)}FLOP with --use_checkpoint"
     averages = len(ema_rates(settings)) + len(ema_widths(settings))
+    more = ", and one from before the decay" if settings.lr_decay and settings.keep else ""
     disk = size(4 * planned.parameters * (3 + averages))
-    yield f"checkpoint   {disk} on the disk: weights, {averages} averages, AdamW's two; --keep {settings.keep} of them stay"
+    yield f"checkpoint   {disk} on the disk: weights, {averages} averages, AdamW's two; --keep {settings.keep} of them stay{more}"
     yield f"an image     {_si(off.forward)}FLOP forward, {both}"
 
 

@@ -106,7 +106,7 @@ class Clock:
             start = state.end - round(self.share * state.end)
             return self.share > 0 and state.end < ENDLESS and start <= state.step < state.end
         whole = self.until - self.costs["sheet"]
-        if self.room <= self.pace:
+        if self.room < self.pace:
             return True
         sure = self.timed >= PACED and self.spent >= SURE * self.share * whole
         return sure and not state.skipped_in_a_row and self.room <= self.share * whole
@@ -129,7 +129,7 @@ class Clock:
 
     def _steps(self) -> int:
         """How many steps fit until the end."""
-        if not self.pace or self.room <= 0:
+        if not (self.share and self.pace) or self.room <= 0:
             return 0
         first, train = self.state.step, self.train
 

@@ -281,12 +281,13 @@ def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> Non
 def _require_time(config: Config, run: Path, began: float) -> None:
     """UserError where a run is given less time than a few of its steps take here, at the least: some images are timed."""
     by, until = ending.aim(config.train)
-    if by in ("steps", "images") or (by == "time" and step_dirs(run)) or ending.goes_on(run, config.train)[1]:
+    by_clock = by == "finish" or (by == "time" and not step_dirs(run))
+    if not by_clock or ending.goes_on(run, config.train)[1]:
         return
     device, name = build.device(config.train.device), config.train.precision
     step = precision.measured(config, device, [name])[name] * len(processes.share(config.train.batch_size))
-    passed = processes.same(time.monotonic() - began) if by == "time" else 0.0
-    if until < (least := passed + ending.FEW * step):
+    passed = time.monotonic() - began if by == "time" else 0.0
+    if until < (least := processes.same(passed + ending.FEW * step)):
         raise UserError(
             f"--{by} {getattr(config.train, by)} is too short: {ending.FEW} steps, with what goes before them, take at least "
             f"{duration(least)} here; give more time, or a smaller network or --batch_size"
