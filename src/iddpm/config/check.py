@@ -41,12 +41,12 @@ def check(config: Config) -> Config:
         raise UserError(f"--given {data.given} is what the run is to draw: give other images, or other --given_channels")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
-    _check_end(train)
+    check_end(train)
     _check_sampling_steps(config)
     return config
 
 
-def _check_end(train: Train) -> None:
+def check_end(train: Train) -> None:
     """Raise UserError where two settings say when the run ends, or how its rate does."""
     ends = [name for name in ENDS if getattr(train, name)]
     if len(ends) > 1:

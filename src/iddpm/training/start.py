@@ -13,8 +13,9 @@ import torch
 
 from iddpm import build, fit
 from iddpm.config import ENDS, Config, check, every_field, fields_of, settings_of, total_steps
+from iddpm.config.check import check_end
 from iddpm.config.choices import row
-from iddpm.config.fields import unmet
+from iddpm.config.fields import check_groups, unmet
 from iddpm.config.presets import recipes
 from iddpm.data import DataSet
 from iddpm.data.batches import open_data, open_validation
@@ -180,13 +181,13 @@ def resolve(
         raise UserError("--config and --preset are both what to begin with: give one")
     of_recipe, found, lines = _of_recipe(recipe) if recipe else {}, dict[str, Any](), list[str]()
     if not recipe and auto.applies(preset, given):
-        check(Config().updated(_implied(given, {})))  # before the look at the images and the device
+        asked_for = Config().updated(given)
+        check_groups(asked_for.parts, dict(asked_for.own))  # before the look at the images and the device
+        check_end(asked_for.train)
         found, lines = auto.choose(data, given, own)
         preset = preset or auto.NAME
     elif not (preset or recipe or given.get("init_from")):
-        lines = [
-            f"the recipe is that of the flags, as --{auto.of_a_recipe(given)[0]}; --preset auto chooses what they leave open"
-        ]
+        lines = [f"a recipe by its flags, as --{auto.of_a_recipe(given)[0]}: --preset auto chooses what they leave open"]
     config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)}, found)
     build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
     return config.updated({"asked": asked}), lines
