@@ -51,6 +51,12 @@ class Muon(torch.optim.AdamW):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"])
         return super().step(closure)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, also those of the matrices, which are in no group of the AdamW."""
+        super().zero_grad(set_to_none)
+        for p in self.matrices:
+            p.grad = None
+
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U V^T of each of (n, rows, columns) = U S V^T: singular values between 0.7 and 1.2."""
