@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golden_rules import fill, image_tensor, load, published_network
@@ -168,6 +169,26 @@ def test_attention_is_the_softmax_of_scaled_products(heads_first: bool) -> None:
     q, k, v = split.permute(2, 0, 3, 1, 4)
     expected = ((q @ k.mT / 2).softmax(-1) @ v).permute(0, 2, 1, 3).reshape(2, 5, 8)
     torch.testing.assert_close(attend(qkv, 2, heads_first=heads_first), expected)
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_attention_of_few_tokens_in_bfloat16_has_the_gradient_of_float32(heads_first: bool) -> None:
+    qkv = torch.randn(2, 16, 3 * 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    low = qkv.detach().bfloat16().requires_grad_()
+    for tokens in (qkv, low):
+        (attend(tokens, 3, heads_first=heads_first) ** 2).sum().backward()
+    assert qkv.grad is not None and low.grad is not None
+    assert (low.grad.float() - qkv.grad).norm() < 0.01 * qkv.grad.norm()
+
+
+def test_patches_come_in_and_go_out_as_channels() -> None:
+    net = small(patch=2)
+    inner = small(in_channels=12, out_channels=12)
+    inner.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(F.pixel_unshuffle(net(x, T), 2), inner(F.pixel_unshuffle(x, 2), T))
+    with pytest.raises(ValueError, match="patches of 2 pixels"):
+        net(torch.zeros(2, 3, 16, 15), T)
 
 
 def test_the_time_embedding_is_cosines_then_sines_and_a_zero_where_odd() -> None:

@@ -13,6 +13,7 @@ TIME = "1h"  # of a run that says nothing of its end
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
 SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
 FEW = 5000  # images: a network sees each of them many times
+LEAST = 8  # pixels, of the smallest images there can be
 LEAST_OF_CLASS = 10  # images, or its class is not learned
 CLASSES = 1000  # at most
 DAYS = 3.0  # of a run, beyond which it is told at once
@@ -45,7 +46,7 @@ def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """As the images, up to what the time allows: twice the side costs four times as much."""
     side, given = min(facts.height, facts.width), now.get("image_size")
     most = (32 if facts.seconds and facts.seconds < 1800 else 64) if not facts.cuda else 128 if facts.seconds < 86400 else 256
-    fits = side if side <= most and side % 4 == 0 else min(most, 1 << (side.bit_length() - 1))
+    fits = side if side <= most and side % 4 == 0 else max(LEAST, min(most, 1 << (side.bit_length() - 1)))
     of = f"{'all' if facts.alike else 'most'} of the {facts.images:,} images have {facts.height}x{facts.width} pixels"
     if given:
         return Choice({"image_channels": facts.channels}, "as the images")
@@ -68,10 +69,10 @@ GUIDANCE = 1.5
 
 
 def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
-    """The widest network that still sees enough images in the time; patches of 2 x 2 pixels make a step four times as fast."""
+    """The widest network that still sees enough images in the time; of large images patches, which make a step much faster."""
     height, _, width = str(now["image_size"]).partition("x")
     side = min(int(height), int(width or height))
-    patch = max(1, 1 << (max(side // 16, 1).bit_length() - 1)) if side > 64 else 2 if side >= 32 else 1
+    patch = max((p for p in (1, 2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p)), default=1)
     grid = side // patch
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(
@@ -94,6 +95,7 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
 
 
 BATCH = 64
+GRID = 32  # pixels, or patches of them, that the first level has at least
 
 
 def method(facts: Facts, now: Mapping[str, Any]) -> Choice:

@@ -19,15 +19,16 @@ from iddpm.training.step import method_of, train_step
 from iddpm.words import duration, rate, size
 
 STEPS = 4  # of a trial: the first warms up, and the median of the others counts
+PATIENCE = 8.0  # seconds for them, or they are of one image
 
 
 def timed(config: Config, device: torch.device, batches: Iterator[Batch]) -> tuple[TrainState, float]:
     """Take steps on some batches; returns the state they end in, and the seconds of a step with its batch."""
     state, meter, seconds = TrainState(config, device), Meter(), []
     method = method_of(config, state.parallel, state)
-    for _ in range(STEPS):
+    for batch in batches:
         began = time.perf_counter()
-        train_step(state, config, method, next(batches), meter)
+        train_step(state, config, method, batch, meter)
         if device.type != "cpu":  # a step returns while the device is still at work on the weights
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - began)
@@ -83,7 +84,15 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     """Say what the run would be: its config, shapes, and the time and memory of a step. Writes nothing."""
     device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
     order = Order(len(data), config.train.seed)
-    state, seconds = timed(config, device, (make_batch(config, data, order, step, step * n) for step in range(STEPS)))
+
+    def steps_of(images: int, count: int = STEPS) -> tuple[TrainState, float]:
+        part = config if images == n else config.updated(dict(batch_size=images, microbatch=-1))
+        return timed(part, device, (make_batch(part, data, order, step, step * images) for step in range(count)))
+
+    each = steps_of(processes.world(), 2)[1]  # an image a process: a step of all may take minutes
+    images = n if each * n / processes.world() * STEPS < PATIENCE else processes.world()
+    state, seconds = steps_of(images) if images == n or each * STEPS < PATIENCE else steps_of(images, 2)
+    seconds *= n / images
     weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages) + len(state.ema.powers)
     say(config.to_json())
     shapes = example(config, len(processes.share(n)), "meta")
@@ -99,7 +108,8 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB of process memory at the most"
-    say(f"one step: {seconds:.3f} s ({rate(n / seconds)} images/s), {memory}")
+    from_one = "" if images == n else f"; worked out from steps of {images}, so the memory is that of these"
+    say(f"one step: {seconds:.3f} s ({rate(n / seconds)} images/s), {memory}{from_one}")
     length, share = f"{end} steps: about {duration(end * seconds)}", config.train.lr_decay
     if text := config.train.finish or config.train.time:
         share = 1.0 if config.train.finish else share

@@ -1,0 +1,74 @@
+"""The rules of `--preset auto`: what they choose for some sets of images, and that all they can choose is a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from iddpm import build, fit
+from iddpm.config import Config, check
+from iddpm.config.auto import SEEN, Facts, recipe
+
+CIFAR = dict(images=50_000, height=32, width=32, alike=True, channels=3, classes=10, smallest=5000)
+DIGITS = dict(images=1438, height=8, width=8, alike=True, channels=1, classes=10, smallest=139)
+PHOTOS = dict(images=800, height=1200, width=1600, alike=False, channels=3, classes=0, smallest=0)
+
+
+def cost(settings: Mapping[str, Any]) -> float:
+    """As the square of the width and of the side."""
+    return 6e-7 * settings["num_channels"] ** 2 * int(settings["image_size"].partition("x")[0]) ** 2
+
+
+def facts(seconds: float = 3600, gflops: float = 250, cuda: bool = False, **images: Any) -> Facts:
+    return Facts(**images, seconds=seconds, gflops=gflops, cuda=cuda, cost=cost)
+
+
+@pytest.mark.parametrize(
+    ("images", "chosen"),
+    [
+        (CIFAR, dict(image_size="32", image_channels=3, class_cond=True, random_flip=True)),
+        (DIGITS, dict(image_size="8", image_channels=1, class_cond=True, random_flip=False, dropout=0.1)),
+        (PHOTOS, dict(image_size="64", class_cond=False, random_flip=True, dropout=0.1)),
+        (dict(CIFAR, height=28, width=28), dict(image_size="28")),
+        (dict(CIFAR, height=50, width=50), dict(image_size="32")),
+        (dict(CIFAR, smallest=3), dict(class_cond=False)),
+    ],
+)
+def test_it_follows_from_the_images(images, chosen):
+    found, _ = recipe(facts(**images), {})
+    assert {name: found.get(name) for name in chosen} == chosen
+
+
+def test_more_time_or_a_faster_device_takes_a_wider_network_that_sees_enough_images():
+    widths = []
+    for seconds in (60, 1200, 3600, 86400, 10 * 86400):
+        found, _ = recipe(facts(seconds, **CIFAR), {})
+        widths.append(found["num_channels"])
+        assert widths[-1] == min(widths) or 250 * seconds / cost(found) >= SEEN
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    faster, _ = recipe(facts(1200, gflops=1e5, cuda=True, **CIFAR), {})
+    assert faster["num_channels"] > widths[1]
+
+
+def test_a_flag_wins_and_what_follows_from_it_is_chosen_anew():
+    found, lines = recipe(facts(**PHOTOS), dict(image_size="128", num_channels=48, lr=3e-4))
+    assert not {"image_size", "num_channels", "lr"} & set(found)
+    assert not any("--lr 0" in line for line in lines)
+    wider, _ = recipe(facts(1e6, **CIFAR), {})
+    assert wider["lr"] < recipe(facts(600, **CIFAR), {})[0]["lr"]
+
+
+def test_each_choice_is_told_with_its_reason():
+    found, lines = recipe(facts(**CIFAR), {})
+    told = " ".join(lines)
+    assert all(f"--{name} {value}" in told for name, value in found.items())
+    assert "50,000 images" in told and "10 classes" in told
+
+
+@pytest.mark.parametrize("side", [8, 12, 20, 28, 32, 48, 64, 100, 256, 1000])
+@pytest.mark.parametrize("images", [CIFAR, DIGITS, PHOTOS])
+def test_whatever_the_size_it_is_a_run_whose_network_can_be_built(side, images):
+    for given in ({}, {"image_size": str(side)}):
+        found, _ = recipe(facts(**images | dict(height=side, width=side + 8)), given)
+        config = Config().updated({**found, **given, "steps": 10})
+        build.network(fit.require_fit(check(config)).updated({"num_classes": images["classes"], "num_channels": 32}))
