@@ -61,11 +61,13 @@ def train(
     save_start: bool = False,
     held_out: DataSet | None = None,
     sheets: bool = True,
+    look: Callable[[Path], None] = lambda run: None,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
-    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. Raises UserError where
+    also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn;
+    `look` is called with the run's folder whenever there is more to see, but at its end. Raises UserError where
     the run cannot go on (50 bad steps in a row, data that cannot be read, a checkpoint that cannot be written), on every
     process alike; Stopped after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
     """
@@ -134,6 +136,8 @@ def train(
                         logger.row(step=state.step, images=state.images, time=time.time(), **found)
                         quality.record(state.step, found)
                     say(f"step {state.step}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+                    if leads:
+                        look(run)
             last = (over is not None or batch is None) and state.step > first
 
             # Every `validation_interval` steps: the loss of held-out images. It costs a forward pass of a batch.
@@ -171,6 +175,8 @@ def train(
             # and comes after the save, so that a kill while it is drawn loses no training.
             if draws and (due(settings.sample_interval) or last):
                 say(f"samples: {preview.sheet(config, state, data, run, tick)}")
+                if leads and not last:
+                    look(run)
 
             if batch is None:
                 break

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -43,11 +43,13 @@ def start(
     own: Dataset | None = None,
     recipe: str = "",
     own_given: Dataset | None = None,
+    look: Callable[[Path], None] = lambda run: None,
 ) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
 
     Without `run` its folder follows from the data or the preset (`default_run`). `own` is a data set of the program's own, in the
     place of files at `data`, `own_given` that of the images given with these; `recipe` a config.json to begin with, as a preset.
+    `look` is called with the run's folder whenever there is more to see of it, and at its end, whatever that is.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
@@ -80,9 +82,16 @@ def start(
         if leads:
             print("\n".join((images.describe(), *notes)))
             write_config(run, config)
-        last = loop.train(config, images, run, notes=notes, held_out=held_out)
+        looks = look if not remote(run) else lambda run: None  # which to read again and again would cost
+        try:
+            last = loop.train(config, images, run, notes=notes, held_out=held_out, look=looks)
+        finally:
+            if leads:
+                look(run)
         if leads and last:
-            print(f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
+            print(
+                f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv, all of it in report.html)"
+            )
         if leads:
             print(f"next: {config.task.next.format(run=run, data=config.data.path)}")
         return last
