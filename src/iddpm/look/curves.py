@@ -22,8 +22,7 @@ def numbers(run: Run, points: int = POINTS) -> list[dict[str, Any]]:
     Of more than `points` steps, each point is the mean of as many neighbours.
     """
     together: dict[bytes, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
-    for name in run.columns:
-        steps, values = run.column(name)
+    for name, (steps, values) in run.columns.items():
         together.setdefault(steps.tobytes(), (steps, {}))[1][name] = values
     groups = []
     for steps, columns in together.values():

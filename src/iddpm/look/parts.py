@@ -10,6 +10,7 @@ from iddpm.config import is_chain
 from iddpm.errors import UserError, reason
 from iddpm.look import pictures
 from iddpm.look.dataset import Seen, see
+from iddpm.look.diagnosis import diagnose
 from iddpm.look.html import Html, el, table
 from iddpm.look.runs import Row, Run, command, number
 from iddpm.sampling.sheets import grid
@@ -96,6 +97,21 @@ def _short(n: int) -> str:
         if n >= unit:
             return f"{n / unit:.3g}{name}"
     return str(n)
+
+
+def findings(run: Run, seen: Seen | None) -> Html:
+    """What the rules of the diagnosis say."""
+    said = diagnose(run, seen)
+    items = [
+        el("li", el("div", el("b", f.says), el("p", f.evidence, class_="soft"), el("p", "Change: ", el("code", f.change))))
+        for f in said.findings.values()
+    ]
+    held = el("ol", *items, class_="findings") if items else el("p", "Nothing stands out.", class_="well")
+    fine = el("li", el("b", "well: "), ", ".join(said.fine) or "nothing")
+    unknown = [el("li", el("b", f"{name}: "), why) for name, why in said.unknown.items()]
+    asked = f"{len(said.fine)} other checks found nothing" + (f", {len(unknown)} cannot tell" if unknown else "")
+    more = el("details", el("summary", asked), el("ul", fine, *unknown))
+    return el("section", el("h2", "Findings"), held, more)
 
 
 def samples(run: Run, budget: int) -> Html | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -87,6 +88,7 @@ def _one(run: Run, k: int, charts: list[dict[str, Any]], budget: int) -> list[Ht
     found: list[Html | None] = [
         *(parts.warning(note) for note in run.notes),
         parts.tiles(run, seen),
+        parts.findings(run, seen) if run.rows else None,
         _beside(parts.samples(run, budget // 2), parts.images(run, seen, unseen, budget // 4)),
         _section("How it went", *_charts(own, charts, controls=bool(own)), parts.remarks(run))
         if run.rows
@@ -152,7 +154,7 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     """Runs of the same name under as much of their paths as tells them apart; one that is given twice once."""
     unlike = list({run.path.resolve(): run for run in runs}.values())
     names = [run.name for run in unlike]
-    return [r._replace(name="/".join(r.path.resolve().parts[-2:])) if names.count(r.name) > 1 else r for r in unlike]
+    return [replace(r, name="/".join(r.path.resolve().parts[-2:])) if names.count(r.name) > 1 else r for r in unlike]
 
 
 @cache

@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -19,7 +21,8 @@ from iddpm.store.remote import Unreachable
 Row = Mapping[str, Any]
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """A run as it lies there. What of it cannot be read is told in `notes`, a sentence each."""
 
     path: Path
@@ -49,17 +52,20 @@ class Run(NamedTuple):
         """How many images it was trained on so far, repeated ones counted again."""
         return self.step * self.config.train.batch_size
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of what is logged, in the order of their first rows."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        return [name for name in names if name not in ("step", "images", "time", "not_finite") and len(self.column(name)[0])]
+    @cached_property
+    def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What is logged, in the order of its first rows: the steps (n,) and values (n,) float64, where these are numbers."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for row in self.rows:
+            for name, value in row.items():
+                if number(value):
+                    found.setdefault(name, []).append((row["step"], value))
+        both = {name: np.array(pairs, np.float64) for name, pairs in found.items() if name not in ("step", "images", "time")}
+        return {name: (pairs[:, 0].astype(np.int64), pairs[:, 1]) for name, pairs in both.items()}
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The steps (n,) and the values (n,) float64 of what is logged by a name, where it is a number."""
-        found = [(row["step"], row[name]) for row in self.rows if number(row.get(name))]
-        steps, values = zip(*found) if found else ((), ())
-        return np.array(steps, np.int64), np.array(values, np.float64)
+        """The steps (n,) and values (n,) of what is logged by a name; none where nothing is."""
+        return self.columns.get(name, (np.zeros(0, np.int64), np.zeros(0)))
 
     def hours(self, steps: np.ndarray) -> np.ndarray:
         """The hours of training until some steps (n,), without the time between a stop and its resuming."""
@@ -70,7 +76,7 @@ class Run(NamedTuple):
         return np.interp(steps, np.r_[0, at], np.r_[0.0, spent.cumsum()])
 
 
-def number(value: object) -> bool:
+def number(value: object) -> TypeGuard[float]:
     """Whether a value of a file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
 
