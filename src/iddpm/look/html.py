@@ -28,7 +28,9 @@ def join(parts: Iterable[object]) -> Html:
 
 def text(value: object, quote: bool = False) -> str:
     """A value as escaped text: control characters and halves of letters, as file names may hold, are shown as �."""
-    plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
+    plain = str(value)
+    if not plain.isprintable():
+        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in plain)
     return escape(plain, quote=quote)
 
 

@@ -68,7 +68,8 @@ def tiles(run: Run, seen: Seen | None) -> Html | None:
     """The numbers that one looks for first."""
     found = [("step" if not run.end else f"of {run.end:,} steps", f"{run.step:,}")]
     if seen and run.images:
-        found.append((f"images seen, each {run.images / seen.n:,.1f} times", f"{run.images:,}"))
+        times = run.images / seen.n
+        found.append((f"images seen, each {times:,.{times < 100:d}f} times", f"{run.images:,}"))
     elif run.images:
         found.append(("images seen", f"{run.images:,}"))
     if run.step and (hours := float(run.hours(np.array([run.step]))[0])):

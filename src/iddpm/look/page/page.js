@@ -47,7 +47,11 @@
     }, joined];
   }
 
-  const positive = tables => tables.every(([, y]) => y.every(v => v > 0)) && tables.some(([, y]) => Math.max(...y) > 4 * Math.min(...y));
+  // Whether a logarithm shows values better: all are above 0, and the largest is far above the smallest.
+  function positive(tables) {
+    const all = tables.flatMap(([, y]) => y), least = Math.min(...all);
+    return least > 0 && Math.max(...all) > 4 * least;
+  }
   const span = (a, b) => [a / 1.12, b * 1.12];
 
   // Round numbers of a logarithmic axis: few in a wide range, more in a narrow one.
