@@ -82,6 +82,13 @@ def test_hours_do_not_count_the_time_between_a_stop_and_its_resuming(tmp_path, c
     assert run.hours(np.array([20])) == pytest.approx(20 * config.train.batch_size / 100 / 3600)
 
 
+def test_images_are_those_that_the_log_counts_where_batches_changed(tmp_path, config):
+    log = [row | {"images": 6 * row["step"] if row["step"] <= 10 else 60 + 12 * (row["step"] - 10)} for row in rows(20)]
+    run = read_run(made(tmp_path / "a", config, log))
+    assert run.images == 180
+    assert run.hours(np.array([20])) == pytest.approx(180 / 100 / 3600)
+
+
 def test_figures_stand_with_their_n_error_and_that_of_real_images(tmp_path, config):
     figure = dict(name="KD-lite0-128", value=0.25, error=0.0125, n=256, floor=dict(value=0.001, n=128, reference_n=100),
                   reference="photos", reference_n=500, checkpoint_step=4, ema_rate=0.99, solver="ddim", steps=10)  # fmt: skip
@@ -136,6 +143,8 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path, config):
     }
     assert sum(tag == "script" for tag, _ in found.elements) == sum(tag == "script" for tag, _ in good.elements)
     assert HOSTILE.replace("\x07", "�") in found.text
+    nul = made(tmp_path / "c", config.updated(dict(path="a\0b", asked="[1]", validation="c")), rows(20))
+    assert "Not shown:" in page(nul).text
 
 
 def test_a_damaged_run_among_good_ones_is_named_and_the_rest_is_shown(tmp_path, config):

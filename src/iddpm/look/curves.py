@@ -29,7 +29,7 @@ def numbers(run: Run, points: int = POINTS) -> list[dict[str, Any]]:
         parts = np.array_split(np.arange(len(steps)), min(points, len(steps)))
         starts, sizes = np.array([p[0] for p in parts]), np.array([len(p) for p in parts])
         at = steps[[p[-1] for p in parts]]
-        x = dict(step=at, images=at * run.config.train.batch_size, hours=run.hours(at))
+        x = dict(step=at, images=run.images_at(at).round().astype(np.int64), hours=run.hours(at))
         y = {name: np.add.reduceat(values, starts) / sizes for name, values in columns.items()}
         groups.append(dict(x=_short(x), y=_short(y)))
     return groups

@@ -12,7 +12,7 @@ import numpy as np
 
 from iddpm import build
 from iddpm.config import ema_rates
-from iddpm.errors import UserError, reason
+from iddpm.errors import reason
 from iddpm.look import pictures
 from iddpm.look.dataset import Seen
 from iddpm.look.evidence import SURE, counted, few, loss_of, middle, pairs, rise, same_place, uncertainty
@@ -46,12 +46,19 @@ class Diagnosis(NamedTuple):
 
 def diagnose(run: Run, seen: Seen | None) -> Diagnosis:
     """What the rules say of a run and of what was `seen` of its images; None: these cannot be reached."""
-    told = {name: rule(run, seen) for name, rule in RULES.items()}
+    told = {name: _told(rule, run, seen) for name, rule in RULES.items()}
     return Diagnosis(
         {name: found for name, found in told.items() if isinstance(found, Finding)},
         [name for name, found in told.items() if found is None],
         {name: found for name, found in told.items() if isinstance(found, str)},
     )
+
+
+def _told(rule: Callable[[Run, Seen | None], Found], run: Run, seen: Seen | None) -> Found:
+    try:
+        return rule(run, seen)
+    except (OSError, ValueError) as e:  # of files that are damaged, or settings that do not fit
+        return reason(e)
 
 
 # ---- what breaks a run
@@ -106,10 +113,7 @@ def chain_end(run: Run, seen: Seen | None) -> Found:
     """Sampling begins with pure noise, which training has never shown (Lin et al. 2024, section 3.1)."""
     if run.config.task.classifies:
         return None
-    try:
-        last = next(iter(build.grid(run.config, "all")))
-    except UserError as e:
-        return reason(e)
+    last = next(iter(build.grid(run.config, "all")))
     left = float(last.alpha) / math.hypot(float(last.alpha), float(last.sigma))
     if left < 0.05:
         return None
@@ -220,10 +224,7 @@ def colours(run: Run, seen: Seen | None) -> Found:
     if not seen:
         return NO_IMAGES
     step, path = run.sheets[-1]
-    try:
-        drawn = cells(pictures.read(path), run.config)
-    except (OSError, UserError) as e:
-        return reason(e)
+    drawn = cells(pictures.read(path), run.config)
     if drawn is None:
         return f"{path.name} is no sheet of this run's samples"
     bands = 1 if seen.some.shape[-1] < 3 else 3

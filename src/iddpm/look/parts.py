@@ -27,7 +27,7 @@ def look_at(run: Run) -> tuple[Seen | None, str]:
     """The run's training images, or why they are not to be seen."""
     try:
         return see(run.config), ""
-    except (OSError, UserError) as e:
+    except (OSError, ValueError) as e:  # also a path that can be none
         return None, reason(e)
 
 

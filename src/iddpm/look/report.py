@@ -61,7 +61,7 @@ def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
         inside = _one(run, k, charts, PICTURES // len(runs) // (1 + together))
         if together:
             name = el("summary", _dot(k), run.name, el("small", parts.progress(run)))
-            sections.append(el("details", name, *inside, class_="run", open=len(runs) == 1))
+            sections.append(el("details", name, *inside, class_="run"))
         else:
             sections += inside
     head = [
@@ -75,7 +75,7 @@ def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
     held = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no name ends the script
     scripts = [
         Html(f'<script type="application/json" id="data">{held}</script>'),
-        Html(f"<script>{_asset('uplot.js')}</script><script>{_asset('page.js')}</script>"),
+        Html(f"<script>/*\n{_asset('uplot-LICENSE')}*/\n{_asset('uplot.js')}</script><script>{_asset('page.js')}</script>"),
     ]
     body = el("body", el("main", el("header", el("h1", title), *_subtitle(runs)), *sections, foot), *scripts)
     return f'<!doctype html>\n<html lang="en">{el("head", *head)}{body}</html>\n'
@@ -83,14 +83,14 @@ def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
 
 def _one(run: Run, k: int, charts: list[dict[str, Any]], budget: int) -> list[Html]:
     """The sections of one run, the charts of which are added to those of the page."""
-    own = [*curves.charts_of(run, k)]
+    own = curves.charts_of(run, k)
     seen, unseen = parts.look_at(run)
     found: list[Html | None] = [
         *(parts.warning(note) for note in run.notes),
         parts.tiles(run, seen),
         parts.findings(run, seen) if run.rows else None,
         _beside(parts.samples(run, budget // 2), parts.images(run, seen, unseen, budget // 4)),
-        _section("How it went", *_charts(own, charts, controls=bool(own)), parts.remarks(run))
+        _section("How it went", *_charts(own, charts, controls=True), parts.remarks(run))
         if run.rows
         else parts.warning("No step is logged yet."),
         _section("Figures", *parts.figures(run, budget // 4), *_charts(curves.bits(run), charts)),
@@ -128,7 +128,11 @@ def _charts(own: Sequence[dict[str, Any]], charts: list[dict[str, Any]], control
         el("button", name, type="button", data_x=key, aria_pressed="true" if key == "step" else "false")
         for key, name in (("step", "steps"), ("images", "images"), ("hours", "hours"))
     ]
-    bar = el("div", el("span", "against"), *choice, class_="choice", role="group") if controls else None
+    bar = (
+        el("div", el("span", "against"), *choice, class_="choice", role="group", aria_label="what the charts lie against")
+        if controls
+        else None
+    )
     none = el("noscript", el("p", "The charts need JavaScript; the same numbers are in progress.csv.", class_="soft"))
     return [join([bar, none]), el("div", *boxes, class_="charts")]
 

@@ -50,7 +50,14 @@ class Run:
     @property
     def images(self) -> int:
         """How many images it was trained on so far, repeated ones counted again."""
-        return self.step * self.config.train.batch_size
+        return int(self.images_at(np.array([self.step]))[0])
+
+    def images_at(self, steps: np.ndarray) -> np.ndarray:
+        """The images (n,) of training until some steps (n,): as logged, for a run's batches may change."""
+        known = [(row["step"], row["images"]) for row in self.rows if number(row.get("images"))]
+        at, images = np.array([(0, 0), *known, *([] if known else [(1, self.config.train.batch_size)])], np.float64).T
+        beyond = np.maximum(steps - at[-1], 0) * self.config.train.batch_size  # after the last that tells
+        return np.interp(steps, at, images) + beyond
 
     @cached_property
     def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -72,7 +79,7 @@ class Run:
         at, pace = self.column("images_per_second")
         kept = pace > 0
         at, pace = at[kept], pace[kept]
-        spent = np.diff(at, prepend=0) * self.config.train.batch_size / pace / 3600
+        spent = np.diff(self.images_at(at), prepend=0) / pace / 3600
         return np.interp(steps, np.r_[0, at], np.r_[0.0, spent.cumsum()])
 
 
@@ -130,5 +137,6 @@ def command(config: Config, run: str) -> str:
     with contextlib.suppress(ValueError):
         asked = json.loads(config.data.asked or "{}")
     preset = ["--preset", config.preset] if config.preset else []
+    asked = asked if isinstance(asked, dict) else {}
     given = [part for name, value in asked.items() if name != "run" for part in (f"--{name}", str(value))]
     return shlex.join(["iddpm", "train", config.data.path or "DATA", *preset, *given, "--run", run])
