@@ -27,12 +27,12 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
         "build", "config", "data", "diffusion", "errors", "fit", "measure", "nn", "parallel", "records", "rng", "sampling",
         "store", "words",
     },
-    "look": {"config", "data", "errors", "measure", "sampling", "store", "words"},
+    "look": {"build", "config", "data", "errors", "measure", "records", "sampling", "store", "words"},
     "interop": {
         "build", "config", "data", "diffusion", "errors", "fit", "measure", "nn", "parallel", "records", "rng", "sampling",
         "store", "training", "words",
     },
-    "library": {"build", "config", "diffusion", "errors", "fit", "measure", "rng", "sampling", "store", "training"},
+    "library": {"build", "config", "diffusion", "errors", "fit", "look", "measure", "rng", "sampling", "store", "training"},
     "cli": {
         "build", "config", "data", "errors", "fit", "interop", "look", "measure", "parallel", "sampling", "store", "training",
         "words",

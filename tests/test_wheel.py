@@ -29,3 +29,6 @@ def test_a_wheel_installed_in_a_fresh_environment_answers_help(tmp_path):
     assert "usage: iddpm" in out.stdout
     where = subprocess.run([python, "-c", "import iddpm.nn; print(iddpm.__file__)"], capture_output=True, text=True, cwd=tmp_path)
     assert str(site) in where.stdout, where
+    assert {p.name for p in (site / "iddpm" / "look" / "page").iterdir()} == {
+        p.name for p in (ROOT / "src/iddpm/look/page").iterdir()
+    }

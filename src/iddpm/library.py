@@ -16,6 +16,7 @@ from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.schedule import Level
 from iddpm.errors import UserError
+from iddpm.look import report
 from iddpm.measure.bound import bits_per_dim
 from iddpm.measure.likelihood import in_memory
 from iddpm.sampling.draw import images, painter
@@ -147,7 +148,9 @@ def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Pa
     own_given = None if isinstance(given, (str, Path)) else settings.pop("given")
     settings = typed(settings)
     folder = place(run) if run else default_run(str(path), preset, settings)[0]
-    start(folder, str(path), preset, settings, own=None if path else data, recipe=str(config), own_given=own_given)
+    start(
+        folder, str(path), preset, settings, own=None if path else data, recipe=str(config), own_given=own_given, look=report.keep
+    )
     return folder
 
 

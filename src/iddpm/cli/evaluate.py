@@ -40,7 +40,8 @@ def _evaluate(samples: str, **given: Any) -> None:
     if settings.save_statistics:
         file_to_write(settings.save_statistics, "--save_statistics", ".npz")
     from iddpm import build
-    from iddpm.look import figures as report
+    from iddpm.look import figures as words
+    from iddpm.look import report
     from iddpm.measure import compare, figures
     from iddpm.measure.image_sets import open_images
     from iddpm.parallel import processes
@@ -52,9 +53,10 @@ def _evaluate(samples: str, **given: Any) -> None:
         figures.read(out)  # what is no file of figures is refused before the work
         found = compare.evaluate(sets, settings, device, batch_size=which.batch_size)
         if found:  # on the first process
-            report.tell(found, settings, out)
+            words.tell(found, settings, out)
             if run:
-                report.next_steps(samples, found.samples, out, named=bool(settings.out))
+                words.next_steps(samples, found.samples, out, named=bool(settings.out))
+                report.keep(sets[0].home)
 
 
 def of_run(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":

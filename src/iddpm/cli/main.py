@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import iddpm
-from iddpm.cli import convert, data, edit, ema, evaluate, nll, original, plan, sample, train
+from iddpm.cli import convert, data, diagnose, edit, ema, evaluate, nll, original, plan, report, sample, train
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 
@@ -20,6 +20,8 @@ VERBS: dict[str, Verb] = {
     "edit": edit.VERB,
     "nll": nll.VERB,
     "evaluate": evaluate.VERB,
+    "report": report.VERB,
+    "diagnose": diagnose.VERB,
     "ema": ema.VERB,
     "data": data.VERB,
     "plan": plan.VERB,

@@ -35,6 +35,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
     folder = place(data)
     from iddpm import build
     from iddpm.look import bounds as report
+    from iddpm.look.report import keep
     from iddpm.measure import figures
     from iddpm.measure.likelihood import bound_of, chains_of, describe, open_held_out, was_trained_on
     from iddpm.parallel import processes
@@ -77,6 +78,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
                 report.write(points[0], out, folder, per_image)
             for state in states:
                 state.unlink(missing_ok=True)
+            keep(runs[0].home)
 
 
 def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None:

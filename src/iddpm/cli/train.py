@@ -34,10 +34,11 @@ def _parser(parser: Parser) -> None:
 
 def _train(data: str, preset: str, config: str, run: str, dry_run: bool, **given: Any) -> None:
     began = time.monotonic()  # before torch is imported, which takes seconds: they count with --time
+    from iddpm.look import report
     from iddpm.store.remote import place
     from iddpm.training.start import start
 
-    start(place(run) if run else None, data, preset, given, dry_run, recipe=config, began=began)
+    start(place(run) if run else None, data, preset, given, dry_run, recipe=config, began=began, look=report.keep)
 
 
 VERB = Verb(_train, _parser, "DATA", "train a model on a folder of images; the same command resumes")

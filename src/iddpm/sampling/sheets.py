@@ -2,25 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import combining, normalize
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iddpm.config import Config
+from iddpm.config import Config, image_size
 from iddpm.parallel import processes
 from iddpm.sampling.job import Job, enlarged, job, trained_classes
 from iddpm.store.remote import replace
 
 
-def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
-    """Images (N, H, W, C) uint8 in separated cells; with classes, one or more rows of each, its name in front."""
-    n, height, width, _ = images.shape
+class Layout(NamedTuple):
+    """A grid's size (width, height), a cell's, their corners (left, top) by image, and names by their height."""
+
+    size: tuple[int, int]
+    zoom: int
+    cell: tuple[int, int]
+    corners: dict[int, tuple[int, int]]
+    names: list[tuple[int, str]]
+
+
+def layout(n: int, height: int, width: int, labels: Sequence[int], classes: Sequence[str]) -> Layout:
+    """Of n images in separated cells; with classes, one or more rows of each, its name in front."""
     zoom = max(1, round(64 / max(height, width)))  # small images are enlarged, pixel by pixel
     labelled = len(labels) > 0 and min(labels) >= 0
     if labelled:
         kinds = list(dict.fromkeys(labels))  # in the order asked for
-        columns = min(16, max(labels.count(k) if isinstance(labels, list) else list(labels).count(k) for k in kinds))
+        columns = min(16, max(list(labels).count(k) for k in kinds))
         rows = []
         for kind in kinds:
             own = [k for k, y in enumerate(labels) if y == kind]
@@ -31,16 +41,39 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
     gap, w, h = 2 * max(1, zoom // 2), width * zoom, height * zoom
     names = {kind: _drawable(classes[kind], kind) if 0 <= kind < len(classes) else str(kind) for kind, _ in rows}
     margin = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(t)) for t in names.values()) if labelled else 0
-    sheet = Image.new("RGB", (margin + columns * (w + gap) + gap, len(rows) * (h + gap) + gap), "white")
+    size = (margin + columns * (w + gap) + gap, len(rows) * (h + gap) + gap)
+    tops = [gap + r * (h + gap) for r in range(len(rows))]
+    corners = {k: (margin + gap + c * (w + gap), top) for top, (_, own) in zip(tops, rows) for c, k in enumerate(own)}
+    told = [(top + h // 2, names[kind]) for top, (kind, _) in zip(tops, rows)] if labelled else []
+    return Layout(size, zoom, (w, h), corners, told)
+
+
+def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
+    """Images (N, H, W, C) uint8 as a `layout`."""
+    n, height, width, _ = images.shape
+    at = layout(n, height, width, labels, classes)
+    sheet = Image.new("RGB", at.size, "white")
     pen = ImageDraw.Draw(sheet)
-    for r, (kind, members) in enumerate(rows):
-        top = gap + r * (h + gap)
-        if labelled:
-            pen.text((4, top + h // 2), names[kind], fill="black", anchor="lm")
-        for c, k in enumerate(members):
-            cell = picture(images[k]).convert("RGB").resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(cell, (margin + gap + c * (w + gap), top))
+    for middle, name in at.names:
+        pen.text((4, middle), name, fill="black", anchor="lm")
+    for k, corner in at.corners.items():
+        sheet.paste(picture(images[k]).convert("RGB").resize(at.cell, Image.Resampling.NEAREST), corner)
     return sheet
+
+
+def cells(sheet: Image.Image, config: Config) -> np.ndarray | None:
+    """The images (N, H, W, 3) uint8 in a run's own grid; None where it is another picture than that."""
+    task, (height, width) = preview(config), image_size(config.model)
+    at = layout(len(task.seeds), height, width, task.labels, config.data.classes)
+    if sheet.size != at.size:
+        return None
+    pixels, (w, h), middle = np.asarray(sheet.convert("RGB")), at.cell, at.zoom // 2
+    return np.stack(
+        [
+            pixels[y + middle : y + h : at.zoom, x + middle : x + w : at.zoom]
+            for x, y in (at.corners[k] for k in range(len(at.corners)))
+        ]
+    )
 
 
 def _drawable(name: str, kind: int) -> str:

@@ -63,14 +63,15 @@ def train(
     held_out: DataSet | None = None,
     sheets: bool = True,
     began: float | None = None,
+    look: Callable[[Path], None] = lambda run: None,
 ) -> Path | None:
     """Train, or go on training, the run in a folder until its end; returns the last checkpoint.
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
     also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. The time of the run
-    counts from when the process `began` (time.monotonic), else from here. Raises UserError where the run cannot go on (50 bad
-    steps in a row, data that cannot be read, a checkpoint that cannot be written), on every process alike; Stopped after
-    Ctrl-C, SIGTERM or SIGHUP, once all is saved.
+    counts from when the process `began` (time.monotonic), else from here. `look` is called with the run's folder whenever there is
+    more to see, but at its end. Raises UserError where the run cannot go on (50 bad steps in a row, data that cannot be read, a
+    checkpoint that cannot be written), on every process alike; Stopped after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
     """
     settings = config.train
     device = processes.own_device(build.device(settings.device))
@@ -145,6 +146,8 @@ def train(
                         logger.row(step=state.step, images=state.images, time=time.time(), **found)
                         quality.record(state.step, found)
                     say(f"step {state.step}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+                    if leads:
+                        look(run)
             last = (over is not None or batch is None) and state.step > first
 
             # Every `validation_interval` steps: the loss of held-out images. It costs a forward pass of a batch.
@@ -184,6 +187,8 @@ def train(
             if draws and (due(settings.sample_interval) or last):
                 clock.beside.append("sheet")
                 say(f"samples: {preview.sheet(config, state, data, run, tick)}")
+                if leads and not last:
+                    look(run)
 
             if batch is None:
                 break

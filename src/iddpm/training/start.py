@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from pathlib import Path
@@ -50,12 +50,14 @@ def start(
     recipe: str = "",
     own_given: Dataset | None = None,
     began: float | None = None,
+    look: Callable[[Path], None] = lambda run: None,
 ) -> Path | None:
     """Train a run, or go on with it, until its end; returns its last checkpoint. With `dry`, say what would be done and stop.
 
     Without `run` its folder follows from the data or the preset (`default_run`). `own` is a data set of the program's own, in the
     place of files at `data`, `own_given` that of the images given with these; `recipe` a config.json to begin with, as a preset.
     The time of the run counts from when the command `began` (time.monotonic), else from here.
+    `look` is called with the run's folder whenever there is more to see of it, and at its end, whatever that is.
 
     UserError where it cannot be; a refused run leaves nothing behind.
     """
@@ -93,9 +95,16 @@ def start(
         notes += processes.of_first(lambda: ending.go_back(run, config.train))
         if leads:
             print("\n".join((images.describe(), *notes)))
-        last = loop.train(config, images, run, notes=notes, held_out=held_out, began=began)
+        looks = look if not remote(run) else lambda run: None  # which to read again and again would cost
+        try:
+            last = loop.train(config, images, run, notes=notes, held_out=held_out, began=began, look=looks)
+        finally:
+            if leads:
+                look(run)
         if leads and last:
-            print(f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv)")
+            print(
+                f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv, all of it in report.html)"
+            )
         if leads:
             print(f"next: {config.task.next.format(run=run, data=config.data.path)}")
         return last

@@ -1,0 +1,69 @@
+"""What the rules of a diagnosis ask of a run's numbers."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from iddpm.look.runs import Row, Run, number
+from iddpm.measure.figures import OUTCOME
+from iddpm.store.remote import place
+from iddpm.words import many
+
+LEAST = 12  # values of a log below which its course says nothing
+SURE = 3.0  # standard errors that a difference must have
+DISTANCES = ("FID", "KID", "sFID", "FD-", "KD-", "sFD-")  # figures of which less is better
+
+
+def few(values: np.ndarray) -> str:
+    """Why these are too few; "" where they are enough."""
+    return "" if len(values) >= LEAST else f"{many(len(values), 'value')} logged, of at least {LEAST}: lower --log_interval"
+
+
+def middle(values: np.ndarray) -> float:
+    """The median: a loss has rare and high spikes, which say nothing of its course."""
+    return float(np.median(values))
+
+
+def rise(early: np.ndarray, late: np.ndarray, share: float) -> float:
+    """By how much the median has risen, where that is more than a share of it and more than chance; else 0."""
+    found = middle(late) - middle(early)
+    return found if found > max(share * abs(middle(early)), SURE * (_error(early) + _error(late))) else 0.0
+
+
+def _error(values: np.ndarray) -> float:
+    """The standard error of a median, from the median deviation, both as of a normal law; a trend makes it the larger."""
+    return 1.2533 * 1.4826 * middle(abs(values - np.median(values))) / len(values) ** 0.5
+
+
+def loss_of(run: Run) -> str:
+    """What the log calls the loss whose course is looked at: the squared error of a hybrid loss, whose bound is far noisier."""
+    return "mse" if run.config.diffusion.objective_name == "hybrid" and len(run.column("mse")[0]) else "loss"
+
+
+def counted(run: Run) -> int:
+    """The number of images that the run's record of its data tells; 0 where it tells none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(run.config.data.identity)["count"])
+    return 0
+
+
+def same_place(one: object, other: str) -> bool:
+    return isinstance(one, str) and bool(one and other) and place(one).resolve() == place(other).resolve()
+
+
+def uncertainty(*rows: Row) -> float:
+    """The sum of the standard errors of figures, as far as they are known."""
+    return sum(row["error"] for row in rows if number(row.get("error")))
+
+
+def pairs(run: Run, what: str) -> Iterator[tuple[Row, Row]]:
+    """Distances, the best one and each other, measured under conditions equal but for `what` and what follows from it."""
+    follows, kinds = OUTCOME | {what, "weights", "samples_key", "steps"}, dict[str, list[Row]]()
+    for row in run.figures:
+        if row["name"].startswith(DISTANCES) and number(row.get("value")) and what in row:
+            kinds.setdefault(json.dumps({k: v for k, v in row.items() if k not in follows}, sort_keys=True), []).append(row)
+    for rows in kinds.values():
+        best = min(rows, key=lambda row: row["value"])
+        yield from ((best, row) for row in rows if row[what] != best[what])
