@@ -69,7 +69,7 @@ def train(
 
     `store` and `log` (a function of the step it begins at) take the place of the run's own checkpoints and log; `save_start`
     also saves step 0; `held_out` images are those of --validation; without `sheets` no samples are drawn. The time of the run
-    counts from when the process `began` (time.monotonic), else from here. `look` is called with the run's folder whenever there is
+    counts from when the process `began` (time.monotonic), else from here. `look` is called with the run's folder when there is
     more to see, but at its end. Raises UserError where the run cannot go on (50 bad steps in a row, data that cannot be read, a
     checkpoint that cannot be written), on every process alike; Stopped after Ctrl-C, SIGTERM or SIGHUP, once all is saved.
     """
