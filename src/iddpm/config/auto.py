@@ -13,6 +13,7 @@ TIME = "1h"  # of a run that says nothing of its end
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
 SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
 FEW = 5000  # images: a network sees each of them many times
+GUIDANCE = 1.5
 LEAST = 8  # pixels, of the smallest images there can be
 LEAST_OF_CLASS = 10  # images, or its class is not learned
 CLASSES = 1000  # at most
@@ -58,14 +59,13 @@ def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """Their classes, where there are some with enough images: guidance makes the greatest difference of all."""
     if now.get("task", "images") == "classify":
         return Choice({"class_cond": True}, "which it is to tell")
+    if now.get("class_cond") is False:
+        return Choice({}, "")
     if not 2 <= facts.classes <= CLASSES or facts.smallest < LEAST_OF_CLASS:
         why = "there are none" if facts.classes < 2 else f"one of the {facts.classes} has {facts.smallest} images only"
         return Choice({"class_cond": False}, why)
     made = {"class_cond": True, "class_dropout": 0.1, "guidance": GUIDANCE}
     return Choice(made, f"{facts.classes} classes, towards which samples are guided")
-
-
-GUIDANCE = 1.5
 
 
 def network(facts: Facts, now: Mapping[str, Any]) -> Choice:

@@ -23,7 +23,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(image_size="8", image_channels=1, class_cond=True, num_channels=48, num_res_blocks=1, channel_mult="1,2",
              attention_resolutions="4", diffusion_steps=1000, noise_schedule="cosine", learn_sigma=True, batch_size=128,
              lr=1e-3, lr_warmup_steps=100, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999",
-             schedule_sampler="stratified", steps=1000, save_interval=500, sample_interval=500, sampling_steps="50"),
+             schedule_sampler="stratified", class_dropout=0.1, guidance=1.5, steps=1000, save_interval=500,
+             sample_interval=500, sampling_steps="50"),
     ),
     "digits-classifier": (
         "a classifier of noisy digits, to guide a model of them, in 1 minute on two CPU cores",

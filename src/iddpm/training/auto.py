@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm import build
 from iddpm.config import ENDS, Config, Diffusion, auto, every_field, fields_of, seconds_of
-from iddpm.config.fields import unmet
 from iddpm.data import Images
 from iddpm.data.own import Dataset
 from iddpm.errors import UserError
@@ -50,11 +49,9 @@ def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> t
     seconds = seconds_of({**given, **chosen}.get("time", ""), "time")
     facts = auto.Facts(**_look(path, given, own), cuda=device.type == "cuda", seconds=seconds, gflops=_gflops(device), cost=_cost)
     found, lines = auto.recipe(facts, {**chosen, **given})
-    config = Config().updated({**found, **chosen, **given})
-    idle = {name for name in found if name in fields_of(*config.parts) and any(unmet(every_field()[name].only, config.flat()))}
     if not ends:
         lines.insert(0, f"--time {auto.TIME}  (nothing was said of the end: --time 8h goes on, and further)")
-    return {name: value for name, value in {**found, **chosen}.items() if name not in idle}, lines
+    return {**found, **chosen}, lines
 
 
 def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str, Any]:

@@ -218,20 +218,22 @@ def new(preset: str, given: Mapping[str, Any], found: Mapping[str, Any] = {}) ->
             inherited -= {"num_classes"}
         config = config.updated({k: v for k, v in other.flat().items() if k in inherited})
     for part in parts:
-        config = config.updated(part)
+        config, inherited = config.updated(part), inherited | part.keys()
     given = _implied(given, config.flat())
     if given.get("finish"):
         raise UserError("--finish ends a run that has begun, and here is none: give its --run")
     chosen = given.get("objective", "auto")
     implied = getattr(row("objective", chosen), "implies", {}) if chosen != "auto" else {}
     config = config.updated({**implied, **given, "preset": preset})
-    return config.updated(_idle(config, inherited - given.keys()))  # of the source's, what the new objective has no use for
+    return config.updated(_idle(config, inherited - given.keys()))  # of the source's and the preset's, what has no use here
 
 
 def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
     """Those of the settings that have no effect in a config, at their defaults."""
     now, fields = config.flat(), fields_of(*config.parts)
-    return {k: fields[k].default for k in names if k in fields and any(unmet(fields[k].only, now))}
+    idle = {k: fields[k].default for k in names if k in fields and any(unmet(fields[k].only, now))}
+    dropped = {**now, **idle}
+    return idle | ({"guidance": 1.0} if "guidance" in names and not (dropped["class_dropout"] or dropped["given_dropout"]) else {})
 
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
