@@ -232,8 +232,10 @@ def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
     """Those of the settings that have no effect in a config, at their defaults."""
     now, fields = config.flat(), fields_of(*config.parts)
     idle = {k: fields[k].default for k in names if k in fields and any(unmet(fields[k].only, now))}
-    dropped = {**now, **idle}
-    return idle | ({"guidance": 1.0} if "guidance" in names and not (dropped["class_dropout"] or dropped["given_dropout"]) else {})
+    without = {**now, **idle}
+    if "guidance" in names and not (without["class_dropout"] or without["given_dropout"]):
+        idle["guidance"] = fields["guidance"].default
+    return idle
 
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
