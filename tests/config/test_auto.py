@@ -72,3 +72,8 @@ def test_whatever_the_size_it_is_a_run_whose_network_can_be_built(side, images):
         found, _ = recipe(facts(**images | dict(height=side, width=side + 8)), given)
         config = Config().updated({**found, **given, "steps": 10})
         build.network(fit.require_fit(check(config)).updated({"num_classes": images["classes"], "num_channels": 32}))
+
+
+def test_steps_that_take_weeks_are_told_at_once():
+    many, few = (" ".join(recipe(facts(seconds=0, **CIFAR), {"steps": steps})[1]) for steps in (10**7, 1000))
+    assert "days on this device; --time 8h" in many and "days" not in few

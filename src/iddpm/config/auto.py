@@ -4,12 +4,17 @@ One function a rule, in the order of `RULES`; a later one reads what those befor
 experiments behind the numbers are in docs/log.md, "the best pictures per hour".
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from iddpm.config.groups import Model
+from iddpm.words import duration
 
 TIME = "1h"  # of a run that says nothing of its end
+GRID = 32  # pixels, or patches of them, that the first level has at least
+BATCHES = ((4e5, 32), (4e6, 64), (math.inf, 128))  # images that are seen, up to which a step has so many
+OF_STEPS = 64  # channels, where the number of steps is given and not the time
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
 SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
 FEW = 5000  # images: a network sees each of them many times
@@ -76,26 +81,27 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     grid = side // patch
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(
-        unet_patch=patch, num_res_blocks=2, channel_mult=",".join(["1", "2", "2", "2"][:levels]), attention_resolutions="8",
+        unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]), attention_resolutions="8",
         num_head_channels=32, num_heads=Model().num_heads,
     )  # fmt: skip
     attended = [s for s in (grid >> k for k in range(levels)) if s <= 8]
     shape["attention_resolutions"] = str(attended[0]) if attended else ""
-    fixed = now.get("images") or now.get("steps", 0) * now.get("batch_size", BATCH)
-
-    def seen(channels: int) -> float:
-        return fixed or facts.gflops * facts.seconds / facts.cost({**now, **shape, "num_channels": channels})
-
-    able = [n for n in WIDTHS if facts.seconds and seen(n) >= SEEN] or [WIDTHS[0] if facts.seconds else 64]
-    shape["num_channels"] = now.get("num_channels", able[-1])
-    pace = facts.gflops / facts.cost({**now, **shape})
-    images = seen(shape["num_channels"])
-    told = f"about {pace:,.3g} images/s here, {images:,.2g} in all"
-    return Choice(shape, told)
+    unit = facts.cost({**now, **shape, "num_channels": 64}) / 64**2  # the cost of a network goes as the square of its width
+    able = [n for n in WIDTHS if facts.gflops * facts.seconds / (unit * n**2) >= SEEN]
+    widest = max(able, default=WIDTHS[0]) if facts.seconds else OF_STEPS
+    shape["num_channels"] = now.get("num_channels", widest)
+    pace = facts.gflops / (unit * shape["num_channels"] ** 2)
+    batch = now.get("batch_size", next(n for images, n in BATCHES if pace * facts.seconds < images))
+    images = now.get("images") or now.get("steps", 0) * batch or pace * facts.seconds
+    told = f"about {pace:,.2g} images/s here, {images:,.0f} in all"
+    return Choice({**shape, "batch_size": batch}, told + too_long(0 if facts.seconds else images / pace))
 
 
-BATCH = 64
-GRID = 32  # pixels, or patches of them, that the first level has at least
+def too_long(seconds: float) -> str:
+    """What to say, behind other words, of a run of so many seconds; "" where it ends in some days."""
+    if seconds < 86400 * DAYS:
+        return ""
+    return f": that takes {duration(seconds)} on this device; --time 8h, without flags of the network, ends by then"
 
 
 def method(facts: Facts, now: Mapping[str, Any]) -> Choice:
@@ -108,12 +114,11 @@ def method(facts: Facts, now: Mapping[str, Any]) -> Choice:
 
 def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """The optimizer: a high rate that ends at 0, and an average over the last tenth of the run."""
-    channels = int(now.get("num_channels", 64))
-    made: dict[str, Any] = dict(
-        batch_size=BATCH, lr=1e-3 if channels <= 64 else 5e-4 if channels <= 128 else 2e-4, lr_warmup_steps=200, adam_beta2=0.99,
-        ema_rate="0.9999", lr_decay=0.3,
-    )  # fmt: skip
-    return Choice(made, "")
+    rate = 1e-3 * min(1.0, 64 / now["num_channels"]) * (now["batch_size"] / 32) ** 0.5
+    made: dict[str, Any] = dict(lr=float(f"{rate:.2g}"), lr_warmup_steps=200, adam_beta2=0.99, ema_rate="0.9999")
+    if not now.get("lr_anneal_steps"):
+        made["lr_decay"] = 0.4
+    return Choice(made, "a high rate, which falls to 0 at the end")
 
 
 def small(facts: Facts, now: Mapping[str, Any]) -> Choice:
