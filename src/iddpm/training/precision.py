@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from iddpm import build, rng
-from iddpm.config import ENDLESS, Config, auto, image_size, total_steps
+from iddpm.config import Config, auto, image_size, total_steps
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.training.step import method_of
@@ -30,9 +30,8 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
     best = min(seconds, key=lambda name: seconds[name] * (1 if name == EXACT else GAIN))
     ratio = seconds[tried[0]] / seconds[EXACT]
     told = f"precision: {best} (on this machine {tried[0]} takes {ratio:.2f} of the time that {EXACT} takes)"
-    steps = total_steps(config.train)
-    if steps < ENDLESS and max(image_size(config.model)) <= SIDE:  # larger images are timed smaller
-        length = auto.too_long(steps * len(processes.share(config.train.batch_size)) * seconds[best])
+    if (config.train.steps or config.train.images) and max(image_size(config.model)) <= SIDE:  # larger ones are timed smaller
+        length = auto.too_long((steps := total_steps(config.train)) * len(processes.share(config.train.batch_size)) * seconds[best])
         told += f"; {steps:,} steps{length}" if length else ""
     return config.updated({"precision": best}), [told]
 
