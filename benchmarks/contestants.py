@@ -213,7 +213,15 @@ def diffusers(size: Size) -> Contestant:
         ema.load_state_dict(EMAModel.from_pretrained(folder / "unet_ema", UNet2DModel).state_dict())
         optimizer.load_state_dict(torch.load(folder / "optimizer.bin"))
 
-    return Contestant(net, step, sample, None, save, restore, lambda folder: forever(example_loader(folder, size.batch)))
+    return Contestant(
+        net,
+        step,
+        sample,
+        None,
+        save,
+        restore,
+        lambda folder: forever(example_loader(folder, size.batch, str(folder.parent / "cache"))),
+    )
 
 
 def ddpm_pytorch(size: Size) -> Contestant:
@@ -300,7 +308,7 @@ def mend_torchvision() -> None:
         mend_torchvision.kept = library  # type: ignore[attr-defined]  # it lasts as long as the object
 
 
-def example_loader(folder: Path, batch: int) -> Any:
+def example_loader(folder: Path, batch: int, cache: str) -> Any:
     """The data of diffusers' example of unconditional training at 32 pixels: images of [-1, 1] under "input"."""
     mend_torchvision()
     from datasets import load_dataset
@@ -309,7 +317,7 @@ def example_loader(folder: Path, batch: int) -> Any:
     steps = [t.Resize(32, interpolation=t.InterpolationMode.BILINEAR), t.CenterCrop(32), t.RandomHorizontalFlip()]
     change = t.Compose([*steps, t.ToTensor(), t.Normalize([0.5], [0.5])])
     with quiet():
-        data = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(folder.parent / "cache"))
+        data = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=cache)
     data.set_transform(lambda rows: {"input": [change(image.convert("RGB")) for image in rows["image"]]})
     return torch.utils.data.DataLoader(data, batch, shuffle=True)
 

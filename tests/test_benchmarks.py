@@ -1,5 +1,6 @@
 """The benchmarks keep running: all can be imported, and the contestants do what they are asked, in small."""
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -123,3 +124,33 @@ def test_a_contestant_that_ends_early_is_told_with_what_it_said(script) -> None:
     worker = common.Worker([sys.executable, "-c", "import sys; print('chatter'); sys.exit('no such thing')"])
     with pytest.raises(RuntimeError, match="no such thing"):
         worker.answer()
+
+
+def test_quality_scores_ours_once_and_goes_on(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    quality = script("quality")
+    trained = []
+
+    def train(name: str, args: object, seed: int, folder: Path) -> dict[str, object]:
+        trained.append((name, seed))
+        return dict(kd=0.5 + seed + 0.1 * (name == "diffusers"), scores={}, steps=10, train_seconds=60.0)
+
+    monkeypatch.setattr(quality, "result", train)
+    monkeypatch.setattr(quality, "lacks", lambda name, args: "a checkout" * (name == "original"))
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["quality.py", "data", "--time", "1m", "--out", str(tmp_path), *more])
+        quality.main()
+        return capsys.readouterr().out
+
+    assert "original is left out: it needs a checkout" in run("--only", "ours,original,diffusers")
+    printed = run("--seeds", "0,1", "--only", "diffusers,ours")
+    assert trained == [("ours", 0), ("diffusers", 0), ("diffusers", 1), ("ours", 1)]
+    assert "| ours | 1.000 | 0.707 | 0.500, 1.500 | 10 | 1.0 |\n| diffusers | 1.100 |" in printed  # best first
+    run("--time", "2m", "--only", "ours")
+    assert trained[-1] == ("ours", 0)  # another time is another result
+
+
+@pytest.mark.parametrize("text", ["20", "m", "", "20d"])
+def test_what_is_no_time_is_refused(text: str, script) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no time"):
+        script("quality").seconds(text)
