@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     job, began = Job(**json.loads(args.job)), time.monotonic()
     torch.manual_seed(job.seed)
-    steps, draws = RECIPES[args.name](job, lambda: time.monotonic() - began < job.seconds)
+    asked = count()
+    steps, draws = RECIPES[args.name](job, lambda: not next(asked) or time.monotonic() - began < job.seconds)  # at least one
     trained = time.monotonic() - began
     for name, draw in draws.items():
         torch.manual_seed(job.seed)
