@@ -162,8 +162,13 @@ def main() -> None:
     args = parser.parse_args()
     job, began = Job(**json.loads(args.job)), time.monotonic()
     torch.manual_seed(job.seed)
-    asked = count()
-    steps, draws = RECIPES[args.name](job, lambda: not next(asked) or time.monotonic() - began < job.seconds)  # at least one
+    taken = count()
+
+    def left() -> bool:
+        """Whether there is time for another step; always for a first."""
+        return not next(taken) or time.monotonic() - began < job.seconds
+
+    steps, draws = RECIPES[args.name](job, left)
     trained = time.monotonic() - began
     for name, draw in draws.items():
         torch.manual_seed(job.seed)
