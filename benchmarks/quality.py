@@ -30,7 +30,6 @@ from common import HERE, Worker, environment, machine, table
 from recipes import RECIPES, Job
 
 OURS = "train {data} --time {time} --seed {seed} --run {run}"
-REFERENCE = 2000
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TWICE = {"heun": 2, "edm": 1}  # solvers of two calls a step, but for so many less in all
 
@@ -86,13 +85,11 @@ def peer(name: str, args: argparse.Namespace, seed: int, folder: Path) -> dict[s
         worker.end()
 
 
-def score(images: Path, reference: str) -> float:
+def score(images: Path, args: argparse.Namespace) -> float:
     import iddpm
 
-    found = iddpm.evaluate(
-        np.load(images)["arr_0"], reference=reference, extractor="lite0-128", metrics="kd", num_reference=REFERENCE
-    )
-    return next(iter(found.values()))
+    how: dict[str, Any] = dict(extractor="lite0-128", metrics="kd", num_reference=args.num_reference)
+    return next(iter(iddpm.evaluate(np.load(images)["arr_0"], reference=args.data, **how).values()))
 
 
 def lacks(name: str, args: argparse.Namespace) -> str:
@@ -103,11 +100,15 @@ def lacks(name: str, args: argparse.Namespace) -> str:
 
 
 def result(name: str, args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """Train, draw and score one contestant, in a folder that is emptied first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    found = ours(args, seed, folder) if name == "ours" else peer(name, args, seed, folder)
-    scores = {path.stem: score(path, args.data) for path in sorted(folder.glob("*.npz"))}
+    """Train, draw and score one contestant in its folder, which is emptied unless it holds what was drawn before."""
+    what, drawn = about(name, args, seed), folder / "drawn.json"
+    found = json.loads(drawn.read_text()) if drawn.exists() else {}
+    if found.get("about") != what:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        found = (ours(args, seed, folder) if name == "ours" else peer(name, args, seed, folder)) | dict(about=what)
+        drawn.write_text(json.dumps(found))
+    scores = {path.stem: score(path, args) for path in sorted(folder.glob("*.npz"))}
     return found | dict(kd=min(scores.values()), scores=scores, machine=machine())
 
 
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"ours, {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--num_reference", type=int, default=2000, help="images of the folder to compare with")
     parser.add_argument("--calls", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--ours", default=OURS, help=f"the command after iddpm [{OURS}]")
@@ -163,7 +165,7 @@ def main() -> None:
             elif needs := lacks(name, args):
                 print(f"{name} is left out: it needs {needs}", flush=True)
             else:
-                results[key] = result(name, args, seed, args.out / f"{name}-{args.time}-{seed}") | dict(about=what)
+                results[key] = result(name, args, seed, args.out / f"{name}-{args.time}-{seed}")
                 aside = kept.with_suffix(".partial")
                 aside.write_text(json.dumps(results, indent=1))
                 aside.replace(kept)

@@ -132,7 +132,8 @@ def test_quality_scores_ours_once_and_goes_on(script, tmp_path: Path, monkeypatc
 
     def train(name: str, args: object, seed: int, folder: Path) -> dict[str, object]:
         trained.append((name, seed))
-        return dict(kd=0.5 + seed + 0.1 * (name == "diffusers"), scores={}, steps=10, train_seconds=60.0)
+        found = dict(kd=0.5 + seed + 0.1 * (name == "diffusers"), scores={}, steps=10, train_seconds=60.0)
+        return found | dict(about=quality.about(name, args, seed))
 
     monkeypatch.setattr(quality, "result", train)
     monkeypatch.setattr(quality, "lacks", lambda name, args: "a checkout" * (name == "original"))
@@ -148,6 +149,34 @@ def test_quality_scores_ours_once_and_goes_on(script, tmp_path: Path, monkeypatc
     assert "| ours | 1.000 | 0.707 | 0.500, 1.500 | 10 | 1.0 |\n| diffusers | 1.100 |" in printed  # best first
     run("--time", "2m", "--only", "ours")
     assert trained[-1] == ("ours", 0)  # another time is another result
+
+
+def test_what_was_drawn_is_scored_again_but_not_trained_again(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality, trained, scores = script("quality"), [], iter([RuntimeError("killed"), 0.7, 0.6, 0.5])
+
+    def train(args: object, seed: int, folder: Path) -> dict[str, object]:
+        trained.append(seed)
+        (folder / "ema.npz").touch()
+        (folder / "raw.npz").touch()
+        return dict(steps=3)
+
+    def score(images: Path, args: object) -> float:
+        if isinstance(found := next(scores), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(quality, "ours", train)
+    monkeypatch.setattr(quality, "score", score)
+    args = argparse.Namespace(time="1m", samples=8, calls=2, ours="train", original_flags="", data="data")
+    with pytest.raises(RuntimeError, match="killed"):
+        quality.result("ours", args, 0, tmp_path / "ours")
+    found = quality.result("ours", args, 0, tmp_path / "ours")
+    assert found["kd"] == 0.6 and found["scores"] == {"ema": 0.7, "raw": 0.6} and found["steps"] == 3
+    assert trained == [0]
+    args.ours = "train --preset edm"
+    monkeypatch.setattr(quality, "score", lambda images, args: 0.1)
+    quality.result("ours", args, 0, tmp_path / "ours")
+    assert trained == [0, 0]  # of another command, nothing is taken over
 
 
 @pytest.mark.parametrize("text", ["20", "m", "", "20d"])
