@@ -7,7 +7,12 @@ export OMP_WAIT_POLICY ?= passive
 # presence would break torchmetrics; so all lie, without what they ask for, where only those tests look.
 ORACLES := torch-fidelity==0.4.0 pytorch-fid==0.3.0 diffusers==0.42.1
 
-.PHONY: demo test test-slow lint types clean
+# What `make bench` compares with, in an environment of its own.
+PEERS := diffusers==0.42.1 denoising-diffusion-pytorch==2.3.4 datasets==5.2.0 torchvision
+ORIGINAL ?=
+NETWORK ?= small
+
+.PHONY: demo test test-slow bench lint types clean
 
 demo: .venv/ready-demo
 	@$(BIN)/iddpm data digits data/digits
@@ -20,6 +25,14 @@ test: lint types .venv/oracles/ready
 
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m slow -s
+
+bench: .venv/ready-dev .venv/peers/ready
+	$(BIN)/python benchmarks/speed.py --network $(NETWORK) --original "$(ORIGINAL)"
+
+.venv/peers/ready: Makefile constraints.txt
+	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/python -m pip install --quiet --constraint constraints.txt torch $(PEERS)
+	touch $@
 
 .venv/oracles/ready: Makefile .venv/ready-dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oracles $(ORACLES)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import machine
 
 from iddpm import build
 from iddpm.config import Config
@@ -79,7 +80,7 @@ def main() -> None:
     print(f"a save holds training up for {hold:.2f} s and is on the disk {median_steps:g} steps later; {thread:.2f} CPU seconds")
     print(f"lost to a save {cost:.2f} s (rounds: {', '.join(f'{total - n * typical:.2f}' for total, n in losses)})")
     print(f"at one save in 5 minutes {100 * cost / EVERY:.2f} % of training, of which {100 * hold / EVERY:.2f} % blocking")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine())
 
 
 def writer_cpu() -> float:

@@ -9,21 +9,22 @@ a pair whose library is absent is left out, with the reason.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import interleaved, machine, ratio, seconds_of
 from torch import Tensor, nn
 
 from iddpm.errors import UserError
 from iddpm.measure import extractors
 from iddpm.measure.extractors import dinov2, inception
+from iddpm.measure.extractors import weights as files
 
 Call = Callable[[Tensor], Tensor]
 
@@ -51,7 +52,7 @@ def inception_weights() -> dict[str, Tensor]:
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             shapes[f"{name}.conv.weight"] = tuple(conv.weight.shape)
-            shapes |= {f"{name}.bn.{n}": (conv.out_channels,) for n in inception.NORM}
+            shapes |= {f"{name}.bn.{n}": (conv.out_channels,) for n in files.NORM}
     return weights_by_rule(shapes)
 
 
@@ -100,10 +101,8 @@ def pairs(folder: Path, device: torch.device) -> dict[str, Callable[[], tuple[Ca
     }
 
 
-def seconds(call: Call, images: Tensor) -> float:
-    began = time.perf_counter()
-    call(images).sum().item()  # which waits for the device
-    return time.perf_counter() - began
+def wait_for(call: Call, images: Tensor) -> float:
+    return call(images).sum().item()  # which waits for the device
 
 
 @torch.inference_mode()
@@ -127,11 +126,12 @@ def main() -> None:
             except (ImportError, UserError) as reason:
                 print(f"{name:12} left out: {reason}")
                 continue
-            times = [[seconds(call, images) for call in calls] for _ in range(args.rounds + 1)][1:]
-            ours, plain = (args.images / statistics.median(column) for column in zip(*times))
-            ratios = sorted(b / a for a, b in times)
-            print(f"{name:12} {ours:10.1f} {plain:10.1f}   {ours / plain:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+            named = dict(zip(("ours", "plain"), calls))
+            turns = {side: partial(seconds_of, partial(wait_for, call, images)) for side, call in named.items()}
+            times = interleaved(turns, args.rounds)
+            ours, plain = (args.images / statistics.median(own) for own in times.values())
+            print(f"{name:12} {ours:10.1f} {plain:10.1f}   {ratio(times['plain'], times['ours'])}", flush=True)
+    print(f"{machine()}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from common import machine, resident
 from torch.profiler import ProfilerActivity, profile
 
 from iddpm.config import Config
@@ -120,12 +121,6 @@ def trainer(config: Config) -> Callable[[], None]:
     return lambda: train_step(state, config, method, batch, meter)
 
 
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of memory that are the process's; field VmHWM: the most there ever were."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def watched(step: Callable[[], None]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
     step()
@@ -172,11 +167,9 @@ def main() -> None:
         lines.append("| " + " | ".join([name, flags, f"{planned.parameters:,}", *shown]) + " |")
         print(lines[-1], flush=True)
     if args.out:
-        model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        about = f"{model.partition(': ')[2]}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}"
         head = "Made by `python benchmarks/plan_memory.py`, which says what is measured."
         title = "# Memory: planned by `iddpm plan`, allocated in training"
-        args.out.write_text("\n".join([title, "", head, f"Machine: {about}.", "", *lines, ""]))
+        args.out.write_text("\n".join([title, "", head, f"Machine: {machine()}; one thread a process.", "", *lines, ""]))
 
 
 if __name__ == "__main__":

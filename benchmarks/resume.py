@@ -6,33 +6,19 @@ They take turns. A resumed run does what a cold one does, and verifies its check
 """
 
 import argparse
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from common import first_line, machine
 from PIL import Image
 
 from iddpm.config import Config, image_size
 from iddpm.config.presets import PRESETS
 from iddpm.store import files as storage
-
-
-def first_step(command: list[str], line: str = "step ") -> float:
-    """Seconds until a process says the line; then it is killed."""
-    began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for said in process.stdout or ():
-            if said.startswith(line):
-                seconds = time.perf_counter() - began
-                process.kill()
-                return seconds
-    sys.exit("it ended before")
 
 
 def main() -> None:
@@ -57,19 +43,19 @@ def main() -> None:
             return [sys.executable, "-m", "iddpm", "train", str(pictures), "--run", str(run),
                     *(str(token) for k, v in flags.items() for token in (f"--{k}", v))]  # fmt: skip
 
-        first_step(command(warm, save_interval=1), "saved ")
+        first_line(command(warm, save_interval=1), "saved ")
         size = sum(f.stat().st_size for f in storage.step_dirs(warm)[-1].rglob("*") if f.is_file())
         for _ in range(args.rounds):
-            began = first_step(command(cold, save_interval=1000))
+            began = first_line(command(cold, save_interval=1000), "step ")
             shutil.rmtree(cold)
-            times.append((first_step(command(warm, save_interval=1000)), began))
+            times.append((first_line(command(warm, save_interval=1000), "step "), began))
     resumed, cold_start = (statistics.median(column) for column in zip(*times))
     print(f"{args.preset}, batch {args.batch}, a checkpoint of {size / 2**20:,.0f} MiB; to the first step:")
     ratios = sorted(a / b for a, b in times)
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
     print(f"resumed {resumed:.1f} s, cold {cold_start:.1f} s, ratio {resumed / cold_start:.2f}; round by round {spread}")
     print(f"rounds (resumed, cold): {', '.join(f'({a:.1f}, {b:.1f})' for a, b in times)}")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(machine())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import argparse
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
+
+from common import Worker, interleaved, machine, ratio, reply
 
 from iddpm.config import Config
 from iddpm.config.presets import PRESETS
@@ -35,12 +35,12 @@ def worker(preset: str, batch_size: int) -> None:
         config = Config().updated(PRESETS[preset][1] | dict(batch_size=batch_size, device="cpu", precision="fp32"))
         state, meter, batch = TrainState(config, cpu), Meter(), example(config, len(processes.share(batch_size)))
         method = method_of(config, state.parallel)
-        print(sum(p.numel() for p in state.params.values()), flush=True)
+        reply(sum(p.numel() for p in state.params.values()))
         for _ in sys.stdin:
             processes.barrier()
             began = time.perf_counter()
             train_step(state, config, method, batch, meter)
-            print(time.perf_counter() - began, flush=True)
+            reply(time.perf_counter() - began)
         os._exit(0)
 
 
@@ -51,30 +51,20 @@ class Side:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
+        command = [sys.executable, __file__, "--worker", "--preset", args.preset, "--batch", str(args.batch)]
         self.workers = []
         for rank in range(processes):
-            env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+            env = dict(OMP_NUM_THREADS=str(threads))
             if processes > 1:
                 env |= dict(
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
                 )
-            command = [sys.executable, str(Path(__file__)), "--worker", "--preset", args.preset, "--batch", str(args.batch)]
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.workers.append(subprocess.Popen(command, env=env, **pipes))  # type: ignore[call-overload]
-
-    def read(self) -> float:
-        return max(float(w.stdout.readline()) for w in self.workers)
+            self.workers.append(Worker(command, env))
 
     def step(self) -> float:
-        for w in self.workers:
-            w.stdin.write("\n")
-            w.stdin.flush()
-        return self.read()
-
-    def end(self) -> None:
-        for w in self.workers:
-            w.kill()
-            w.wait()
+        for process in self.workers:
+            process.tell()
+        return max(process.answer() for process in self.workers)
 
 
 def main() -> None:
@@ -88,19 +78,17 @@ def main() -> None:
         worker(args.preset, args.batch)
     sides = [Side(2, 1, args), Side(1, 2, args)]
     try:
-        weights = max([side.read() for side in sides])
-        times = [[side.step() for side in sides] for _ in range(args.rounds + 2)][2:]
+        weights = max(process.answer() for side in sides for process in side.workers)
+        times = interleaved({"two": sides[0].step, "one": sides[1].step}, args.rounds, warm=2)
     finally:
-        for side in sides:
-            side.end()
-    two, one = (statistics.median(column) for column in zip(*times))
-    ratios = sorted(b / a for a, b in times)
+        for process in (process for side in sides for process in side.workers):
+            process.end()
+    two, one = (statistics.median(column) for column in times.values())
     print(f"{args.preset}: {weights:,.0f} parameters, batch {args.batch}, float32, {args.rounds} rounds")
     print(f"two processes, one thread each   {two:.3f} s a step, {args.batch / two:.1f} images/s")
     print(f"one process, two threads         {one:.3f} s a step, {args.batch / one:.1f} images/s")
-    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
-    print(f"two processes / one process, images per second: {one / two:.2f} by the medians; round by round {spread}")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(f"two processes / one process, images per second: {ratio(times['one'], times['two'])}")
+    print(machine())
 
 
 if __name__ == "__main__":

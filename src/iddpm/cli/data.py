@@ -5,9 +5,13 @@ from pathlib import Path
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 
+NEXT = {"cifar10": "--preset cifar10-tiny", "digits": "--preset digits", "emoji": "--image_size 64 --class_cond --steps N"}
+
 
 def _parser(parser: Parser) -> None:
-    parser.add_argument("name", help="cifar10, or digits (scikit-learn's handwritten digits, 8x8 grey)")
+    parser.add_argument(
+        "name", help="cifar10, digits (scikit-learn's handwritten digits, 8x8 grey), or emoji (Fluent 3D emoji, 256x256)"
+    )
     parser.add_argument("out", help="the folder to write: OUT/{train,test}/CLASS/CLASS_00000.png")
     parser.add_argument("--source", default="", metavar="FILE", help="cifar10: the official archive, where you have it")
 
@@ -20,7 +24,7 @@ def _data(name: str, out: str, source: str) -> None:
     if source and name != "cifar10":
         raise UserError(f"--source has no effect with {name}")
     print(DATASETS[name](Path(out), Path(source)) if source else DATASETS[name](Path(out)))
-    print(f"next: iddpm train {out}/train --preset {'cifar10-tiny' if name == 'cifar10' else name}")
+    print(f"next: iddpm train {out}/train {NEXT[name]}")
 
 
 VERB = Verb(_data, _parser, "NAME OUT", "fetch and lay out a data set")

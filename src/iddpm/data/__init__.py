@@ -2,7 +2,7 @@
 
 from iddpm.data.arrays import open_npz, read_npz
 from iddpm.data.decode import EXTENSIONS, decode, prepare
-from iddpm.data.fetch import DATASETS, cifar10, digits
+from iddpm.data.fetch import DATASETS, cifar10, digits, emoji
 from iddpm.data.images import Images
 from iddpm.data.order import Order
 from iddpm.data.own import Dataset, Own
@@ -20,6 +20,7 @@ __all__ = [
     "cifar10",
     "decode",
     "digits",
+    "emoji",
     "open_npz",
     "prepare",
     "read_npz",

