@@ -31,7 +31,8 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
     ratio = seconds[tried[0]] / seconds[EXACT]
     told = f"precision: {best} (on this machine {tried[0]} takes {ratio:.2f} of the time that {EXACT} takes)"
     if (config.train.steps or config.train.images) and max(image_size(config.model)) <= SIDE:  # larger ones are timed smaller
-        length = auto.too_long((steps := total_steps(config.train)) * len(processes.share(config.train.batch_size)) * seconds[best])
+        steps, images = total_steps(config.train), len(processes.share(config.train.batch_size))
+        length = auto.too_long(steps * images * seconds[best])
         told += f"; {steps:,} steps{length}" if length else ""
     return config.updated({"precision": best}), [told]
 
