@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from iddpm.config.groups import Model
 from iddpm.words import duration
 
 TIME = "1h"  # of a run that says nothing of its end
@@ -18,7 +17,7 @@ OF_STEPS = 64  # channels, where the number of steps is given and not the time
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
 SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
 FEW = 5000  # images: a network sees each of them many times
-GUIDANCE = 1.5
+GUIDANCE = ((1e6, 2.5), (math.inf, 1.5))  # by the images seen, up to so many: a network that knows little follows its classes loosely
 LEAST = 8  # pixels, of the smallest images there can be
 LEAST_OF_CLASS = 10  # images, or its class is not learned
 CLASSES = 1000  # at most
@@ -69,8 +68,7 @@ def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
     if not 2 <= facts.classes <= CLASSES or facts.smallest < LEAST_OF_CLASS:
         why = "there are none" if facts.classes < 2 else f"one of the {facts.classes} has {facts.smallest} images only"
         return Choice({"class_cond": False}, why)
-    made = {"class_cond": True, "class_dropout": 0.1, "guidance": GUIDANCE}
-    return Choice(made, f"{facts.classes} classes, towards which samples are guided")
+    return Choice({"class_cond": True, "class_dropout": 0.1}, f"{facts.classes} classes, towards which samples are guided")
 
 
 def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
@@ -82,7 +80,7 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(
         unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]), attention_resolutions="8",
-        num_head_channels=32, num_heads=Model().num_heads,
+        num_head_channels=32,
     )  # fmt: skip
     attended = [s for s in (grid >> k for k in range(levels)) if s <= 8]
     shape["attention_resolutions"] = str(attended[0]) if attended else ""
@@ -94,6 +92,8 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     batch = now.get("batch_size", next(n for images, n in BATCHES if pace * facts.seconds < images))
     images = now.get("images") or now.get("steps", 0) * batch or pace * facts.seconds
     told = f"about {pace:,.2g} images/s here, {images:,.0f} in all"
+    if now.get("class_dropout"):
+        shape["guidance"] = next(w for most, w in GUIDANCE if images < most)
     return Choice({**shape, "batch_size": batch}, told + too_long(0 if facts.seconds else images / pace))
 
 
@@ -116,6 +116,8 @@ def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """The optimizer: a high rate that ends at 0, and an average over the last tenth of the run."""
     rate = 1e-3 * min(1.0, 64 / now["num_channels"]) * (now["batch_size"] / 32) ** 0.5
     made: dict[str, Any] = dict(lr=float(f"{rate:.2g}"), lr_warmup_steps=200, adam_beta2=0.99, ema_rate="0.9999")
+    if not now.get("shard"):
+        made["optimizer"] = "muon"
     if not now.get("lr_anneal_steps"):
         made["lr_decay"] = 0.4
     return Choice(made, "a high rate, which falls to 0 at the end")
