@@ -247,12 +247,18 @@ class UNet(Encoder):
             extra = seen if extra is None else extra + seen
         elif scale is not None:
             raise ValueError("scale is for networks made with sees_scale")
-        if x.shape[2] % self.patch or x.shape[3] % self.patch:
-            raise ValueError(f"this network takes patches of {self.patch} pixels, of which {tuple(x.shape[2:])} is no multiple")
-        emb, (*skips, h) = self.encode(F.pixel_unshuffle(x, self.patch), t, y, extra)
+        emb, (*skips, h) = self.encode(self._patches(x), t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
         return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Each patch of x (B, C, H, W) as one pixel, of C patch^2 channels."""
+        if self.patch == 1:
+            return x
+        if x.ndim != 4 or x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(f"this network takes images of patches of {self.patch} pixels, not {tuple(x.shape)}")
+        return F.pixel_unshuffle(x, self.patch)
 
 
 class GivenUNet(UNet):
