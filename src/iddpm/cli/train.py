@@ -17,7 +17,10 @@ FIRST = (  # what the help shows before all other flags
 def _parser(parser: Parser) -> None:
     parser.add_argument("data", nargs="?", default="", help="a folder, .zip or .tar of images; a resumed run remembers it")
     parser.add_argument(
-        "--preset", default="", help="a recipe to start from, or several, comma-separated, as digits,edm", metavar="NAME"
+        "--preset",
+        default="",
+        metavar="NAME",
+        help="a recipe to start from, or several, as digits,edm [auto, unless flags of the network or the process are given]",
     )
     parser.add_argument("--config", default="", help="the config.json of another run, to begin as it did", metavar="FILE")
     parser.add_argument(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from iddpm import build, fit
-from iddpm.config import ENDS, Config, check, every_field, fields_of, settings_of, total_steps
+from iddpm.config import ENDS, Config, check, every_field, fields_of, image_size, settings_of, total_steps
 from iddpm.config.check import check_end
 from iddpm.config.choices import row
 from iddpm.config.fields import check_groups, unmet
@@ -193,6 +193,7 @@ def resolve(
         asked_for = Config().updated(given)
         check_groups(asked_for.parts, dict(asked_for.own))  # before the look at the images and the device
         check_end(asked_for.train)
+        image_size(asked_for.model)
         found, lines = auto.choose(data, given, own)
         preset = preset or auto.NAME
     elif not (preset or recipe or given.get("init_from")):
