@@ -87,6 +87,6 @@ def test_a_library_call_has_its_recipe_chosen_as_well(pictures, tmp_path):
 @pytest.mark.slow
 def test_two_processes_agree_on_the_recipe(pictures, tmp_path):
     process = torchrun(2, "train", pictures, "--run", tmp_path / "r", "--steps", 2, "--device", "cpu", "--sample_interval", 0)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert json.loads((tmp_path / "r" / "config.json").read_text())["preset"] == "auto"
