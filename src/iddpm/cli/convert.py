@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, listed
 from iddpm.config import Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
@@ -62,24 +62,40 @@ IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- 
 
 # ---- export
 
+TO = {  # whose files to write: what they are, and which flags are theirs alone
+    "openai": "weights, averages and optimizer for improved- or guided-diffusion (.pt)",
+    "diffusers": "a folder that diffusers.DiffusionPipeline loads and that draws the same images from the same noise",
+}
+
 
 def _export_parser(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a .safetensors file of weights")
-    parser.add_argument("--to", default="openai", choices=("openai",), help="whose files to write [openai]")
-    parser.add_argument("--out", default="", metavar="DIR", help="where they go [RUN/openai]")
+    parser.add_argument("--to", default="openai", choices=tuple(TO), help="whose files to write, see below [openai]")
+    parser.add_argument("--out", default="", metavar="DIR", help="where they go [RUN/TO]")
     parser.add_argument("--checkpoint_step", type=int, default=-1, metavar="N", help="of this step; -1: the newest [-1]")
-    text = f"rows of label_emb, of which the original has {NUM_CLASSES}; 0: as many as trained [{NUM_CLASSES}]"
-    parser.add_argument("--label_rows", type=int, default=NUM_CLASSES, metavar="N", help=text)
+    text = f"rows of label_emb, of which the original has {NUM_CLASSES}; 0: as many as trained (to openai) [{NUM_CLASSES}]"
+    parser.add_argument("--label_rows", type=int, metavar="N", help=text)
+    text = "by what the pipeline draws (to diffusers) [the run's solver if it is one of these, else ddim]"
+    parser.add_argument("--solver", choices=("ancestral", "ddim"), help=text)
+    parser.epilog = f"--to:\n{listed(TO)}"
 
 
-def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
-    from iddpm.interop.openai.formats.convert import exported
+def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int | None, solver: str | None) -> None:
+    for flag, value, owner in (("label_rows", label_rows, "openai"), ("solver", solver, "diffusers")):
+        if value is not None and to != owner:
+            raise UserError(f"--{flag} has no effect with --to {to}: it belongs to --to {owner}")
+    from iddpm.interop.diffusers import write
+    from iddpm.interop.openai.formats import convert
     from iddpm.sampling.open import beside
     from iddpm.store.weights import read_weights
 
     weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
-    folder = Path(out) if out else beside(weights.path) / "openai"
-    print("\n".join(exported(weights, folder, label_rows)))
+    folder = Path(out) if out else beside(weights.path) / to
+    if to == "openai":
+        lines = convert.exported(weights, folder, NUM_CLASSES if label_rows is None else label_rows)
+    else:
+        lines = write.exported(weights, folder, solver or "")
+    print("\n".join(lines))
 
 
-EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights, averages and optimizer as the original's files (.pt)")
+EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights as the files of other programs")
