@@ -1,6 +1,8 @@
-"""`iddpm export --to diffusers`: what diffusers itself computes and draws with the folder, beside what we do."""
+"""Folders of diffusers, there and back: what diffusers itself computes and draws with them, beside what we do."""
 
+import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from iddpm import build
 from iddpm.cli.main import main
-from iddpm.config import Config
+from iddpm.config import Config, Which
 from iddpm.diffusion.solvers import run as walk
 from iddpm.errors import UserError
+from iddpm.interop.diffusers.read import read
 from iddpm.interop.diffusers.write import exported
+from iddpm.sampling.open import open_weights
 from iddpm.store.weights import Weights
 from inception_oracles import ORACLES
 
@@ -37,6 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     ),
     "x0, pure noise at the end": dict(parametrization="x0", zero_terminal_snr=True, solver="ddim", snr_shift=2.0),
     "a chain of 4000, not square": dict(diffusion_steps=4000, image_size="8x16", num_res_blocks=2, solver="ddim"),
+    "as Ho et al.": dict(network="unet_ddpm", num_heads=1, channel_mult="1,2,2", attention_resolutions="4"),
     "times as they are": dict(diffusion_steps=50, rescale_timesteps=False, clip_denoised=False, parametrization="v"),
     "classes": dict(class_cond=True, num_classes=5, class_dropout=0.1, learn_sigma=True),
     "classes, drawn by ddim": dict(class_cond=True, num_classes=5, solver="ddim", num_heads=1),
@@ -164,3 +169,139 @@ def test_the_command_refuses_flags_of_another_program(run, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
     assert all(flag in error for flag, error in zip(("--solver", "--label_rows", "--num_channels 16"), errors))
+
+
+# ---- read
+
+
+HO = dict(  # google/ddpm-cifar10-32, at a quarter of its width
+    sample_size=32, in_channels=3, out_channels=3, block_out_channels=(32, 64, 64, 64), layers_per_block=2, norm_eps=1e-6,
+    attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+TWO = dict(
+    sample_size=(16, 8), in_channels=1, block_out_channels=(32, 64), layers_per_block=1, attn_norm_num_groups=32,
+    down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), downsample_type="resnet", upsample_type="resnet",
+    up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
+)  # fmt: skip
+FOLDERS = {
+    "google/ddpm-cifar10-32": (HO, "DDPM", dict(beta_schedule="linear", variance_type="fixed_large", clip_sample=True)),
+    "scale and shift, classes, learned variance": (
+        TWO | dict(out_channels=2, num_class_embeds=4),
+        "DDPM",
+        dict(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", num_train_timesteps=4000),
+    ),
+    "v, pure noise at the end": (
+        TWO | dict(out_channels=1),
+        "DDIM",
+        dict(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    ),
+    "flow": (TWO | dict(out_channels=1), "FlowMatchEulerDiscrete", dict(shift=3.0)),
+}
+
+
+def folder_of(diffusers: Any, path: Path, network: dict[str, Any], scheduler: str, how: dict[str, Any]) -> Any:
+    """A folder that diffusers writes, of a network of random weights; the network."""
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(**network).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(0, 0.5 / max(1, p[0].numel()) ** 0.5)
+    net.save_pretrained(path / "unet")
+    getattr(diffusers, f"{scheduler}Scheduler")(**how).save_pretrained(path / "scheduler")
+    return net
+
+
+@pytest.mark.parametrize("row", FOLDERS)
+def test_a_folder_of_diffusers_computes_the_same_as_a_run(diffusers, tmp_path, row):
+    network, scheduler, how = FOLDERS[row]
+    theirs = folder_of(diffusers, tmp_path / "folder", network, scheduler, how)
+    assert main(["import", str(tmp_path / "folder"), "--run", str(tmp_path / "run")]) == 0
+    opened = open_weights(tmp_path / "run", Which(device="cpu"))
+    size, y = network["sample_size"], torch.tensor([0, 3, 1]) if "num_class_embeds" in network else None
+    x = torch.randn(3, network["in_channels"], *(size if isinstance(size, tuple) else (size, size)))
+    times = torch.tensor([0, 7, 600])
+    levels = times.float() if scheduler.startswith("Flow") else build.schedule(opened.config).table.time[times].float()
+    ours = opened.net(x, levels, **({} if y is None else {"y": y}))
+    others = theirs(x, times, class_labels=y).sample
+    assert others.abs().max() > 0.1
+    torch.testing.assert_close(ours, others, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", FOLDERS)
+def test_a_folder_of_diffusers_has_the_levels_of_its_scheduler(diffusers, tmp_path, row):
+    network, scheduler, how = FOLDERS[row]
+    folder_of(diffusers, tmp_path, network, scheduler, how)
+    _, _, config = read(tmp_path)
+    theirs = getattr(diffusers, f"{scheduler}Scheduler")(**how)
+    if scheduler.startswith("Flow"):
+        u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        torch.testing.assert_close(build.schedule(config)(u).sigma.flip(0).float(), theirs.sigmas, rtol=0, atol=1e-6)
+    else:
+        ours = build.schedule(config).table
+        torch.testing.assert_close(ours.alpha.float(), theirs.alphas_cumprod.sqrt(), rtol=1e-4, atol=1e-5)
+        assert config.diffusion.parametrization == PREDICTED[theirs.config.prediction_type]
+        assert config.diffusion.learn_sigma == (how.get("variance_type") == "learned_range")
+
+
+PREDICTED = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_was_exported_comes_back_the_same(tmp_path, row):
+    config, _, weights = made(**ROWS[row])
+    exported(weights, tmp_path, solver="ddim" if "flow" in row else "ancestral")
+    _, back, read_config = read(tmp_path)
+    assert back.keys() == weights.tensors.keys()
+    order = config.model.new_attention_order  # which is not kept: of theirs, q, k and v are apart
+    assert all(torch.equal(back[name], t) for name, t in weights.tensors.items() if not (order and "qkv" in name))
+    for name in ("noise_schedule", "parametrization", "learn_sigma", "zero_terminal_snr", "snr_shift", "diffusion_steps"):
+        assert getattr(read_config.diffusion, name) == getattr(config.diffusion, name), name
+    assert read_config.model.network == config.model.network
+
+
+def test_old_folders_with_everything_side_by_side_are_read(diffusers, tmp_path):
+    """As google/ddpm-cifar10-32: no subfolders, a pickle of tensors, attention's old names, a config without what came later."""
+    theirs = folder_of(diffusers, tmp_path, *FOLDERS["google/ddpm-cifar10-32"])
+    new, old = (".to_q.", ".to_k.", ".to_v.", ".to_out.0."), (".query.", ".key.", ".value.", ".proj_attn.")
+    state = theirs.state_dict()
+    for a, b in zip(new, old):
+        state = {name.replace(a, b): t for name, t in state.items()}
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    kept = {k: v for k, v in json.loads((tmp_path / "unet" / "config.json").read_text()).items() if k in HO}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    (tmp_path / "scheduler" / "scheduler_config.json").rename(tmp_path / "scheduler_config.json")
+    before = read(tmp_path)[1]
+    shutil.rmtree(tmp_path / "unet")
+    after = read(tmp_path)[1]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("network", "scheduler", "named"),
+    [
+        (dict(act_fn="gelu"), {}, "act_fn 'gelu'"),
+        (dict(norm_num_groups=16), {}, "16 groups"),
+        (dict(time_embedding_type="fourier"), {}, "time_embedding_type"),
+        (dict(sample_size=None), {}, "no sample_size"),
+        (dict(add_attention=False), {}, "add_attention False"),
+        ({}, dict(beta_schedule="scaled_linear"), "'scaled_linear'"),
+        ({}, dict(beta_end=0.03), "no noise schedule"),
+    ],
+)
+def test_what_iddpm_cannot_compute_is_refused_by_its_name(diffusers, tmp_path, capsys, network, scheduler, named):
+    folder_of(diffusers, tmp_path / "f", HO | network, "DDPM", scheduler)
+    assert main(["import", str(tmp_path / "f"), "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert (len(error), named in error[0], (tmp_path / "run").exists()) == (1, True, False)
+
+
+def test_a_folder_with_a_pickle_of_objects_or_without_weights_is_refused(diffusers, tmp_path, capsys):
+    folder_of(diffusers, tmp_path / "f", *FOLDERS["flow"])
+    (tmp_path / "f" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    line = ["import", str(tmp_path / "f"), "--run", str(tmp_path / "run")]
+    assert main(line) == 2
+    torch.save({"conv_in.weight": Path("x")}, tmp_path / "f" / "unet" / "diffusion_pytorch_model.bin")
+    assert main(line) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert ["holds neither" in errors[0], "could execute anything" in errors[1]] == [True, True]

@@ -110,12 +110,12 @@ def test_other_files_are_called_what_they_are(tmp_path, content, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"epoch": 3, "state_dict": {"w": torch.zeros(2)}}, "'epoch' in it is a int"),
-        ({"state_dict": {"w": torch.zeros(2)}}, "['state_dict']"),
+        ({"epoch": 3, "state_dict": {"w": {"x": torch.zeros(2)}}}, "'epoch' in it is a int"),
+        ({"model": {"w": torch.zeros(2)}, "ema": {"w": torch.zeros(2)}}, "['ema']"),
         ([torch.zeros(2)], "but a list"),
         ({}, "but a dict"),
     ],
-    ids=["a bundle", "weights inside", "a list", "nothing"],
+    ids=["a bundle", "two sets of weights", "a list", "nothing"],
 )
 def test_what_is_no_state_dict_is_described(tmp_path, content, said):
     torch.save(content, tmp_path / "model000001.pt")
@@ -195,9 +195,18 @@ def test_importing_500_mb_needs_at_most_1_3_times_as_much_memory(tmp_path):
     shutil.rmtree(tmp_path / "run")
 
 
-def test_weights_saved_from_a_wrapper_of_several_devices_are_taken(tmp_path):
-    torch.save({f"module.{k}": torch.ones(2) for k in "ab"}, tmp_path / "w.pt")
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("around", [dict, lambda w: {"epoch": 3, "state_dict": w, "optimizer": {"state": {}, "lr": 0.1}}])
+def test_weights_saved_from_wrappers_are_taken(tmp_path, prefix, around):
+    torch.save(around({f"{prefix}{k}": torch.ones(2) for k in "ab"}), tmp_path / "w.pt")
     assert list(files.read(tmp_path / "w.pt")) == ["a", "b"]
+
+
+def test_of_a_file_with_an_average_beside_the_weights_the_average_is_taken(tmp_path):
+    """As ema-pytorch keeps it."""
+    kept = {"initted": torch.tensor(True), "online_model.a": torch.zeros(2), "ema_model.module.a": torch.ones(2)}
+    torch.save(kept, tmp_path / "w.pt")
+    assert {name: t.tolist() for name, t in files.read(tmp_path / "w.pt").items()} == {"a": [1, 1]}
 
 
 @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)], ids=["sparse", "complex"])

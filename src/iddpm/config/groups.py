@@ -11,7 +11,7 @@ FOUND = ("found_path", "found_bound")  # grids of a model's own
 ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the original's do
 
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
-_unet = partial(opt, fixed=True, only="network=unet")
+_unet = partial(opt, fixed=True, only="network=unet|unet_ddpm")
 _enlarge = partial(opt, fixed=True, only="task=enlarge")
 _translate = partial(opt, fixed=True, only="task=translate")
 IMAGES = f"task={'|'.join(name for name, task in TASKS.items() if not task.classifies)}"  # not for classifiers

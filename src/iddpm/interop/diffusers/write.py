@@ -186,7 +186,7 @@ def exported(weights: Weights, folder: Path, solver: str = "") -> list[str]:
     if unet["time_embedding_type"] == "learned":
         chain = build.schedule(config)
         assert isinstance(chain, Chain)
-        tensors["time_proj.weight"] = timestep_embedding(chain.table.time, config.model.num_channels)
+        tensors["time_proj.weight"] = timestep_embedding(chain.table.time, net.num_channels, net.max_period)
     notes = []
     if by.name == "DDIMScheduler" and config.diffusion.learn_sigma:
         channels = unet["out_channels"] = config.model.image_channels

@@ -66,6 +66,29 @@ def load(path: Path) -> Any:
         raise UserError(f"{path} is cut short or damaged ({str(e).splitlines()[0] if str(e) else 'it ends early'})") from None
 
 
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.")  # of DistributedDataParallel, torch.compile, Lightning, averages
+
+
+def unwrapped(found: Any, path: Path) -> Any:
+    """The weights in what others keep beside them, as {epoch, state_dict}; UserError where there are several sets of weights."""
+    sets = [k for k, v in found.items() if isinstance(v, dict) and v and all(isinstance(t, Tensor) for t in v.values())]
+    if len(sets) > 1:
+        raise UserError(
+            f"{path} holds several sets of weights, {', '.join(map(repr, sets))}: save the one to take by itself, "
+            f"torch.save(torch.load(FILE)[{sets[-1]!r}], NEW)"
+        )
+    return found[sets[0]] if sets else found
+
+
+def bare(names: Iterable[Any]) -> dict[Any, str]:
+    """Names of weights, and these without what wrappers put in front of all; of a file with an average, the average's alone."""
+    kept = {name: str(name) for name in names}
+    kept = {name: short for name, short in kept.items() if short.startswith("ema_model.")} or kept
+    while wrapper := next((w for w in WRAPPERS if all(short.startswith(w) for short in kept.values())), ""):
+        kept = {name: short.removeprefix(wrapper) for name, short in kept.items()}
+    return kept
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The weights of a file, float32, by name in their order; UserError where it holds something else."""
     found = load(path)
@@ -74,6 +97,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is an optimizer's state and holds no weights: give {model}, or an average (ema_...)")
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path} holds no weights but a {type(found).__name__}")
+    found = unwrapped(found, path)
     if odd := next((k for k, v in found.items() if not isinstance(v, Tensor)), None):
         mend = f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)"
         raise UserError(
@@ -82,8 +106,7 @@ def read(path: Path) -> dict[str, Tensor]:
         )
     if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
         raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
-    wrapped = all(str(name).startswith("module.") for name in found)  # by DistributedDataParallel
-    named = {str(name).removeprefix("module." if wrapped else ""): t for name, t in found.items()}
+    named = {short: found[name] for name, short in bare(found).items()}
     return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
 
 
