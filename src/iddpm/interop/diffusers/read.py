@@ -1,11 +1,11 @@
 """A folder of diffusers' UNet2DModel and its scheduler, as weights and config of ours; nothing in it is executed."""
 
-import json
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -27,12 +27,67 @@ from iddpm.store.checkpoint import Saved
 from iddpm.store.weights import require_finite
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-DEFAULTS = dict(  # of UNet2DModel; old folders leave out what came later
-    center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None, freq_shift=0, flip_sin_to_cos=True,
-    mid_block_type="UNetMidBlock2D", layers_per_block=2, mid_block_scale_factor=1, downsample_padding=1, downsample_type="conv",
+Size = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+Sizes = Annotated[list[Size], msgspec.Meta(min_length=1, max_length=16)]
+
+
+class NetworkFile(TypedDict, total=False):
+    """The settings of a UNet2DModel that are read, as its config.json has them."""
+
+    sample_size: Size | Sizes | None
+    in_channels: Size
+    out_channels: Size
+    center_input_sample: bool
+    time_embedding_type: str
+    time_embedding_dim: int | None
+    freq_shift: Annotated[int, msgspec.Meta(ge=0, le=1)]
+    flip_sin_to_cos: bool
+    down_block_types: Annotated[list[str], msgspec.Meta(min_length=1)]
+    mid_block_type: str | None
+    up_block_types: list[str]
+    block_out_channels: Sizes
+    layers_per_block: Size
+    mid_block_scale_factor: float
+    downsample_padding: Annotated[int, msgspec.Meta(ge=0, le=1)]
+    downsample_type: str | None
+    upsample_type: str | None
+    dropout: float
+    act_fn: str
+    attention_head_dim: Size | None
+    norm_num_groups: Size
+    attn_norm_num_groups: Size | None
+    norm_eps: float
+    resnet_time_scale_shift: str
+    add_attention: bool
+    class_embed_type: str | None
+    num_class_embeds: Size | None
+    num_train_timesteps: Size | None
+
+
+class SchedulerFile(TypedDict, total=False):
+    """The settings of a scheduler that are read, as its scheduler_config.json has them."""
+
+    _class_name: str
+    num_train_timesteps: Size
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    trained_betas: list[float] | None
+    variance_type: str
+    clip_sample: bool
+    prediction_type: str
+    rescale_betas_zero_snr: bool
+    shift: float
+
+
+DEFAULTS = NetworkFile(  # of UNet2DModel; old folders leave out what came later
+    sample_size=None, in_channels=3, out_channels=3, center_input_sample=False, time_embedding_type="positional",
+    time_embedding_dim=None, freq_shift=0, flip_sin_to_cos=True, block_out_channels=[224, 448, 672, 896],
+    down_block_types=["DownBlock2D", *["AttnDownBlock2D"] * 3], up_block_types=[*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    mid_block_type="UNetMidBlock2D", layers_per_block=2, mid_block_scale_factor=1.0, downsample_padding=1, downsample_type="conv",
     upsample_type="conv", dropout=0.0, act_fn="silu", attention_head_dim=8, norm_num_groups=32, attn_norm_num_groups=None,
     norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, class_embed_type=None, num_class_embeds=None,
-    num_train_timesteps=None, sample_size=None,
+    num_train_timesteps=None,
 )  # fmt: skip
 ONLY = {  # what our U-Net has in one way
     "center_input_sample": (False,), "time_embedding_type": ("positional", "learned"), "time_embedding_dim": (None,),
@@ -57,7 +112,7 @@ def imported(folder: Path, given: Mapping[str, Any] = {}, classes: str = "") -> 
 def read(folder: Path) -> tuple[Path, dict[str, Tensor], Config]:
     """The U-Net's config.json in a folder, its weights and its config as ours."""
     at = _file(folder, "unet", "config.json")
-    theirs = DEFAULTS | _json(at)
+    theirs: dict[str, Any] = {**DEFAULTS, **decode(at.read_bytes(), NetworkFile, at)}
     for name, able in ONLY.items():
         if theirs[name] not in able:
             raise UserError(f"{at}: {name} {theirs[name]!r} is not for iddpm's U-Net, which has {' or '.join(map(str, able))}")
@@ -94,13 +149,6 @@ def _file(folder: Path, part: str, name: str) -> Path:
     raise UserError(f"{folder} holds no {part}/{name}: give the folder of a diffusers pipeline, or a file of weights")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return decode(path.read_text(encoding="utf-8"), dict[str, Any], str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is no JSON ({e})") from None
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
@@ -119,17 +167,20 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _network(theirs: Mapping[str, Any], at: Path) -> dict[str, Any]:
     """The fields of the U-Net."""
-    down, up, widths = theirs["down_block_types"], theirs["up_block_types"], theirs["block_out_channels"]
-    attends = [kind in ATTEND for kind in down]
-    resized = {BLOCKS.get(kind) for kind in (*down[:-1], *up[:-1]) if kind not in ATTEND}
-    if any(attends):
-        resized |= {theirs[f"{way}sample_type"] == "resnet" for way in ("down", "up")}
-    if attends != [kind in ATTEND for kind in up[::-1]] or len(resized) > 1 or None in resized:
+    down, up = ([kind.removeprefix("UNetRes") for kind in theirs[f"{way}_block_types"]] for way in ("down", "up"))
+    widths, attends = theirs["block_out_channels"], [kind in ATTEND for kind in down]
+    resized = {BLOCKS[kind] for kind in (*down[:-1], *up[:-1]) if kind in BLOCKS}  # the last ones change no size
+    if any(attends[:-1]):
+        resized.add(theirs["downsample_type"] == "resnet")
+    if any(attends[1:]):
+        resized.add(theirs["upsample_type"] == "resnet")
+    known = all(kind in BLOCKS or kind in ATTEND for kind in (*down, *up)) and len(down) == len(widths)
+    if not known or attends != [kind in ATTEND for kind in up[::-1]] or len(resized) > 1:
         raise UserError(f"{at}: blocks {', '.join([*down, *up])} are put together as no U-Net of iddpm is")
     size = theirs["sample_size"]
     if size is None:
         raise UserError(f"{at} tells no sample_size: write the height and width of the images into it")
-    height, width = size if isinstance(size, list) else (size, size)
+    height, width = (size[0], size[-1]) if isinstance(size, list) else (size, size)
     side, classes, head = min(height, width), theirs["num_class_embeds"], theirs["attention_head_dim"]
     own = dict(norm_eps=theirs["norm_eps"], freq_shift=theirs["freq_shift"], pad_after=theirs["downsample_padding"] == 0)
     fields: dict[str, Any] = dict(
@@ -155,7 +206,7 @@ def _time(config: Config, net: UNet, theirs: Mapping[str, Any], tensors: dict[st
     """The config with the times that the network is told; a table of them is taken out of the tensors."""
     if theirs["time_embedding_type"] != "learned":
         return config
-    table, steps = tensors.pop("time_proj.weight", torch.zeros(0)), theirs["num_train_timesteps"]
+    table, steps = tensors.pop("time_proj.weight", torch.zeros(0)), theirs["num_train_timesteps"] or 1
     times = torch.arange(steps) * (1000 / steps)
     ours = timestep_embedding(times, net.num_channels, net.max_period)
     if table.shape != ours.shape or (table - ours).abs().max() > 1e-4:
@@ -166,13 +217,13 @@ def _time(config: Config, net: UNet, theirs: Mapping[str, Any], tensors: dict[st
 def _process(folder: Path, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the process, and how it is sampled from."""
     at = _file(folder, "scheduler", "scheduler_config.json")
-    s = _json(at)
+    s = decode(at.read_bytes(), SchedulerFile, at)
     name = s.get("_class_name", "")
     if name.startswith("FlowMatch"):
         fields = dict(noise_schedule="flow", parametrization="flow", snr_shift=float(s.get("shift", 1.0)), ema_rate="")
         return fields | dict(solver="ddim", sampling_steps="50", clip_denoised=False)
     called = {value: key for key, value in PREDICTION.items()}
-    predicts, steps = s.get("prediction_type", "epsilon"), int(s.get("num_train_timesteps", 1000))
+    predicts, steps = s.get("prediction_type", "epsilon"), s.get("num_train_timesteps", 1000)
     if predicts not in called or name.startswith("EDM"):
         raise UserError(f"{at}: {name} with prediction_type {predicts!r}: iddpm reads {', '.join(called)}, and flow matching")
     ancestral, learned = name == "DDPMScheduler", theirs["out_channels"] == 2 * theirs["in_channels"]
@@ -193,7 +244,7 @@ def _process(folder: Path, theirs: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _schedule(s: Mapping[str, Any], steps: int, at: Path) -> dict[str, Any]:
+def _schedule(s: SchedulerFile, steps: int, at: Path) -> dict[str, Any]:
     """The noise schedule of ours that has these betas."""
     kind, zero = s.get("beta_schedule", "linear"), bool(s.get("rescale_betas_zero_snr", False))
     if s.get("trained_betas") is None and kind == "squaredcos_cap_v2":

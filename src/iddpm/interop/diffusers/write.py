@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from iddpm import build, fit
 from iddpm.config import Config, image_size, is_chain
@@ -29,13 +30,13 @@ PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 # ---- what cannot be said in diffusers' settings
 
 
-def require_expressible(config: Config) -> None:
+def require_expressible(config: Config, net: nn.Module) -> None:
     """UserError for the first choice for which diffusers has no network or no scheduler."""
     m, d = config.model, config.diffusion
     flow = d.noise_schedule == d.parametrization == "flow"
     faults = {
-        f"--task {m.task}: it has no pipeline of such a U-Net": m.task != "images",
-        f"--network {m.network}: of networks of pixels it has the U-Net alone": m.network not in ("unet", "unet_ddpm"),
+        f"--task {m.task}: it has no pipeline of such a U-Net": not config.task.draws,
+        f"--network {m.network}: of networks of pixels it has the U-Net alone": not isinstance(net, UNet),
         f"--objective {d.objective_name}: its pipelines walk from level to level, this model leaps": fit.leaps(config),
         "--trained_guidance: UNet2DModel is told no scale of guidance": m.trained_guidance > 0,
         f"--noise_schedule {d.noise_schedule} with --parametrization {d.parametrization}: of continuous ones its pipelines draw "
@@ -131,7 +132,7 @@ def scheduler(config: Config) -> Scheduler:
         steps = int(s.sampling_steps) if s.sampling_steps.isdigit() else 100
         end = 1 / steps if steps > 1 and d.snr_shift == 1 else None  # the last level, as ours; theirs is 1/1000 for any steps
         settings: dict[str, Any] = dict(num_train_timesteps=1000, shift=d.snr_shift, shift_terminal=end)
-        ours = f"--solver ddim --sampling_steps {steps} --clip_denoised False"
+        ours = f"--solver ddim --eta 0 --sampling_steps {steps} --clip_denoised False"
         return Scheduler("FlowMatchEulerDiscreteScheduler", settings, steps, "", ours if d.snr_shift == 1 else "")
     chain, ancestral = build.schedule(config), s.solver == "ancestral"
     assert isinstance(chain, Chain)
@@ -149,7 +150,7 @@ def scheduler(config: Config) -> Scheduler:
         settings["variance_type"] = "learned_range" if d.learn_sigma else "fixed_small" if d.sigma_small else "fixed_large"
         return Scheduler("DDPMScheduler", settings, steps, "", f"--solver ancestral {ours}")
     settings |= dict(set_alpha_to_one=True, steps_offset=0)
-    return Scheduler("DDIMScheduler", settings, steps, "use_clipped_model_output=True", f"--solver ddim {ours}")
+    return Scheduler("DDIMScheduler", settings, steps, "use_clipped_model_output=True", f"--solver ddim --eta 0 {ours}")
 
 
 def _steps(config: Config, ancestral: bool) -> tuple[int, str]:
@@ -177,9 +178,9 @@ def exported(weights: Weights, folder: Path, solver: str = "") -> list[str]:
     The pipeline draws by `solver`, ancestral or ddim; "": by the run's if it is one of these, else by ddim.
     """
     config = weights.config.updated({"solver": solver or weights.config.sample.solver, "grid": "respaced"})
-    require_expressible(config)
     with torch.device("meta"):
         net = build.network(config)
+    require_expressible(config, net)
     assert isinstance(net, UNet)
     unet, by = unet_config(config, net), scheduler(config)
     tensors = to_theirs(weights.tensors, net)
