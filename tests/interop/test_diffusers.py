@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from iddpm import build
@@ -243,6 +244,27 @@ def test_a_folder_of_diffusers_computes_the_same_as_a_run(diffusers, tmp_path, r
     same_levels(getattr(diffusers, f"{scheduler}Scheduler")(**how), opened.config, how.get("variance_type", ""))
     assert others.abs().max() > 0.1
     torch.testing.assert_close(ours, others, rtol=0, atol=1e-5)
+
+
+def test_a_run_of_a_folder_draws_what_diffusers_draws_and_is_sampled_and_measured(diffusers, tmp_path, capsys):
+    network, scheduler, how = FOLDERS["v, pure noise at the end"]
+    theirs = folder_of(diffusers, tmp_path / "folder", network, scheduler, how)
+    run = tmp_path / "run"
+    assert main(["import", str(tmp_path / "folder"), "--run", str(run), "--sampling_steps", "ddim5"]) == 0
+    opened = open_weights(run, Which(device="cpu"))
+    pipeline = diffusers.DDIMPipeline(theirs, diffusers.DDIMScheduler(**how))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.manual_seed(3)
+    images = pipeline(2, generator, num_inference_steps=5, use_clipped_model_output=True, output_type="pt").images
+    generator = torch.manual_seed(3)
+    ours = drawn(opened.config, opened.net, lambda: torch.randn(2, 1, 16, 8, generator=generator), 2)
+    torch.testing.assert_close(images, ours, rtol=0, atol=1e-4)
+
+    few = ["--num_samples", "2", "--sampling_steps", "3", "--device", "cpu"]
+    assert main(["sample", str(run), "--solver", "unipc", "--out", str(tmp_path / "drawn"), *few]) == 0
+    assert [np.asarray(Image.open(file)).shape for file in (tmp_path / "drawn").rglob("*.png")] == [(16, 8)] * 2
+    assert main(["nll", str(run), str(tmp_path / "drawn"), "--out", str(tmp_path / "nll.json"), *few]) == 0
+    assert json.loads((tmp_path / "nll.json").read_text())["bits_per_dim"] > 0
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -2,6 +2,7 @@
 
 import iddpm
 from iddpm.config import image_size, is_chain
+from iddpm.sampling.open import beside
 from iddpm.store.weights import Weights
 
 
@@ -19,7 +20,7 @@ def card(weights: Weights, library: str, use: str) -> str:
         f"tags: [{'class-conditional' if m.class_cond else 'unconditional'}-image-generation, diffusion]",
         "---",
         "",
-        f"# {weights.path.parent.name if not weights.path.parent.name.startswith('step_') else weights.path.parents[2].name}",
+        f"# {beside(weights.path).name}",
         "",
         f"A diffusion model of images of {width} x {height} pixels with {m.image_channels} channels{classes}, made by iddpm "
         f"{about.get('iddpm', iddpm.__version__)}.",

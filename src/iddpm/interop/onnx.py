@@ -103,7 +103,7 @@ def inputs(config: Config, count: int) -> dict[str, Tensor]:
 def traced(net: nn.Module, example: dict[str, Tensor]) -> bytes:
     """The graph, whose first dimension of every input is free.
 
-    By torch's older exporter: on a tiny U-Net it takes 0.6 s where the newer one, which needs onnxscript, took minutes.
+    By torch's older exporter: a tiny U-Net takes it 0.6 s, the newer one, which also needs onnxscript, 7.8 s (docs/log.md).
     """
     told = [name for name in inspect.signature(net.forward).parameters if name in example]  # in which order it names them
     free, file = {name: {0: "batch"} for name in (*told, "output")}, io.BytesIO()
