@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -110,12 +111,12 @@ def test_other_files_are_called_what_they_are(tmp_path, content, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"epoch": 3, "state_dict": {"w": torch.zeros(2)}}, "'epoch' in it is a int"),
-        ({"state_dict": {"w": torch.zeros(2)}}, "['state_dict']"),
+        ({"epoch": 3, "state_dict": {"w": {"x": torch.zeros(2)}}}, "'epoch' in it is a int"),
+        ({"model": {"w": torch.zeros(2)}, "ema": {"w": torch.zeros(2)}}, "['ema']"),
         ([torch.zeros(2)], "but a list"),
         ({}, "but a dict"),
     ],
-    ids=["a bundle", "weights inside", "a list", "nothing"],
+    ids=["a bundle", "two sets of weights", "a list", "nothing"],
 )
 def test_what_is_no_state_dict_is_described(tmp_path, content, said):
     torch.save(content, tmp_path / "model000001.pt")
@@ -142,6 +143,7 @@ from iddpm.cli.main import main
 from iddpm.interop.openai.formats import files, optimizer, weights
 import iddpm.store.checkpoint, iddpm.build, safetensors.torch
 from pathlib import Path
+from types import ModuleType
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -195,9 +197,43 @@ def test_importing_500_mb_needs_at_most_1_3_times_as_much_memory(tmp_path):
     shutil.rmtree(tmp_path / "run")
 
 
-def test_weights_saved_from_a_wrapper_of_several_devices_are_taken(tmp_path):
-    torch.save({f"module.{k}": torch.ones(2) for k in "ab"}, tmp_path / "w.pt")
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("around", [dict, lambda w: {"epoch": 3, "state_dict": w, "optimizer": {"state": {}, "lr": 0.1}}])
+def test_weights_saved_from_wrappers_are_taken(tmp_path, prefix, around):
+    torch.save(around({f"{prefix}{k}": torch.ones(2) for k in "ab"}), tmp_path / "w.pt")
     assert list(files.read(tmp_path / "w.pt")) == ["a", "b"]
+
+
+def test_of_a_file_with_an_average_beside_the_weights_the_average_is_taken(tmp_path):
+    """As ema-pytorch keeps it."""
+    kept = {"initted": torch.tensor(True), "online_model.a": torch.zeros(2), "ema_model.module.a": torch.ones(2)}
+    torch.save(kept, tmp_path / "w.pt")
+    assert {name: t.tolist() for name, t in files.read(tmp_path / "w.pt").items()} == {"a": [1, 1]}
+
+
+def test_a_pickle_of_edm_is_named_and_not_executed(tmp_path, monkeypatch):
+    """Made by the rule of its torch_utils.persistence: a call of one function with the class, its source and its state."""
+    module = ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): raise SystemExit('executed')", module.__dict__)
+    module._reconstruct_persistent_obj.__module__ = module.__name__
+    monkeypatch.setitem(sys.modules, "torch_utils", ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class Network:
+        def __reduce__(self):
+            state = dict(_init_kwargs=dict(img_resolution=32, model_type="SongUNet"))
+            meta = dict(type="class", version=6, module_src="raise SystemExit", class_name="EDMPrecond", state=state)
+            return module._reconstruct_persistent_obj, (meta,)
+
+    path = tmp_path / "edm-cifar10-32x32-cond-vp.pkl"
+    path.write_bytes(pickle.dumps(dict(ema=Network(), loss_fn=None)))
+    assert "EDMPrecond, SongUNet" in refusal(path)
+
+
+def test_networks_of_others_are_named(tmp_path, capsys):
+    torch.save({"model": {"model.init_conv.weight": torch.ones(2), "betas": torch.ones(2)}, "step": 3}, tmp_path / "m.pt")
+    assert main(["import", str(tmp_path / "m.pt"), "--run", str(tmp_path / "run")]) == 2
+    assert "denoising-diffusion-pytorch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)], ids=["sparse", "complex"])

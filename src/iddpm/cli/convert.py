@@ -1,9 +1,10 @@
-"""`iddpm import`: a run from the original's files. `iddpm export`: such files from a run."""
+"""`iddpm import`: a run from the files of other programs. `iddpm export`: such files from a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, listed
 from iddpm.config import Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
@@ -17,7 +18,8 @@ NOT_HERE = (  # of the original's flags: what belongs to a command that trains, 
 
 
 def _import_parser(parser: Parser) -> None:
-    parser.add_argument("file", help="model000000.pt, ema_0.9999_000000.pt, or any file of such weights")
+    text = "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; or the folder of diffusers' UNet2DModel"
+    parser.add_argument("file", help=text)
     parser.add_argument("--run", default="", metavar="DIR", help="the folder to make of it [runs/NAME]")
     parser.add_argument("--published", default="", metavar="NAME", help="it is this published file: take its flags")
     text = "the classes it was trained on: the folder of its images, or their names in order, or how many [all rows]"
@@ -40,11 +42,17 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     path, folder = Path(file), Path(run or f"runs/{Path(file).stem}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
-    from iddpm.interop.openai.formats.convert import imported
+    if path.is_dir() and (published or alone):
+        raise UserError(f"--{'published' if published else 'alone'} is for files of the original, and {path} is a folder")
+    from iddpm.interop.diffusers import read
+    from iddpm.interop.openai.formats import convert
     from iddpm.store import checkpoint
     from iddpm.training.start import write_config
 
-    saved, config, notes = imported(path, given, published, classes, alone)
+    if path.is_dir():
+        saved, config, notes = read.imported(path, given, classes)
+    else:
+        saved, config, notes = convert.imported(path, given, published, classes, alone)
     step = checkpoint.save(folder, config, saved)
     write_config(folder, config)
     count = sum(t.numel() for t in saved.weights.values())
@@ -58,28 +66,49 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     print(f"next: {use}; {new if lone else f'to train on, iddpm train DATA --run {folder} --steps N'}")
 
 
-IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion (.pt)")
+IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion, or of diffusers")
 
 # ---- export
+
+TO = {  # whose files to write: what they are, and which flags are theirs alone
+    "openai": "weights, averages and optimizer for improved- or guided-diffusion (.pt)",
+    "diffusers": "a folder that diffusers.DiffusionPipeline loads and that draws the same images from the same noise",
+    "onnx": "a graph for any batch, and the levels that a sampler walks (extra: export)",
+    "safetensors": "one file of weights, with the config in it",
+}
 
 
 def _export_parser(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a .safetensors file of weights")
-    parser.add_argument("--to", default="openai", choices=("openai",), help="whose files to write [openai]")
-    parser.add_argument("--out", default="", metavar="DIR", help="where they go [RUN/openai]")
+    parser.add_argument("--to", default="openai", choices=tuple(TO), help="whose files to write, see below [openai]")
+    parser.add_argument("--out", default="", metavar="DIR", help="where they go [RUN/TO]")
     parser.add_argument("--checkpoint_step", type=int, default=-1, metavar="N", help="of this step; -1: the newest [-1]")
-    text = f"rows of label_emb, of which the original has {NUM_CLASSES}; 0: as many as trained [{NUM_CLASSES}]"
-    parser.add_argument("--label_rows", type=int, default=NUM_CLASSES, metavar="N", help=text)
+    text = f"rows of label_emb, of which the original has {NUM_CLASSES}; 0: as many as trained (to openai) [{NUM_CLASSES}]"
+    parser.add_argument("--label_rows", type=int, metavar="N", help=text)
+    text = "by what the pipeline draws (to diffusers) [the run's solver if it is one of these, else ddim]"
+    parser.add_argument("--solver", choices=("ancestral", "ddim"), help=text)
+    parser.epilog = f"--to:\n{listed(TO)}"
 
 
-def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int) -> None:
-    from iddpm.interop.openai.formats.convert import exported
+def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int | None, solver: str | None) -> None:
+    for flag, value, owner in (("label_rows", label_rows, "openai"), ("solver", solver, "diffusers")):
+        if value is not None and to != owner:
+            raise UserError(f"--{flag} has no effect with --to {to}: it belongs to --to {owner}")
+    from iddpm.interop import onnx, single
+    from iddpm.interop.diffusers import write
+    from iddpm.interop.openai.formats import convert
     from iddpm.sampling.open import beside
     from iddpm.store.weights import read_weights
 
     weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
-    folder = Path(out) if out else beside(weights.path) / "openai"
-    print("\n".join(exported(weights, folder, label_rows)))
+    folder = Path(out) if out else beside(weights.path) / to
+    writers: dict[str, Callable[[], list[str]]] = {
+        "openai": lambda: convert.exported(weights, folder, NUM_CLASSES if label_rows is None else label_rows),
+        "diffusers": lambda: write.exported(weights, folder, solver or ""),
+        "onnx": lambda: onnx.exported(weights, folder),
+        "safetensors": lambda: single.exported(weights, folder),
+    }
+    print("\n".join(writers[to]()))
 
 
-EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights, averages and optimizer as the original's files (.pt)")
+EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights as the files of other programs")

@@ -12,7 +12,7 @@ ENDLESS = 2**62  # steps of a run that goes on until it is stopped, as the origi
 ENDS = ("steps", "images", "time")  # of Train: each says when to stop, so one replaces another
 
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
-_unet = partial(opt, fixed=True, only="network=unet")
+_unet = partial(opt, fixed=True, only="network=unet|unet_ddpm")
 _enlarge = partial(opt, fixed=True, only="task=enlarge")
 _translate = partial(opt, fixed=True, only="task=translate")
 IMAGES = f"task={'|'.join(name for name, task in TASKS.items() if not task.classifies)}"  # not for classifiers

@@ -125,5 +125,5 @@ class DiT(nn.Module):
             h = block(h, emb, angles)
         shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
         patches = self.out(self.norm(h) * (1 + scale) + shift)  # b t p p c
-        patches = patches.reshape(len(x), rows, columns, self.patch, self.patch, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, *x.shape[2:]).to(x.dtype)
+        patches = patches.reshape(x.shape[0], rows, columns, self.patch, self.patch, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, *x.shape[2:]).to(x.dtype)

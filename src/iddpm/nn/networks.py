@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.dit import DiT
+from iddpm.nn.layers import Downsample, GroupNorm
 from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
 
@@ -62,6 +66,40 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
+class AfterConv(nn.Conv2d):
+    """The strided convolution that halves height and width, with zeros to the right of x and below it alone."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+@dataclass(frozen=True)
+class DdpmUnet:
+    """The same with the details of Ho et al. 2020's own code, which differ: for weights of diffusers' UNet2DModel"""
+
+    norm_eps: Annotated[float, "added to the variance in group norm", 0.0, 0.1] = 1e-6
+    freq_shift: Annotated[int, "the slowest of n frequencies of time is 10000^-1 (1) or 10000^(1/n - 1) (0)", 0, 1] = 1
+    pad_after: Annotated[bool, "convolutions that halve the size see zeros to the right and below alone"] = True
+
+    def __call__(self, asked: Asked, settings: Any) -> UNet:
+        """`settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a classifier."""
+        if asked.logits:
+            raise ValueError("--network unet_ddpm is no classifier: take unet")
+        net = unet(asked, settings)
+        assert isinstance(net, UNet)
+        half = net.num_channels // 2
+        net.max_period **= half / (half - self.freq_shift)
+        for layer in list(net.modules()):
+            if isinstance(layer, GroupNorm):
+                layer.eps = self.norm_eps
+            elif isinstance(layer, Downsample) and self.pad_after and isinstance(layer.op, nn.Conv2d):
+                layer.op = AfterConv(layer.op.in_channels)
+        return net
+
+
 @dataclass(frozen=True)
 class Dit:
     """A transformer on patches: adaLN-Zero, rotary positions, gated layers (Peebles & Xie 2023; Li & He 2025)"""
@@ -82,4 +120,4 @@ class Dit:
         )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[..., Any]] = {"unet": unet, "dit": Dit}
+NETWORKS: dict[str, Callable[..., Any]] = {"unet": unet, "unet_ddpm": DdpmUnet, "dit": Dit}

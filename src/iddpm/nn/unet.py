@@ -126,6 +126,7 @@ class Encoder(nn.Module):
         self.in_channels, self.num_channels, self.num_classes = in_channels, num_channels, num_classes
         self.given_channels = given_channels  # of an image that is stacked under x
         self.multiple = 2 ** (len(channel_mult) - 1)  # that height and width must be of
+        self.max_period = 10_000.0  # of the embedding of time
         emb = parts.emb_channels
         self.time_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if num_classes is not None:
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
         for name, numbers in (("t", t), ("y", y)):
             if numbers is not None and numbers.shape != (batch,):
                 raise ValueError(f"{name} must hold one number per image, ({batch},), not {tuple(numbers.shape)}")
-        emb: Tensor = self.time_embed(timestep_embedding(t, self.num_channels).to(self.dtype))  # b 4n
+        emb: Tensor = self.time_embed(timestep_embedding(t, self.num_channels, self.max_period).to(self.dtype))  # b 4n
         return emb if y is None else emb + self.label_emb(y)
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -166,7 +167,7 @@ class Encoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             fits = f"(B, {channels}, H, W) with H and W multiples of {self.multiple}"
             raise ValueError(f"this network takes images {fits}, not {tuple(x.shape)}")
-        emb = self.embed(t, y, len(x))  # b 4n
+        emb = self.embed(t, y, x.shape[0])  # b 4n; len(x) would tie an exported graph to this batch
         emb = emb if extra is None else emb + extra
         outputs = [x.to(self.dtype)]
         for stage in (*self.input_blocks, self.middle_block):

@@ -27,7 +27,7 @@ def imported(
     """The state in a model's or an average's file and, unless `alone`, the files beside it; its config, and how that came about.
 
     `given` holds flags, the original's and ours alike; `published` names the published file that it is; `classes` names what
-    the labels mean (see `_named`). UserError where the files do not belong together, or where something has to be asked.
+    the labels mean (see `named`). UserError where the files do not belong together, or where something has to be asked.
     """
     weights, record = files.read(path), files.record_of(path)
     if record and published:
@@ -38,7 +38,7 @@ def imported(
     beside = [path.with_name(f"{kind}{name['digits']}.pt") for kind in ("model", "opt")] if name["rate"] else [path]
     kin = files.family(path) if not alone and any(p.exists() for p in beside) else None
     if record and kin:
-        return files.load_run(path, config)[0], _named(config, classes), notes
+        return files.load_run(path, config)[0], named(config, classes), notes
 
     rates = _rates(kin, float(name["rate"] or 0), config, given) if kin else []
     config = config.updated({"ema_rate": ",".join(map(str, rates))})
@@ -55,18 +55,23 @@ def imported(
     averages = {f"average {rate}": average for rate, average in saved.averages.items()}
     for part, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
         check_fit(shapes_of(tensors), config, f"{path.parent / part}")
-    return saved, _named(config, classes), notes
+    return saved, named(config, classes), notes
 
 
 def _stored(record: files.Record, given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The config that iddpm kept, with flags that do not contradict it."""
-    fields, now = every_field(), record.config.flat()
+    return agreed(record.config, given, record.path), [f"config: {record.path}"]
+
+
+def agreed(config: Config, given: Mapping[str, Any], source: Path) -> Config:
+    """The config that a file holds, with the flags given; UserError where they contradict it."""
+    fields, now = every_field(), config.flat()
     for name, value in given.items():
         if name not in fields:
-            raise UserError(f"--{name}: {record.path} holds the config; change it by our names, if at all")
+            raise UserError(f"--{name}: {source} holds the config; change it by our names, if at all")
         if fields[name].fixed and value != now.get(name):
-            raise UserError(f"--{name} {value} contradicts {record.path}, which says {now.get(name, 'none')}")
-    return fit.require_fit(check(record.config.updated(given))), [f"config: {record.path}"]
+            raise UserError(f"--{name} {value} contradicts {source}, which says {now.get(name, 'none')}")
+    return fit.require_fit(check(config.updated(given)))
 
 
 def _settled(weights: Mapping[str, Tensor], given: Mapping[str, Any], path: Path, published: str) -> tuple[Config, list[str]]:
@@ -91,7 +96,7 @@ def _rates(kin: files.Family, first: float, config: Config, given: Mapping[str, 
     return sorted(kin.averages, key=lambda rate: (rate != first, -rate))
 
 
-def _named(config: Config, text: str) -> Config:
+def named(config: Config, text: str) -> Config:
     """The config with the trained classes: those of a folder of images, their names in order, or so many; "": as it was."""
     if not text:
         return config

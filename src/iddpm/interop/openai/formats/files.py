@@ -10,9 +10,11 @@ user renamed them to: there the count comes from the optimizer's state.
 
 import errno
 import json
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict
 
@@ -50,7 +52,7 @@ def load(path: Path) -> Any:
     if not start:
         raise UserError(f"{path} is empty")
     if not start.startswith(ZIP) and start != OLD[: len(start)]:
-        raise UserError(f"{path} is no file of torch.save")
+        raise UserError(f"{path} is no file of torch.save{edm(path)}")
     if start.startswith(ZIP) and not zipfile.is_zipfile(path):  # its table of contents is at the end
         raise UserError(f"{path} is cut short")
     try:
@@ -66,6 +68,43 @@ def load(path: Path) -> Any:
         raise UserError(f"{path} is cut short or damaged ({str(e).splitlines()[0] if str(e) else 'it ends early'})") from None
 
 
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.")  # of DistributedDataParallel, torch.compile, Lightning, averages
+
+
+def unwrapped(found: Any, path: Path) -> Any:
+    """The weights in what others keep beside them, as {epoch, state_dict}; UserError where there are several sets of weights."""
+    sets = [k for k, v in found.items() if isinstance(v, dict) and v and all(isinstance(t, Tensor) for t in v.values())]
+    if len(sets) > 1:
+        raise UserError(
+            f"{path} holds several sets of weights, {', '.join(map(repr, sets))}: save the one to take by itself, "
+            f"torch.save(torch.load(FILE)[{sets[-1]!r}], NEW)"
+        )
+    return found[sets[0]] if sets else found
+
+
+def bare(names: Iterable[Any]) -> dict[Any, str]:
+    """Names of weights, and these without what wrappers put in front of all; of a file with an average, the average's alone."""
+    kept = {name: str(name) for name in names}
+    kept = {name: short for name, short in kept.items() if short.startswith("ema_model.")} or kept
+    while wrapper := next((w for w in WRAPPERS if all(short.startswith(w) for short in kept.values())), ""):
+        kept = {name: short.removeprefix(wrapper) for name, short in kept.items()}
+    return kept
+
+
+EDM = {"EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "SongUNet", "DhariwalUNet", "UNet"}
+
+
+def edm(path: Path) -> str:
+    """The end of a sentence on a pickle of EDM's or EDM2's: its classes, by the texts in it, none of which is executed."""
+    texts = set[str]()
+    with open(path, "rb") as file, suppress(Exception):  # pickletools raises many kinds where it is no pickle, or cut short
+        texts.update(text for _, text, _ in pickletools.genops(file) if isinstance(text, str))
+    if not any("torch_utils.persistence" in text for text in texts):
+        return ""
+    found = ", ".join(sorted(EDM & texts)) or "of no known class"
+    return f": it is a pickle of EDM's kind ({found}), which holds code, is not read, and whose networks iddpm does not have"
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The weights of a file, float32, by name in their order; UserError where it holds something else."""
     found = load(path)
@@ -74,6 +113,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is an optimizer's state and holds no weights: give {model}, or an average (ema_...)")
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path} holds no weights but a {type(found).__name__}")
+    found = unwrapped(found, path)
     if odd := next((k for k, v in found.items() if not isinstance(v, Tensor)), None):
         mend = f"; if that is the weights, save it by itself: torch.save(torch.load(FILE)[{odd!r}], NEW)"
         raise UserError(
@@ -82,8 +122,7 @@ def read(path: Path) -> dict[str, Tensor]:
         )
     if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
         raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
-    wrapped = all(str(name).startswith("module.") for name in found)  # by DistributedDataParallel
-    named = {str(name).removeprefix("module." if wrapped else ""): t for name, t in found.items()}
+    named = {short: found[name] for name, short in bare(found).items()}
     return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
 
 

@@ -28,6 +28,14 @@ def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         return shapes_of(build.network(config).state_dict())
 
 
+OTHERS = {  # parts of names by which the networks of others are known
+    "down_blocks.": "diffusers: give its folder, with config.json",
+    "inner_model.": "k-diffusion, whose networks iddpm does not have",
+    "init_conv.": "denoising-diffusion-pytorch, whose networks iddpm does not have",
+    "map_layer0.": "EDM, whose networks iddpm does not have",
+}
+
+
 class Told(NamedTuple):
     """What shapes tell: fields of a Config, and, in levels counted from the image's size, widths and attention."""
 
@@ -53,7 +61,8 @@ def tell(shapes: Shapes, source: str) -> Told:
     """
     for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight"):
         if name not in shapes:
-            raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}")
+            kind = next((f": it is of {kind}" for sign, kind in OTHERS.items() if any(sign in k for k in shapes)), "")
+            raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}{kind}")
     # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     depth, strided, levels = _levels(shapes, source)
