@@ -75,7 +75,8 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """The widest network that still sees enough images in the time; of large images patches, which make a step much faster."""
     height, _, width = str(now["image_size"]).partition("x")
     side = min(int(height), int(width or height))
-    patch = max((p for p in (1, 2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p)), default=1)
+    patches = [p for p in (1, 2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p)]
+    patch = max(patches, default=1) if now.get("task") != "classify" else 1
     grid = side // patch
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(

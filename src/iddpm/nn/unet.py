@@ -251,7 +251,8 @@ class UNet(Encoder):
         emb, (*skips, h) = self.encode(self._patches(x), t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w
-        return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
+        out = self.out(h)
+        return (out if self.patch == 1 else F.pixel_shuffle(out, self.patch)).to(x.dtype)
 
     def _patches(self, x: Tensor) -> Tensor:
         """Each patch of x (B, C, H, W) as one pixel, of C patch^2 channels."""

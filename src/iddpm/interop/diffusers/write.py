@@ -38,6 +38,7 @@ def require_expressible(config: Config, net: nn.Module) -> None:
         f"--task {m.task}: it has no pipeline of such a U-Net": not config.task.draws,
         f"--network {m.network}: of networks of pixels it has the U-Net alone": not isinstance(net, UNet),
         f"--objective {d.objective_name}: its pipelines walk from level to level, this model leaps": fit.leaps(config),
+        "--unet_patch: UNet2DModel works on pixels": m.unet_patch > 1,
         "--trained_guidance: UNet2DModel is told no scale of guidance": m.trained_guidance > 0,
         f"--noise_schedule {d.noise_schedule} with --parametrization {d.parametrization}: of continuous ones its pipelines draw "
         "flow with flow alone": not (flow or is_chain(d)),
