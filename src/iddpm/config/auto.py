@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from iddpm.words import duration
 
-TIME = "1h"  # of a run that says nothing of its end
 GRID = 32  # pixels, or patches of them, that the first level has at least
 BATCHES = ((4e5, 32), (4e6, 64), (math.inf, 128))  # images that are seen, up to which a step has so many
 OF_STEPS = 64  # channels, where the number of steps is given and not the time

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm import build
-from iddpm.config import ENDS, Config, Diffusion, auto, every_field, fields_of, seconds_of
+from iddpm.config import Config, Diffusion, auto, every_field, fields_of, seconds_of
 from iddpm.data import Images
 from iddpm.data.own import Dataset
 from iddpm.errors import UserError
@@ -42,16 +42,9 @@ def of_a_recipe(given: Mapping[str, Any]) -> list[str]:
 
 def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> tuple[dict[str, Any], list[str]]:
     """The settings of a run on these images beside those given, and a line on each group of them. It takes about 5 s."""
-    given = dict(given)
-    ends = any(given.get(name) for name in ENDS)
-    chosen = {} if ends else {"time": auto.TIME}
-    device = build.device(given.get("device", "auto"))
-    seconds = seconds_of({**given, **chosen}.get("time", ""), "time")
+    device, seconds = build.device(given.get("device", "auto")), seconds_of(given.get("time", ""), "time")
     facts = auto.Facts(**_look(path, given, own), cuda=device.type == "cuda", seconds=seconds, gflops=_gflops(device), cost=_cost)
-    found, lines = auto.recipe(facts, {**chosen, **given})
-    if not ends:
-        lines.insert(0, f"--time {auto.TIME}  (nothing was said of the end: --time 8h goes on, and further)")
-    return {**found, **chosen}, lines
+    return auto.recipe(facts, given)
 
 
 def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str, Any]:

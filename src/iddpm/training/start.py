@@ -194,6 +194,7 @@ def resolve(
         check_groups(asked_for.parts, dict(asked_for.own))  # before the look at the images and the device
         check_end(asked_for.train)
         image_size(asked_for.model)
+        total_steps(asked_for.train)
         found, lines = auto.choose(data, given, own)
         preset = preset or auto.NAME
     elif not (preset or recipe or given.get("init_from")):
