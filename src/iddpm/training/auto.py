@@ -16,6 +16,7 @@ from iddpm.data.own import Dataset
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.training import precision, trial
+from iddpm.words import many
 
 NAME = "auto"  # of the preset
 LOOKED_AT = 16  # images
@@ -56,15 +57,15 @@ def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str,
             images = [item[0] for item in images]
     else:
         found = Images.open(path, (8, 8), on_broken="skip", cache_bytes=0, labels=given.get("labels", "auto"))
-        count, labels, images = len(found), found.labels, []
+        count, labels, images, broken = len(found), found.labels, [], ""
         for k in _few(count):
             try:
                 images.append(found.picture(k))
-            except UserError:  # a broken one, of which is told when all are read
-                continue
+            except UserError as e:  # of a broken one is told when all are read
+                broken = broken or str(e)
+        if not images:
+            raise UserError(f"none of {many(len(_few(count)), 'image')} looked at is readable; the first problem: {broken}")
     arrays = [_array(image) for image in images]
-    if not arrays:
-        raise UserError(f"none of {LOOKED_AT} images of {path} could be read: iddpm train --preset none shows why")
     (size, how_many), *_ = Counter(a.shape[:2] for a in arrays).most_common(1)
     if how_many < len(arrays):  # of various sizes the middle one, by its shorter side
         size = sorted((a.shape[:2] for a in arrays), key=min)[len(arrays) // 2]
