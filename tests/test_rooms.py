@@ -13,7 +13,7 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
     "rng": set(),
     "diffusion": set(),
     "nn": set(),
-    "config": {"errors", "records"},
+    "config": {"errors", "records", "words"},
     "parallel": {"errors", "records"},
     "store": {"config", "errors", "parallel", "records"},
     "data": {"config", "errors", "parallel", "records", "rng", "store", "words"},

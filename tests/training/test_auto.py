@@ -52,10 +52,9 @@ def test_a_bare_command_has_its_recipe_chosen_told_and_kept(pictures, tmp_path, 
     assert config_of(run).updated({"steps": 2}).flat() == config.flat()
 
 
-def test_it_leaves_commands_alone_that_are_a_recipe_themselves(pictures, tmp_path, capsys):
+def test_it_leaves_commands_alone_that_are_a_recipe_themselves(pictures, tmp_path):
     assert main(["train", str(pictures), "--run", str(tmp_path / "r"), *flags(**dict(TINY, steps=1))]) == 0
     assert config_of(tmp_path / "r").diffusion.parametrization == "eps"
-    assert "--preset auto chooses what they leave open" in capsys.readouterr().out
     for preset, given in (("none", {}), ("digits", {}), ("", {"noise_schedule": "flow"}), ("", {"patch_size": 2})):
         assert not auto.applies(preset, given)
     assert auto.applies("", {"lr": 1e-3, "image_size": "32", "class_cond": True, "dropout": 0.2})

@@ -271,7 +271,7 @@ def test_speed_is_measured_on_real_steps(capsys, tmp_path):
     [
         ([], "plan what? iddpm plan --preset NAME"),
         (["--processes=8"], "plan what?"),
-        (["--preset=imagenet"], "--preset imagenet is not one of: digits"),
+        (["--preset=imagenet"], "--preset imagenet is not one of: auto, none, digits"),
         (["--steps=1", "--class_cond=True"], "of how many classes? add --num_classes N"),
         (["--preset=cifar10-tiny", "--num_classes=10"], "has no effect without --class_cond"),
         (["--preset=cifar10-tiny", "--memory_gb=0.03"], "cannot take one image at a time, which needs 0.0"),

@@ -27,18 +27,15 @@ PROBE_CUDA = dict(PROBE, image_size="32", num_channels=128, batch_size=64)
 
 def applies(preset: str, given: Mapping[str, Any]) -> bool:
     """Whether a new run's recipe is chosen for it: where that is asked for, or nothing is said of one."""
-    return NAME in preset.split(",") or not (preset or given.get("init_from") or of_a_recipe(given))
+    return NAME in preset.split(",") or not (preset or given.get("init_from") or any(map(of_a_recipe, given)))
 
 
-def of_a_recipe(given: Mapping[str, Any]) -> list[str]:
-    """Those of the flags that make a command a recipe of its own, beside which nothing is chosen: of the network, the process."""
-    process, known = fields_of(Diffusion), every_field()
-
-    def tells(name: str) -> bool:
-        f = known[name]
-        return name == "network" or name in process or "network" in f.only or not {"network", *process}.isdisjoint(f.rows)
-
-    return [name for name in given if name in known and tells(name)]
+def of_a_recipe(name: str) -> bool:
+    """Whether a flag makes a command a recipe of its own, beside which nothing is chosen: of the network, or of the process."""
+    process, f = fields_of(Diffusion), every_field().get(name)
+    if f is None:
+        return False
+    return name == "network" or name in process or "network" in f.only or not {"network", *process}.isdisjoint(f.rows)
 
 
 def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -51,7 +48,9 @@ def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> t
 def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str, Any]:
     """The facts of a data set."""
     if own is not None:
-        count, images, labels = len(own), [own[k] for k in _few(len(own))], None
+        if not (count := len(own)):
+            raise UserError("the data set is empty: len(data) is 0")
+        images, labels = [own[k] for k in _few(count)], None
         if isinstance(images[0], (tuple, list)):
             labels = np.array([int(own[k][1]) for k in range(count)])
             images = [item[0] for item in images]
@@ -97,7 +96,7 @@ def _grey(image: np.ndarray) -> bool:
 def _cost(settings: Mapping[str, Any]) -> float:
     """10^9 operations of training on one image: three times those of a call of the network."""
     known = every_field()
-    config = Config().updated({name: value for name, value in settings.items() if name in known} | dict(class_cond=False))
+    config = Config().updated({name: value for name, value in settings.items() if name in known} | dict(class_cond=False, num_classes=2))
     with torch.device("meta"):
         net, one = build.network(config), trial.example(config, 1, "meta")
         with FlopCounterMode(display=False) as counted, torch.no_grad():

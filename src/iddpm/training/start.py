@@ -197,8 +197,6 @@ def resolve(
         total_steps(asked_for.train)
         found, lines = auto.choose(data, given, own)
         preset = preset or auto.NAME
-    elif not (preset or recipe or given.get("init_from")):
-        lines = [f"a recipe by its flags, as --{auto.of_a_recipe(given)[0]}: --preset auto chooses what they leave open"]
     config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)}, found)
     build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
     return config.updated({"asked": asked}), lines
