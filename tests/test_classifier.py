@@ -81,7 +81,7 @@ def test_a_model_without_classes_is_guided_to_those_of_the_classifier(pictures, 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "DATA", "--task", "classify", "--steps", "1"], "--class_cond True"),
+        (["train", "DATA", "--task", "classify", "--steps", "1", "--preset", "none"], "--class_cond True"),
         (["train", "DATA", "--task", "classify", "--class_cond", "--learn_sigma", "--steps", "1"], "no effect"),
         (["train", "DATA", "--classifier_pool", "spatial", "--steps", "1"], "belongs to --task classify"),
         (["sample", "JUDGE"], "draws nothing"),

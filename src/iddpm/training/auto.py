@@ -96,7 +96,8 @@ def _grey(image: np.ndarray) -> bool:
 def _cost(settings: Mapping[str, Any]) -> float:
     """10^9 operations of training on one image: three times those of a call of the network."""
     known = every_field()
-    config = Config().updated({name: value for name, value in settings.items() if name in known} | dict(class_cond=False, num_classes=2))
+    own = {name: value for name, value in settings.items() if name in known}
+    config = Config().updated(own | dict(class_cond=False, num_classes=2))
     with torch.device("meta"):
         net, one = build.network(config), trial.example(config, 1, "meta")
         with FlopCounterMode(display=False) as counted, torch.no_grad():
