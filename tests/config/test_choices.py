@@ -60,6 +60,8 @@ def another(number: Field) -> Any:
     """A value that a number may have, and that is not its default."""
     if number.type is str:
         return "something"
+    if number.type is bool:
+        return not number.default
     low = -math.inf if number.low is None else number.low
     up = math.inf if number.high is None else number.high
     found = [v for v in (number.default + 1, number.default - 1, number.default * 1.01, number.default / 1.01) if low <= v <= up]

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from iddpm.config.groups import Model
+from iddpm.config.tasks import TASKS, Task
 from iddpm.words import duration
 
 GRID = 32  # pixels, or patches of them, that the first level has at least
@@ -46,6 +48,10 @@ class Choice(NamedTuple):
     why: str
 
 
+def _task(now: Mapping[str, Any]) -> Task:
+    return TASKS[now.get("task", Model().task)]
+
+
 def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """As the images, up to what the time allows: twice the side costs four times as much."""
     side, given = min(facts.height, facts.width), now.get("image_size")
@@ -60,7 +66,7 @@ def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
 
 def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """Their classes, where there are some with enough images: guidance makes the greatest difference of all."""
-    if now.get("task", "images") == "classify":
+    if _task(now).classifies:
         return Choice({"class_cond": True}, "which it is to tell")
     if now.get("class_cond") is False:
         return Choice({}, "")
@@ -75,7 +81,7 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     height, _, width = str(now["image_size"]).partition("x")
     side = min(int(height), int(width or height))
     patches = [p for p in (1, 2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p)]
-    patch = max(patches, default=1) if now.get("task") != "classify" else 1
+    patch = max(patches, default=1) if not _task(now).classifies else 1
     grid = side // patch
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(
@@ -106,7 +112,7 @@ def too_long(seconds: float) -> str:
 
 def method(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """What is learned, and at which levels of noise."""
-    if now.get("task") == "classify":
+    if _task(now).classifies:
         return Choice({"noise_schedule": "cosine", "schedule_sampler": "stratified"}, "noisy images of all levels")
     made = dict(noise_schedule="cosine", diffusion_steps=1000, parametrization="v", schedule_sampler="stratified")
     return Choice(made, "the best of those tried at equal time")
@@ -125,7 +131,7 @@ def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
 
 def small(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """What keeps a network from learning few images by heart."""
-    made: dict[str, Any] = {"random_flip": facts.channels == 3 and now.get("task") != "translate"}
+    made: dict[str, Any] = {"random_flip": facts.channels == 3 and not _task(now).translates}
     if facts.images < FEW:
         return Choice({**made, "dropout": 0.1}, f"{facts.images:,} images are seen many times (--random_flip False for writing)")
     return Choice(made, "twice the images (--random_flip False where left and right differ, as in writing)")

@@ -19,6 +19,7 @@ from iddpm.store.log import read_rows
 from iddpm.store.remote import Unreachable
 
 Row = Mapping[str, Any]
+AXES = ("step", "images", "time")  # of the log: against these the rest is drawn
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Run:
             for name, value in row.items():
                 if number(value):
                     found.setdefault(name, []).append((row["step"], value))
-        both = {name: np.array(pairs, np.float64) for name, pairs in found.items() if name not in ("step", "images", "time")}
+        both = {name: np.array(pairs, np.float64) for name, pairs in found.items() if name not in AXES}
         return {name: (pairs[:, 0].astype(np.int64), pairs[:, 1]) for name, pairs in both.items()}
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
