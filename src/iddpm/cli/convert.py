@@ -102,6 +102,10 @@ def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int |
 
     weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
     folder = Path(out) if out else beside(weights.path) / to
+    if to != "openai" and folder.is_dir() and any(folder.iterdir()):  # what lies there may be replaced if it is ours alone
+        card = folder / "README.md"
+        if not card.is_file() or "iddpm" not in card.read_text(errors="replace"):
+            raise UserError(f"{folder} is not empty, and no export of iddpm: give another --out")
     writers: dict[str, Callable[[], list[str]]] = {
         "openai": lambda: convert.exported(weights, folder, NUM_CLASSES if label_rows is None else label_rows),
         "diffusers": lambda: write.exported(weights, folder, solver or ""),

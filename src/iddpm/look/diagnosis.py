@@ -57,7 +57,7 @@ def diagnose(run: Run, seen: Seen | None) -> Diagnosis:
 def _told(rule: Callable[[Run, Seen | None], Found], run: Run, seen: Seen | None) -> Found:
     try:
         return rule(run, seen)
-    except (OSError, ValueError) as e:  # of files that are damaged, or settings that do not fit
+    except Exception as e:  # files that are damaged, settings that do not fit: the other rules still tell
         return reason(e)
 
 

@@ -13,12 +13,15 @@ from iddpm.look.html import Html, el
 from iddpm.store.remote import opened
 
 T = TypeVar("T")
+LONGEST = 65_500  # pixels of a side, more than which JPEG cannot hold
 
 
 def image(picture: Image.Image, most: int, alt: str, **attributes: object) -> Html:
     """A picture of at most so many bytes as an element: as PNG where that fits, else as JPEG, smaller if it must be."""
     kind, content = "png", _saved(picture, "PNG")
     small = picture
+    while max(small.size) > LONGEST:
+        small = small.resize((max(1, small.width * 3 // 4), max(1, small.height * 3 // 4)), Image.Resampling.BOX)
     while len(content) > most and min(small.size) > 32:
         kind, content = "jpeg", _saved(small.convert("RGB"), "JPEG")
         small = small.resize((small.width * 3 // 4, small.height * 3 // 4), Image.Resampling.BOX)

@@ -220,11 +220,15 @@ def _process(folder: Path, theirs: Mapping[str, Any]) -> dict[str, Any]:
     s = decode(at.read_bytes(), SchedulerFile, at)
     name = s.get("_class_name", "")
     if name.startswith("FlowMatch"):
+        if s.get("num_train_timesteps", 1000) != 1000:
+            raise UserError(
+                f"{at}: num_train_timesteps {s['num_train_timesteps']}: iddpm tells a flow's network times up to 1000"
+            )
         fields = dict(noise_schedule="flow", parametrization="flow", snr_shift=float(s.get("shift", 1.0)), ema_rate="")
         return fields | dict(solver="ddim", sampling_steps="50", clip_denoised=False)
     called = {value: key for key, value in PREDICTION.items()}
     predicts, steps = s.get("prediction_type", "epsilon"), s.get("num_train_timesteps", 1000)
-    if predicts not in called or name.startswith("EDM"):
+    if predicts not in called or name.startswith(("EDM", "KarrasVe", "ScoreSdeVe")):
         raise UserError(f"{at}: {name} with prediction_type {predicts!r}: iddpm reads {', '.join(called)}, and flow matching")
     ancestral, learned = name == "DDPMScheduler", theirs["out_channels"] == 2 * theirs["in_channels"]
     variance = s.get("variance_type", "fixed_small")
