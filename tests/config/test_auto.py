@@ -68,10 +68,20 @@ def test_each_choice_is_told_with_its_reason():
 @pytest.mark.parametrize("side", [8, 12, 20, 28, 32, 48, 64, 100, 256, 1000])
 @pytest.mark.parametrize("images", [CIFAR, DIGITS, PHOTOS])
 def test_whatever_the_size_it_is_a_run_whose_network_can_be_built(side, images):
-    for given in ({}, {"image_size": str(side)}):
-        found, _ = recipe(facts(**images | dict(height=side, width=side + 8)), given)
+    for given in ({}, {"image_size": str(side)}, {"num_channels": 48}, {"num_channels": 30, "image_size": str(side)}):
+        found, _ = recipe(facts(60, **images | dict(height=side, width=side + 8)), given)
         config = Config().updated({**found, **given, "steps": 10})
-        build.network(fit.require_fit(check(config)).updated({"num_classes": images["classes"], "num_channels": 32}))
+        build.network(fit.require_fit(check(config)).updated({"num_classes": images["classes"]}))
+
+
+def test_what_is_made_of_the_size_is_told():
+    for images, told in (
+        (CIFAR, "(all of the 50,000 images have 32x32 pixels)"),
+        (PHOTOS, "(many of the 800 images have 1200x1600 pixels, and 64 at most suit this time and device)"),
+        (dict(CIFAR, width=40), "have 32x40 pixels, of which the middle square is taken)"),
+        (dict(CIFAR, height=50, width=50), "have 50x50 pixels, of which the middle square is taken, at 32)"),
+    ):
+        assert told in " ".join(recipe(facts(**images), {})[1])
 
 
 def test_steps_that_take_weeks_are_told_at_once():

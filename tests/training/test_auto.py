@@ -38,6 +38,9 @@ def test_a_data_set_of_a_programs_own_is_seen_as_well():
     own = [(np.zeros((12, 16, 3), np.uint8) + np.arange(3, dtype=np.uint8), k % 2) for k in range(10)]
     found = auto._look("", {}, own)
     assert found == dict(images=10, height=12, width=16, alike=True, channels=3, classes=2, smallest=5)
+    grey = [np.zeros((12, 16, 3), np.uint8)] * 3  # arrays are taken as they are, grey or not; files are converted
+    assert (auto._look("", {}, grey)["channels"], auto._look("", {}, [Image.fromarray(grey[0])])["channels"]) == (3, 1)
+    assert auto._look("", {}, [np.zeros((5, 12, 16), np.float32)])["channels"] == 5
 
 
 def test_a_bare_command_has_its_recipe_chosen_told_and_kept(pictures, tmp_path, capsys):

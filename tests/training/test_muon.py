@@ -50,6 +50,20 @@ def test_embeddings_biases_and_the_ends_of_the_network_are_no_matrices(config):
     assert not {"label_emb.weight", "input_blocks.0.0.weight", "out.2.weight", "out.2.bias", "time_embed.0.bias"} & names
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_gradients_have_a_direction_in_half_precisions_too(dtype):
+    matrices = torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(0))
+    exact, made = orthogonal(matrices), orthogonal(1e-9 * matrices, dtype)
+    assert (made - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_transformer_has_ends_as_well(config):
+    state = TrainState(config.updated(dict(optimizer="muon", network="dit", patch_size=2, width=16, depth=1, heads=2)), CPU)
+    names = {name for name, p in state.params.items() if id(p) in {id(m) for m in state.optimizer.matrices}}
+    assert any(name.startswith("blocks.0.") for name in names)
+    assert not {"embed_patches.weight", "out.weight", "label_emb.weight"} & names
+
+
 def test_a_run_with_it_goes_on_bit_for_bit(config, data, tmp_path):
     config = config.updated(dict(optimizer="muon", steps=4, save_interval=2))
     whole = checkpoint.load(train(config, data, tmp_path / "whole"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 
-NEXT = {"cifar10": "--preset cifar10-tiny", "digits": "--preset digits", "emoji": "--image_size 64 --class_cond --steps N"}
+NEXT = {"cifar10": "--preset cifar10-tiny", "digits": "--preset digits", "emoji": "--time 1h"}
 
 
 def _parser(parser: Parser) -> None:

@@ -16,7 +16,8 @@ GRID = 32  # pixels, or patches of them, that the first level has at least
 BATCHES = ((4e5, 32), (4e6, 64), (math.inf, 128))  # images that are seen, up to which a step has so many
 OF_STEPS = 64  # channels, where the number of steps is given and not the time
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
-SEEN = 120_000  # images, repeated ones too, that a network is to see: a wider one that sees fewer draws worse (log: widths)
+SEEN = 120_000  # images, repeated ones too, that a network is to see: few seen images cost more than few channels (log)
+HEAD = 32  # channels of an attention head, or the largest divisor of the width that divides this
 FEW = 5000  # images: a network sees each of them many times
 GUIDANCE = ((1e6, 2.5), (math.inf, 1.5))  # by the images seen, up to so many: what knows little follows its classes loosely
 LEAST = 8  # pixels, of the smallest images there can be
@@ -57,10 +58,13 @@ def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
     side, given = min(facts.height, facts.width), now.get("image_size")
     most = (32 if facts.seconds and facts.seconds < 1800 else 64) if not facts.cuda else 128 if facts.seconds < 86400 else 256
     fits = side if side <= most and side % 4 == 0 else max(LEAST, min(most, 1 << (side.bit_length() - 1)))
-    of = f"{'all' if facts.alike else 'most'} of the {facts.images:,} images have {facts.height}x{facts.width} pixels"
     if given:
         return Choice({"image_channels": facts.channels}, "as the images")
-    why = of if fits == side == max(facts.height, facts.width) else f"{of}, and this time is for {most} at most"
+    why = f"{'all' if facts.alike else 'many'} of the {facts.images:,} images have {facts.height}x{facts.width} pixels"
+    if side > most:
+        why += f", and {most} at most suit this time and device"
+    elif fits != max(facts.height, facts.width):
+        why += ", of which the middle square is taken" + f", at {fits}" * (fits != side)
     return Choice({"image_size": str(fits), "image_channels": facts.channels}, why)
 
 
@@ -85,15 +89,14 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     grid = side // patch
     levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
     shape: dict[str, Any] = dict(
-        unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]), attention_resolutions="8",
-        num_head_channels=32,
+        unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]),
+        attention_resolutions=next((str(s) for s in (grid >> k for k in range(levels)) if s <= 8), ""), num_head_channels=HEAD,
     )  # fmt: skip
-    attended = [s for s in (grid >> k for k in range(levels)) if s <= 8]
-    shape["attention_resolutions"] = str(attended[0]) if attended else ""
     unit = facts.cost({**now, **shape, "num_channels": 64}) / 64**2  # the cost of a network goes as the square of its width
     able = [n for n in WIDTHS if facts.gflops * facts.seconds / (unit * n**2) >= SEEN]
     widest = max(able, default=WIDTHS[0]) if facts.seconds else OF_STEPS
     shape["num_channels"] = now.get("num_channels", widest)
+    shape["num_head_channels"] = math.gcd(HEAD, shape["num_channels"])
     pace = facts.gflops / (unit * shape["num_channels"] ** 2)
     batch = now.get("batch_size", next(n for images, n in BATCHES if pace * facts.seconds < images))
     images = now.get("images") or now.get("steps", 0) * batch or pace * facts.seconds

@@ -65,13 +65,14 @@ def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str,
         if not images:
             raise UserError(f"none of {many(len(_few(count)), 'image')} looked at is readable; the first problem: {broken}")
     arrays = [_array(image) for image in images]
+    raw = own is not None and not isinstance(images[0], Image.Image)  # arrays, which are taken as they are
     (size, how_many), *_ = Counter(a.shape[:2] for a in arrays).most_common(1)
     if how_many < len(arrays):  # of various sizes the middle one, by its shorter side
         size = sorted((a.shape[:2] for a in arrays), key=min)[len(arrays) // 2]
     per_class = np.bincount(labels)[np.unique(labels)] if labels is not None and len(labels) else np.zeros(0, int)
     return dict(
         images=count, height=size[0], width=size[1], alike=how_many == len(arrays),
-        channels=1 if all(_grey(a) for a in arrays) else 3, classes=len(per_class),
+        channels=_depth(arrays[0]) if raw else 1 if all(map(_grey, arrays)) else 3, classes=len(per_class),
         smallest=int(per_class.min()) if len(per_class) else 0,
     )  # fmt: skip
 
@@ -89,8 +90,12 @@ def _array(image: Any) -> np.ndarray:
     return array.transpose(1, 2, 0) if array.dtype.kind == "f" and array.ndim == 3 else array
 
 
+def _depth(image: np.ndarray) -> int:
+    return 1 if image.ndim == 2 else image.shape[2]
+
+
 def _grey(image: np.ndarray) -> bool:
-    return image.ndim == 2 or image.shape[2] == 1 or bool((image[..., :1] == image[..., :3]).all())
+    return _depth(image) == 1 or bool((image[..., :1] == image[..., :3]).all())
 
 
 def _cost(settings: Mapping[str, Any]) -> float:

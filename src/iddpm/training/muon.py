@@ -46,7 +46,7 @@ class Muon(torch.optim.AdamW):
             momenta = torch.stack([m.reshape(rows, columns) for m in kept]).lerp_(grads, 1 - self.momentum)
             for m, new in zip(kept, momenta):
                 m.copy_(new.view_as(m))
-            updates = orthogonal(grads.lerp_(momenta, self.momentum).to(self.dtype)).float() * (RMS * max(rows, columns) ** 0.5)
+            updates = orthogonal(grads.lerp_(momenta, self.momentum), self.dtype) * (RMS * max(rows, columns) ** 0.5)
             for p, update in zip(same, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"])
         return super().step(closure)
@@ -58,12 +58,12 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """About U V^T of each of (n, rows, columns) = U S V^T: singular values between 0.7 and 1.2."""
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T of each of (n, rows, columns) = U S V^T: singular values between 0.7 and 1.2; worked out in `dtype`."""
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     a, b, c = QUINTIC
-    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    x = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)  # first the norm: fp16 has no small gradients
     for _ in range(ROUNDS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if wide is matrices else x.mT
+    return (x if wide is matrices else x.mT).to(matrices.dtype)

@@ -204,10 +204,9 @@ def optimizer(config: Config, net: nn.Module, params: Mapping[str, Tensor]) -> t
         return torch.optim.AdamW(params.values(), **own)
     if settings.shard:
         raise UserError("--optimizer muon needs whole matrices, which --shard divides: leave one of them out")
-    ends = {id(p) for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    ends |= {id(m.weight) for m in (convs[0], convs[-1])}
-    matrices = {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends}
+    first = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)][:1]
+    ends = {id(p) for p in (*first, *(m.weight for m in net.modules() if isinstance(m, nn.Embedding)))}
+    matrices = {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends and not name.startswith("out.")}
     return Muon(params, matrices, dtype=build.DTYPES[settings.precision] or torch.float32, **own)
 
 
