@@ -88,6 +88,12 @@ def test_names_in_another_encoding_are_printed_and_kept(run, tmp_path):
     assert b"caf\xe9/\xe91.png" in (tmp_path / "q.csv").read_bytes()
 
 
+@pytest.mark.parametrize("out", ["/", "..", ""])
+def test_a_data_set_needs_a_folder_with_a_name(out, capsys):
+    assert main(["data", "digits", out]) == 2
+    assert "has no name: give a new folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("std::bad_alloc")]
 )

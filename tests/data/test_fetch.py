@@ -306,6 +306,12 @@ def test_emoji_are_fetched_written_and_left_alone(npm: Path, tmp_path: Path) -> 
     assert not (tmp_path / "other").exists()
 
 
+def test_an_npm_that_names_no_archive_is_told_of(npm: Path, tmp_path: Path) -> None:
+    npm.write_text("#!/bin/sh\n")
+    with pytest.raises(UserError, match="npm tells no archive"):
+        emoji(tmp_path / "emoji")
+
+
 def test_another_archive_than_the_published_one_is_refused(npm: Path, tmp_path: Path) -> None:
     pack(tmp_path / "pictures.tgz", {"package/assets/1f431.webp": webp((1, 2, 3, 255))})
     with pytest.raises(UserError, match="differs from what was published"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iddpm import build
@@ -307,6 +308,8 @@ def test_old_folders_with_everything_side_by_side_are_read(diffusers, tmp_path):
         (dict(add_attention=False), {}, "add_attention False"),
         ({}, dict(beta_schedule="scaled_linear"), "'scaled_linear'"),
         ({}, dict(beta_end=0.03), "no noise schedule"),
+        ({}, dict(trained_betas=[0.1, 0.2]), "2 betas for 1000 steps"),
+        ({}, dict(trained_betas=[2.0] * 1000), "not above 0 and at most 1"),
     ],
 )
 def test_what_iddpm_cannot_compute_is_refused_by_its_name(diffusers, tmp_path, capsys, network, scheduler, named):
@@ -325,6 +328,21 @@ def test_a_config_of_other_types_is_refused_in_one_line(diffusers, tmp_path, cap
     config.write_text(json.dumps(json.loads(config.read_text()) | damage))
     assert main(["import", str(tmp_path / "f"), "--run", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_of_another_shape_or_number_are_named(diffusers, tmp_path, capsys):
+    folder_of(diffusers, tmp_path / "f", *FOLDERS["flow"])
+    path = tmp_path / "f" / "unet" / "diffusion_pytorch_model.safetensors"
+    good, line = load_file(path), ["import", str(tmp_path / "f"), "--run", str(tmp_path / "run")]
+    scalar = good | {"time_embedding.linear_1.weight": torch.tensor(1.0)}
+    for tensors in (
+        scalar,
+        {n: t for n, t in good.items() if "time_embedding" not in n},
+        good | {"time_embedding.x": torch.ones(1)},
+    ):
+        save_file(tensors, path)
+        assert main(line) == 2
+        assert "not those of its config.json, as time_embedding." in capsys.readouterr().err
 
 
 def test_a_folder_with_a_pickle_of_objects_or_without_weights_is_refused(diffusers, tmp_path, capsys):

@@ -70,6 +70,12 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_of_consistency_is_refused(tmp_path):
+    _, weights = made(objective="consistency", **EDM)
+    with pytest.raises(UserError, match="--to onnx"):
+        onnx.exported(weights, tmp_path)
+
+
 EDM = dict(noise_schedule="ve", parametrization="edm", image_channels=3)
 
 

@@ -39,7 +39,7 @@ GOOD = {
     "skipped": np.zeros(100), **{f"loss_q{q}": noisy(falling(to)) for q, to in enumerate((0.2, 0.1, 0.06, 0.04))},
 }  # fmt: skip
 IMAGES = NOISE.integers(80, 120, (64, 8, 8, 3), np.uint8)
-SEEN = Seen(5000, "folder", {"cat": 2000, "dog": 3000}, IMAGES, [0] * 64, ("cat", "dog"), 5000, 0)
+SEEN = Seen(5000, "folder", {"cat": 2400, "dog": 2600}, IMAGES, [0] * 64, ("cat", "dog"), 5000, 0)
 
 
 def figure(name: str, value: float, **conditions: object) -> dict[str, object]:
@@ -97,7 +97,7 @@ FAULTS = {  # the rule, what is made wrong of the good run, and a part of the ev
     "number of images": (dict(seen=SEEN._replace(n=200, counts={"cat": 100, "dog": 100})), "each seen 500 times", "--init_from"),
     "balance of classes": (dict(seen=SEEN._replace(counts={"cat": 90, "dog": 4910})), "90 of cat, 4,910 of dog", "more images"),
     "noise levels": (dict(log={"loss_q3": noisy(kinked(0.02, 0.05))}), "0.02", "--schedule_sampler"),
-    "averages": (dict(ema_rate="0.9999", ema_warmup=False), "37% of it is the untrained network", "--ema_rate 0.999 "),
+    "averages": (dict(ema_rate="0.9999", ema_warmup=False), "37% of it will be the untrained network", "--ema_rate 0.999 "),
     "steps of the solver": (
         dict(figures=[figure("KD-lite0-128", 0.3, sampling_steps="10", steps=10), FIGURES[1]], sampling_steps="10"),
         "0.3 in 10 steps, 0.05 in 250", "--sampling_steps 250",
@@ -129,6 +129,17 @@ def test_colours_that_are_off_are_found_in_the_pixels_of_the_sheet(tmp_path):
     assert "no picture" not in diagnose(a_run(tmp_path / "step_00010000.png"), SEEN).unknown["colours"]
     Image.new("RGB", (10, 10)).save(tmp_path / "step_00010000.png")
     assert "is no sheet" in diagnose(a_run(tmp_path / "step_00010000.png"), SEEN).unknown["colours"]
+
+
+def test_colours_of_unequal_classes_are_not_judged(sheet):
+    said = diagnose(a_run(sheet), SEEN._replace(counts={"cat": 2000, "dog": 3000}))
+    assert said.findings == {}
+    assert "as many images of each class" in said.unknown["colours"]
+
+
+def test_an_average_is_judged_by_the_length_that_the_run_will_have(sheet):
+    run = a_run(sheet, ema_rate="0.99975")
+    assert diagnose(replace(run, rows=run.rows[:20]), SEEN).findings == {}  # 61 % of it at this step, 8 % at the end
 
 
 def more(rule: str, sheet: Path, **made: object) -> str:

@@ -109,11 +109,27 @@ def test_several_runs_are_compared_by_their_differences_and_outcomes(tmp_path, c
     table = tmp_path / "t.csv"
     found = page(*runs, table=table)
     head, *body = csv.reader(table.read_text().splitlines())
-    assert head == ["run", "lr", "step", "images", "hours", "loss"]
+    assert head == ["run", "lr", "step", "images seen", "hours", "loss"]
     assert [(row[0], float(row[1]), int(row[2])) for row in body] == [(name, lr, 30) for name, lr in rates.items()]
     assert float(body[0][5]) == pytest.approx(np.mean([1 / 28, 1 / 29, 1 / 30]))
     assert [line["label"] for line in found.data["charts"][0]["lines"]] == list(rates)
     assert "3 runs compared" in found.text
+
+
+def test_figures_measured_in_other_ways_do_not_share_a_column(tmp_path, config):
+    one = dict(name="KD-lite0-128", value=0.25, n=256, reference=config.data.path, solver="ddim", steps=10)
+    others = [
+        one | {"steps": 50, "value": 0.125},
+        one | {"ema_rate": 0, "value": 0.5},
+        one | {"reference": "cats", "value": 0.75},
+    ]
+    table = tmp_path / "t.csv"
+    page(made(tmp_path / "a", config, rows(2), metrics_json=json.dumps({"figures": [one, *others]})),
+         made(tmp_path / "b", config, rows(2)), table=table)  # fmt: skip
+    (found, _) = csv.DictReader(table.read_text().splitlines())
+    usual = "KD-lite0-128, n 256, solver ddim, steps"
+    columns = [f"{usual} 10", f"{usual} 50", f"{usual} 10, raw weights", f"{usual} 10, against cats"]
+    assert [float(found[name]) for name in columns] == [0.25, 0.125, 0.5, 0.75]
 
 
 # ---- whatever the files hold
@@ -145,6 +161,23 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path, config):
     assert HOSTILE.replace("\x07", "�") in found.text
     nul = made(tmp_path / "c", config.updated(dict(path="a\0b", asked="[1]", validation="c")), rows(20))
     assert "Not shown:" in page(nul).text
+
+
+def test_a_run_whose_page_cannot_be_made_is_named_and_the_rest_is_shown(tmp_path, config, monkeypatch):
+    runs = [made(tmp_path / name, config, rows(3)) for name in "abc"]
+    real = report.page
+
+    def unforeseen(of, *faults):
+        if "b" in (run.name for run in of):
+            raise ZeroDivisionError("of b")
+        return real(of, *faults)
+
+    monkeypatch.setattr(report, "page", unforeseen)
+    found = page(*runs)
+    assert "2 runs compared" in found.text
+    assert f"{tmp_path / 'b'} is left out: of b" in found.text
+    with pytest.raises(ZeroDivisionError):
+        report.write([tmp_path / "b"], tmp_path / "x.html")
 
 
 def test_a_damaged_run_among_good_ones_is_named_and_the_rest_is_shown(tmp_path, config):

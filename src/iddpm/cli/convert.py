@@ -39,7 +39,9 @@ def _import_parser(parser: Parser) -> None:
 
 
 def _import(file: str, run: str, published: str, classes: str, alone: bool, **given: Any) -> None:
-    path, folder = Path(file), Path(run or f"runs/{Path(file).stem}")
+    from iddpm.store.remote import place
+
+    path, folder = Path(file), place(run or f"runs/{Path(file).stem}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
     if path.is_dir() and (published or alone):
@@ -98,10 +100,11 @@ def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int |
     from iddpm.interop.diffusers import write
     from iddpm.interop.openai.formats import convert
     from iddpm.sampling.open import beside
+    from iddpm.store.remote import place
     from iddpm.store.weights import read_weights
 
-    weights = read_weights(Path(run), checkpoint_step if checkpoint_step >= 0 else None)
-    folder = Path(out) if out else beside(weights.path) / to
+    weights = read_weights(place(run), checkpoint_step if checkpoint_step >= 0 else None)
+    folder = place(out) if out else beside(weights.path) / to
     if to != "openai" and folder.is_dir() and any(folder.iterdir()):  # what lies there may be replaced if it is ours alone
         card = folder / "README.md"
         if not card.is_file() or "iddpm" not in card.read_text(errors="replace"):

@@ -23,6 +23,8 @@ def _data(name: str, out: str, source: str) -> None:
         raise UserError(f"data {name!r} is not one of: {', '.join(DATASETS)}")
     if source and name != "cifar10":
         raise UserError(f"--source has no effect with {name}")
+    if Path(out).name in ("", ".."):
+        raise UserError(f"{out!r} has no name: give a new folder, as data/{name}")
     print(DATASETS[name](Path(out), Path(source)) if source else DATASETS[name](Path(out)))
     print(f"next: iddpm train {out}/train {NEXT[name]}")
 

@@ -195,6 +195,8 @@ def npm_pack(package: str, folder: Path, sha256: str = "") -> Path:
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=1800, text=True)
     except (subprocess.SubprocessError, OSError) as error:
         raise UserError(f"npm cannot fetch {package} ({error}): check the network, and npm's registry") from error
+    if not done.stdout.split():
+        raise UserError(f"npm tells no archive of {package}: check npm, and its registry")
     path = folder / done.stdout.split()[-1]
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{package} differs from what was published: check npm's registry, and try again")

@@ -17,12 +17,12 @@ def card(weights: Weights, library: str, use: str) -> str:
     lines = [
         "---",
         f"library_name: {library}",
-        f"tags: [{'class-conditional' if m.class_cond else 'unconditional'}-image-generation, diffusion]",
+        *([f"tags: [{'class-conditional' if m.class_cond else 'unconditional'}-image-generation, diffusion]"] * c.task.draws),
         "---",
         "",
         f"# {beside(weights.path).name}",
         "",
-        f"A diffusion model of images of {width} x {height} pixels with {m.image_channels} channels{classes}, made by iddpm "
+        f"{c.task.help.capitalize()}: {width} x {height} pixels, {m.image_channels} channels{classes}, made by iddpm "
         f"{about.get('iddpm', iddpm.__version__)}.",
         "",
         "| | |",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm import build
+from iddpm import build, fit
 from iddpm.config import Config, given_shape, image_size
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
@@ -58,6 +58,7 @@ def exported(weights: Weights, folder: Path) -> list[str]:
     except ImportError as e:
         raise UserError(f"--to onnx needs {e.name}: pip install 'iddpm[export]'") from None
     config = weights.config
+    fit.require_density(config, "--to onnx")
     graph = traced(network(weights), inputs(config, 2))
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     net = restore(weights, torch.device("cpu"))

@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from iddpm.look.runs import Run, number
+from iddpm.look.runs import Row, Run, number
 
 OF_A_RUN = ("asked", "identity", "rule", "found", "num_classes", "eval_reference")  # which say nothing of the recipe
 Cells = dict[str, Any]
@@ -23,7 +23,7 @@ def differences(runs: Sequence[Run]) -> list[Cells]:
 
 def outcomes(run: Run) -> Cells:
     """How far a run came: steps, images, hours, its last losses and figures."""
-    found: Cells = {"step": run.step, "images": run.images}
+    found: Cells = {"step": run.step, "images seen": run.images}
     if run.step:
         found["hours"] = float(run.hours(np.array([run.step]))[0])
     for name, what in (("loss", "loss"), ("val_loss", "held-out loss")):
@@ -31,8 +31,19 @@ def outcomes(run: Run) -> Cells:
             found[what] = float(values[-max(1, len(values) // 10) :].mean())
     for row in run.figures:
         if number(row.get("value")):
-            found[f"{row['name']}, n {row.get('n')}"] = row["value"]
+            found[", ".join((row["name"], f"n {row.get('n')}", *_way(run, row)))] = row["value"]
     return found
+
+
+def _way(run: Run, row: Row) -> Iterator[str]:
+    """How a figure was measured, so that no two of them share a place."""
+    for name in ("solver", "steps", "guidance", "reference_n"):
+        if row.get(name) is not None:
+            yield f"{name.replace('_n', '')} {row[name]}"
+    if row.get("ema_rate") == 0:
+        yield "raw weights"
+    if row.get("reference") not in (None, run.config.data.path):
+        yield f"against {row['reference']}"
 
 
 def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:

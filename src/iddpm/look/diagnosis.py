@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iddpm import build
-from iddpm.config import ema_rates
+from iddpm.config import ema_rates, is_chain
 from iddpm.errors import reason
 from iddpm.look import pictures
 from iddpm.look.dataset import Seen
@@ -119,6 +119,8 @@ def chain_end(run: Run, seen: Seen | None) -> Found:
         return None
     numbers = f"{left:.1%} of the amplitude is the image's at the last step; below 5 % does no harm"
     change = "--zero_terminal_snr True --parametrization v, or --snr_shift 2, in a new run"
+    if not is_chain(run.config.diffusion):
+        change = "a larger --snr_shift, or --sigma_max where the schedule has it, in a new run"
     return Finding("The noisiest step still shows the image, though drawing begins with pure noise.", numbers, change)
 
 
@@ -173,7 +175,8 @@ def copies(run: Run, seen: Seen | None) -> Found:
     own = run.config.data.path
     rows = [r for r in run.figures if r["name"] == COPIES and number(r.get("value")) and same_place(r.get("reference"), own)]
     if not rows:
-        return f"not measured: iddpm evaluate {run.path} --reference {own}"
+        measures = run.config.task.draws
+        return f"not measured: iddpm evaluate {run.path} --reference {own}" if measures else "copies are looked for in images"
     share = rows[-1]["value"]
     if share < 0.03 + SURE * uncertainty(rows[-1]):
         return None
@@ -224,6 +227,9 @@ def colours(run: Run, seen: Seen | None) -> Found:
     if not seen:
         return NO_IMAGES
     step, path = run.sheets[-1]
+    shares = [n for n in seen.counts.values() if n]
+    if run.config.model.class_cond and shares and max(shares) > 1.2 * min(shares):
+        return "the sheet has as many images of each class, the data have not"
     drawn = cells(pictures.read(path), run.config)
     if drawn is None:
         return f"{path.name} is no sheet of this run's samples"
@@ -238,7 +244,7 @@ def colours(run: Run, seen: Seen | None) -> Found:
         f"mean {name[k]} {ours.mean(0)[k]:.0f} of 255 at step {step:,}, {real.mean(0)[k]:.0f} +- {sure[k]:.1f} of the images"
     )
     says = "The colours of samples are off." if bands == 3 else f"Samples are too {'bright' if off[k] > 0 else 'dark'}."
-    return Finding(says, numbers, "more --steps; where that does not help, --zero_terminal_snr True in a new run")
+    return Finding(says, numbers, "more --steps, or --time")
 
 
 def quartiles(run: Run, seen: Seen | None) -> Found:
@@ -246,7 +252,8 @@ def quartiles(run: Run, seen: Seen | None) -> Found:
     loss, *parts = (run.column(loss_of(run) + end)[1] for end in ("", "_q0", "_q1", "_q2", "_q3"))
     if why := few(min((loss, *parts), key=len)):
         return why
-    change = "--schedule_sampler loss-second-moment, or another --weighting, in a new run"
+    other = "" if run.config.task.classifies else ", or another --weighting"
+    change = f"--schedule_sampler loss-second-moment{other}, in a new run"
     early, late = zip(*((x[len(x) // 4 : len(x) // 2], x[-len(x) // 4 :]) for x in (loss, *parts)))
     if middle(late[0]) < middle(early[0]):
         for before, now, where in zip(early[1:], late[1:], QUARTERS):
@@ -268,16 +275,17 @@ def averages(run: Run, seen: Seen | None) -> Found:
     for better, worse in pairs(run, "ema_rate"):
         if better["ema_rate"] == 0 and worse["value"] - better["value"] > SURE * uncertainty(better, worse):
             numbers = f"{better['name']} {better['value']:.4g} raw, {worse['value']:.4g} averaged"
-            change = "a smaller --ema_rate, or --ema_power 0.05,0.10 and iddpm ema"
+            change = "a smaller --ema_rate, or --ema_power 0.05,0.10 and iddpm ema, in a new run"
             return Finding("The raw weights draw better than their average.", numbers, change)
-    start, span = kept**run.step, 1 / (1 - kept)
-    if start > 0.02 and not run.config.train.ema_warmup:
-        numbers = f"{start:.0%} of it is the untrained network: it spans {span:,.0f} steps, the run has {run.step:,}"
-        change = f"--ema_rate {_rate(run.step / 10)} in a new run, or --ema_warmup True"
+    length = max(run.step, run.end)
+    start, span = kept**length, 1 / (1 - kept)
+    if start > 0.02 and not (run.config.train.ema_warmup or run.config.train.init_from):
+        numbers = f"{start:.0%} of it will be the untrained network: it spans {span:,.0f} steps, the run {length:,}"
+        change = f"--ema_rate {_rate(length / 10)} in a new run, or --ema_warmup True"
         return Finding("The average of the weights is too long for this run.", numbers, change)
-    if span < 0.002 * run.step:
-        numbers = f"it spans {span:,.0f} of {run.step:,} steps, where a hundredth to a tenth is usual"
-        change = f"--ema_rate {_rate(run.step / 50)} in a new run"
+    if span < 0.002 * length:
+        numbers = f"it spans {span:,.0f} of {length:,} steps, where a hundredth to a tenth is usual"
+        change = f"--ema_rate {_rate(length / 50)} in a new run"
         return Finding("The average of the weights is too short for this run.", numbers, change)
     return None
 
@@ -299,7 +307,11 @@ def solver(run: Run, seen: Seen | None) -> Found:
             numbers = f"{better['name']} {worse['value']:.4g} in {less} steps, {better['value']:.4g} in {more}"
             change = f"--sampling_steps {better['sampling_steps']}, or another --solver"
             return Finding("The solver takes too few steps.", numbers, change)
-    return None if found else f"one number of steps was measured: iddpm evaluate {run.path} --sampling_steps 10, and 50"
+    if found:
+        return None
+    if not run.config.task.draws:
+        return "its images are not measured by themselves"
+    return f"one number of steps was measured: iddpm evaluate {run.path} --reference DATA --sampling_steps 10, and 50"
 
 
 # ---- what costs time

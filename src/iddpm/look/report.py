@@ -33,10 +33,29 @@ def write(paths: Sequence[Path], out: Path, table: Path | None = None) -> list[s
     if not runs:
         raise UserError(faults[0].replace(" is left out:", ":") if faults else "which run? iddpm report RUN")
     runs = _told_apart(runs)
-    write_file(out, page(runs, faults))
+    try:
+        text = page(runs, faults)
+    except Exception:  # of one among several: the others are shown
+        if len(runs) == 1:
+            raise
+        runs = [run for run in runs if _can_be_shown(run, faults)]
+        if not runs:
+            raise
+        text = page(runs, faults)
+    write_file(out, text)
     if table:
         write_file(table, comparison.as_csv(runs))
     return faults
+
+
+def _can_be_shown(run: Run, faults: list[str]) -> bool:
+    """Whether a page of a run alone can be made; where not, the fault joins the others."""
+    try:
+        page([run])
+    except Exception as e:
+        faults.append(f"{run.path} is left out: {reason(e)}")
+        return False
+    return True
 
 
 def keep(run: Path) -> None:

@@ -128,11 +128,12 @@ def read(folder: Path) -> tuple[Path, dict[str, Tensor], Config]:
     if {m.num_groups for m in net.modules() if isinstance(m, GroupNorm)} != {groups, of_middle}:
         raise UserError(f"{at}: group norm in {groups} groups, {of_middle} in the middle: iddpm has gcd(32, channels) everywhere")
     config = _time(config, net, theirs, tensors, at)
-    weights, wanted = to_ours(tensors, net), {name: t.shape for name, t in net.state_dict().items()}
-    left = set(tensors) ^ set(to_theirs(weights, net))
-    wrong = [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]
-    if left or wrong:
-        raise UserError(f"{at.parent}: its weights are not those of its config.json, as {min([*left, *wrong])}")
+    wanted = {name: t.shape for name, t in net.state_dict().items()}
+    expected = to_theirs({name: torch.empty(shape, device="meta") for name, shape in wanted.items()}, net)
+    wrong = {name for name in tensors.keys() | expected.keys() if _shape(tensors, name) != _shape(expected, name)}
+    if wrong:
+        raise UserError(f"{at.parent}: its weights are not those of its config.json, as {min(wrong)}")
+    weights = to_ours(tensors, net)
     if not theirs["flip_sin_to_cos"]:  # sines first: the layer that reads them has its columns in that order
         half = net.num_channels // 2
         weights["time_embed.0.weight"] = weights["time_embed.0.weight"].roll(half, dims=1)
@@ -202,6 +203,10 @@ def _network(theirs: Mapping[str, Any], at: Path) -> dict[str, Any]:
     return fields if own == dict(norm_eps=1e-5, freq_shift=0, pad_after=False) else fields | own | dict(network="unet_ddpm")
 
 
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
 def _time(config: Config, net: UNet, theirs: Mapping[str, Any], tensors: dict[str, Tensor], at: Path) -> Config:
     """The config with the times that the network is told; a table of them is taken out of the tensors."""
     if theirs["time_embedding_type"] != "learned":
@@ -257,6 +262,8 @@ def _schedule(s: SchedulerFile, steps: int, at: Path) -> dict[str, Any]:
         raise UserError(f"{at}: beta_schedule {kind!r}: iddpm has linear and squaredcos_cap_v2 (cosine)")
     ends = s.get("beta_start", 1e-4), s.get("beta_end", 0.02)
     betas = torch.tensor(s["trained_betas"]) if s.get("trained_betas") is not None else torch.linspace(*ends, steps)
+    if len(betas) != steps or not bool(((betas > 0) & (betas <= 1)).all()):
+        raise UserError(f"{at}: {len(betas)} betas for {steps} steps, or some that are not above 0 and at most 1")
     theirs = (1 - betas.double()).cumprod(0)
     for name, stretched in product(("linear", "cosine"), (False, True)):
         first = _alphas(noise_schedule=name, diffusion_steps=steps)[0] ** 2
