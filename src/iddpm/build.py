@@ -50,6 +50,7 @@ def network(config: Config) -> nn.Module:
         given=(given_shape(m) or (0,))[0],
         small_level=m.low_res_noise > 0,
         scale=m.trained_guidance > 0,
+        augment=m.augment > 0,
     )
     made = make("network", m.network, config.numbers())
     try:

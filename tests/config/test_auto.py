@@ -58,6 +58,13 @@ def test_a_flag_wins_and_what_follows_from_it_is_chosen_anew():
     assert wider["lr"] < recipe(facts(600, **CIFAR), {})[0]["lr"]
 
 
+def test_few_images_seen_often_are_changed_and_the_network_is_told():
+    short, long = (recipe(facts(seconds, **DIGITS), {})[0] for seconds in (5, 86400))
+    assert "augment" not in short and (long["augment"], long["dropout"]) == (0.12, 0.1)
+    assert not {"augment", "dropout"} & recipe(facts(3600, **CIFAR), {})[0].keys()
+    assert "augment" not in recipe(facts(86400, **DIGITS), {"task": "enlarge", "small_size": "4"})[0]
+
+
 def test_each_choice_is_told_with_its_reason():
     found, lines = recipe(facts(**CIFAR), {})
     told = " ".join(lines)

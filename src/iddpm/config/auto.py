@@ -19,10 +19,12 @@ WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
 SEEN = 120_000  # images, repeated ones too, that a network is to see: few seen images cost more than few channels (log)
 HEAD = 32  # channels of an attention head, or the largest divisor of the width that divides this
 FEW = 5000  # images: a network sees each of them many times
+OFTEN = 200  # times that each image is seen, beyond which a network knows it by heart; EDM's own sees each 4000 times
 GUIDANCE = ((1e6, 2.5), (math.inf, 1.5))  # by the images seen, up to so many: what knows little follows its classes loosely
 LEAST = 8  # pixels, of the smallest images there can be
 LEAST_OF_CLASS = 10  # images, or its class is not learned
 CLASSES = 1000  # at most
+EXPECTED = ((66, 0.5), (166, 0.29))  # 10^12 operations of training on CIFAR-10, and the KD-lite0-128 that came of them (log)
 DAYS = 3.0  # of a run, beyond which it is told at once
 
 
@@ -99,11 +101,16 @@ def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     shape["num_head_channels"] = math.gcd(HEAD, shape["num_channels"])
     pace = facts.gflops / (unit * shape["num_channels"] ** 2)
     batch = now.get("batch_size", next(n for images, n in BATCHES if pace * facts.seconds < images))
-    images = now.get("images") or now.get("steps", 0) * batch or pace * facts.seconds
+    images = _seen(facts, {**now, "batch_size": batch}, pace)
     told = f"about {pace:,.2g} images/s here, {images:,.0f} in all"
     if now.get("class_dropout"):
         shape["guidance"] = next(w for most, w in GUIDANCE if images < most)
     return Choice({**shape, "batch_size": batch}, told + too_long(0 if facts.seconds else images / pace))
+
+
+def _seen(facts: Facts, now: Mapping[str, Any], pace: float) -> float:
+    """Images that a run sees, at so many a second where its time is given."""
+    return now.get("images") or now.get("steps", 0) * now["batch_size"] or pace * facts.seconds
 
 
 def too_long(seconds: float) -> str:
@@ -135,8 +142,13 @@ def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
 def small(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """What keeps a network from learning few images by heart."""
     made: dict[str, Any] = {"random_flip": facts.channels == 3 and not _task(now).translates}
-    if facts.images < FEW:
-        return Choice({**made, "dropout": 0.1}, f"{facts.images:,} images are seen many times (--random_flip False for writing)")
+    times = _seen(facts, now, facts.gflops / facts.cost(now)) / facts.images
+    if facts.images < FEW or times > OFTEN:
+        made["dropout"] = 0.1
+        if times > OFTEN and _task(now).draws:
+            made["augment"] = 0.12
+        writing = "; --random_flip False for writing" * made["random_flip"]
+        return Choice(made, f"{facts.images:,} images are each seen {times:,.0f} times{writing}")
     return Choice(made, "twice the images (--random_flip False where left and right differ, as in writing)")
 
 
@@ -150,6 +162,14 @@ RULES: tuple[Callable[[Facts, Mapping[str, Any]], Choice], ...] = (
 )  # fmt: skip
 
 
+def expected(facts: Facts, now: Mapping[str, Any]) -> str:
+    """What is known of runs with about as many operations, so that a user knows what to hope for."""
+    cost = facts.cost(now)
+    work = _seen(facts, now, facts.gflops / cost) * cost / 1e3
+    known = ", ".join(f"{kd:.2f} after {done}" for done, kd in EXPECTED)
+    return f"to expect: this run has {work:,.2g} TFLOP; CIFAR-10, 32 pixels, came to KD-lite0-128 {known} (real images: 0.00)"
+
+
 def recipe(facts: Facts, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings chosen beside those given, and a line a rule."""
     chosen: dict[str, Any] = {}
@@ -160,4 +180,4 @@ def recipe(facts: Facts, given: Mapping[str, Any]) -> tuple[dict[str, Any], list
         chosen |= own
         if own:
             lines.append(" ".join(f"--{name} {value}" for name, value in own.items()) + f"  ({why})" * bool(why))
-    return chosen, lines
+    return chosen, lines + [expected(facts, {**chosen, **given})] * _task(given).draws

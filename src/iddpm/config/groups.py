@@ -61,6 +61,10 @@ class Model:
         0.0, "teach the network guidance up to this scale: --guidance then costs no second call; a step of training costs twice",
         0, 100, only="class_dropout",
     )  # fmt: skip
+    augment: float = _fixed(
+        0.0, "chance of each of six changes to an image (turned, stretched ...), told to the network; 0.12 suits few images",
+        0, 1, only="network=unet task=images",
+    )  # fmt: skip
     num_classes: int = _fixed(0, "classes the network knows", 0, 10**7, flag=False)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from iddpm import rng
 from iddpm.config import Config, given_shape, image_size
 from iddpm.data import DataSet, Dataset, Images, Order, Own
+from iddpm.data.augment import augmented
 from iddpm.data.given import shown
 from iddpm.errors import UserError
 from iddpm.parallel import processes
@@ -88,6 +89,11 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
     if config.data.random_flip:
         flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
         pixels[flip] = pixels[flip].flip(-1)
+    told = []
+    if train and config.model.augment:
+        made = (augmented(x, config.model.augment, rng.stream(t.seed, rng.AUGMENT, step, k)) for x, k in zip(pixels, mine))
+        changed, told = zip(*made)
+        pixels = torch.stack(changed)
     x0, given = shown(config, pixels)
     eps = rng.normal(t.seed, rng.NOISE, step, mine, x0.shape[1:])
     for k in range(1, t.noise_candidates):  # candidate k of image i of n is stream k n + i
@@ -95,6 +101,8 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
         nearer = (other - x0).square().flatten(1).sum(1) < (eps - x0).square().flatten(1).sum(1)
         eps[nearer] = other[nearer]
     cond = conditions(config, data, indices, given, step, mine)
+    if told:
+        cond["augment"] = torch.stack(told)
     m = config.model
     if train and (m.class_dropout or m.given_dropout):
         u = rng.uniform(t.seed, rng.DROP, step, n)[mine.start : mine.stop]  # one for both: guidance is away from neither

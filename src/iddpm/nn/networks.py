@@ -24,6 +24,7 @@ class Asked(NamedTuple):
     given: int = 0  # channels of an image that it is given beside x; 0: it is given none
     small_level: bool = False  # and how much noise is on that
     scale: bool = False  # it is told a scale of guidance
+    augment: bool = False  # it is told how training changed an image
 
 
 SAME = (  # settings that are arguments of the networks, too
@@ -58,7 +59,7 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
     common |= dict(num_classes=asked.classes, num_heads_upsample=settings.num_heads_upsample, sees_scale=asked.scale, patch=patch)
     if not asked.given:
-        return UNet(**common)
+        return UNet(**common, sees_augment=asked.augment)
     return GivenUNet(**common, given_channels=asked.given, sees_noise_level=asked.small_level)
 
 

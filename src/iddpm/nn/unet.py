@@ -73,6 +73,8 @@ def attention_rates(resolutions: Sequence[int], side: int, levels: int) -> tuple
 
 # ---- networks
 
+CHANGES = 9  # numbers that tell how an image was changed, as data/augment.py makes them
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -210,6 +212,7 @@ class UNet(Encoder):
         given_channels: int = 0,
         sees_scale: bool = False,
         patch: int = 1,
+        sees_augment: bool = False,
     ):
         norm, order = use_scale_shift_norm, new_attention_order
         parts = Parts(4 * num_channels, dropout, norm, num_head_channels, order, resblock_updown, conv_resample)
@@ -234,13 +237,17 @@ class UNet(Encoder):
         if sees_scale:
             emb = 4 * num_channels
             self.scale_embed = nn.Sequential(nn.Linear(num_channels, emb), nn.SiLU(), zeroed(nn.Linear(emb, emb)))
+        if sees_augment:
+            self.augment_embed = zeroed(nn.Linear(CHANGES, 4 * num_channels, bias=False))
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None, scale: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None, scale: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,), as trained on, of classes y (B,).
 
-        `scale` (B,) is that of guidance, for a network that sees it; without one it is 1.
+        `scale` (B,) is that of guidance, for a network that sees it; without one it is 1. `augment` (B, 9) tells how training
+        changed each image, for a network made with sees_augment; without it none was changed.
         ValueError where H or W cannot be halved at every level, or y or scale is missing or out of place.
         """
         if self.sees_scale:
@@ -248,6 +255,9 @@ class UNet(Encoder):
             extra = seen if extra is None else extra + seen
         elif scale is not None:
             raise ValueError("scale is for networks made with sees_scale")
+        if augment is not None:
+            changed = self.augment_embed(augment.to(self.dtype))  # b 4n
+            extra = changed if extra is None else extra + changed
         emb, (*skips, h) = self.encode(self._patches(x), t, y, extra)
         for stage in self.output_blocks:
             h = stage(h, emb, skips.pop())  # b c h w

@@ -19,7 +19,7 @@ from iddpm.training.step import method_of, train_step
 from iddpm.words import duration, rate, size
 
 STEPS = 4  # of a trial: the first warms up, and the median of the others counts
-PATIENCE = 8.0  # seconds for them, or they are of one image
+PATIENCE = 8.0  # seconds for them, or they are of fewer images
 
 
 def timed(config: Config, device: torch.device, batches: Iterator[Batch]) -> tuple[TrainState, float]:
@@ -44,6 +44,8 @@ def example(config: Config, images: int, device: str | torch.device = "cpu") -> 
         cond["y"] = torch.zeros(images, dtype=torch.int64, device=device)
     if m.trained_guidance:
         cond["scale"] = torch.ones(images, device=device)
+    if m.augment:
+        cond["augment"] = torch.zeros(images, 9, device=device)
     if shape := given_shape(m):
         cond["given"] = torch.zeros(images, *shape, device=device)
     if m.low_res_noise:
@@ -89,9 +91,11 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
         part = config if images == n else config.updated(dict(batch_size=images, microbatch=-1))
         return timed(part, device, (make_batch(part, data, order, step, step * images) for step in range(count)))
 
-    each = steps_of(processes.world(), 2)[1]  # an image a process: a step of all may take minutes
-    images = n if each * n / processes.world() * STEPS < PATIENCE else processes.world()
-    state, seconds = steps_of(images) if images == n or each * STEPS < PATIENCE else steps_of(images, 2)
+    images = processes.world()  # one each at first, for a step of all may take minutes; then four times as many, and again
+    state, seconds = steps_of(images, 2)
+    while images < n and 4 * seconds * STEPS < PATIENCE:
+        images = min(4 * images, n)
+        state, seconds = steps_of(images)
     seconds *= n / images
     weights, averages = sum(p.numel() for p in state.params.values()), len(state.ema.averages) + len(state.ema.powers)
     say(config.to_json())

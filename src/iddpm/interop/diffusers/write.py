@@ -178,13 +178,14 @@ def exported(weights: Weights, folder: Path, solver: str = "") -> list[str]:
 
     The pipeline draws by `solver`, ancestral or ddim; "": by the run's if it is one of these, else by ddim.
     """
-    config = weights.config.updated({"solver": solver or weights.config.sample.solver, "grid": "respaced"})
+    config = weights.config.updated({"solver": solver or weights.config.sample.solver, "grid": "respaced", "augment": 0.0})
     with torch.device("meta"):
         net = build.network(config)
     require_expressible(config, net)
     assert isinstance(net, UNet)
     unet, by = unet_config(config, net), scheduler(config)
-    tensors = to_theirs(weights.tensors, net)
+    # Of --augment: in drawing a network is told of no change, so the layer that reads them says nothing.
+    tensors = to_theirs({n: t for n, t in weights.tensors.items() if not n.startswith("augment_embed.")}, net)
     if unet["time_embedding_type"] == "learned":
         chain = build.schedule(config)
         assert isinstance(chain, Chain)
