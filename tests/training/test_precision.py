@@ -16,9 +16,17 @@ SMALL = {name: value for name, value in TINY.items() if name != "precision"}
 @pytest.mark.parametrize(("times", "chosen"), [((1.0, 0.5), "bf16"), ((1.0, 0.95), "fp32"), ((0.5, 1.0), "fp32")])
 def test_another_is_taken_where_it_is_faster_by_more_than_a_tenth(monkeypatch, times, chosen):
     monkeypatch.setattr(precision, "measured", lambda config, device, names: dict(zip(names, times)))
+    monkeypatch.setattr(precision, "HOPELESS", float("inf"))  # whatever this machine has
     config, (line,) = precision.settle(Config(), torch.device("cpu"))
     assert config.train.precision == chosen
     assert f"precision: {chosen} " in line and f"bf16 takes {times[1] / times[0]:.2f} of the time" in line
+
+
+def test_what_is_emulated_is_not_timed(monkeypatch):
+    monkeypatch.setattr(precision, "HOPELESS", 0.0)
+    monkeypatch.setattr(precision, "measured", lambda *args: pytest.fail("timed"))
+    config, (line,) = precision.settle(Config(), torch.device("cpu"))
+    assert (config.train.precision, line) == ("fp32", "precision: fp32 (this device has no faster one)")
 
 
 def test_a_precision_that_is_given_is_not_timed(monkeypatch):

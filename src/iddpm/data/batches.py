@@ -89,7 +89,7 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
     if config.data.random_flip:
         flip = rng.uniform(t.seed, rng.FLIP, step, n)[mine.start : mine.stop] < 0.5
         pixels[flip] = pixels[flip].flip(-1)
-    told = []
+    told: tuple[Tensor, ...] = ()
     if train and config.model.augment:
         made = (augmented(x, config.model.augment, rng.stream(t.seed, rng.AUGMENT, step, k)) for x, k in zip(pixels, mine))
         changed, told = zip(*made)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from iddpm import build, rng
 from iddpm.config import Config, auto, image_size, total_steps
@@ -17,6 +18,7 @@ AUTO, EXACT = "auto", "fp32"
 GAIN = 1.1  # how many times as fast as fp32 another must be to be taken: it rounds more
 ROUNDS, SECONDS = 3, 6.0  # of timing, at most
 SLOW = 1.0  # seconds of one image's pass, which is then timed once
+HOPELESS = 5  # times slower than fp32, of one convolution
 SIDE = 64  # pixels of the images it is timed on, at most
 
 
@@ -25,7 +27,7 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
     if config.train.precision != AUTO:
         return config, []
     if not (tried := others(device)):
-        return config.updated({"precision": EXACT}), []
+        return config.updated({"precision": EXACT}), [f"precision: {EXACT} (this device has no faster one)"]
     seconds = measured(config, device, [EXACT, *tried])
     best = min(seconds, key=lambda name: seconds[name] * (1 if name == EXACT else GAIN))
     ratio = seconds[tried[0]] / seconds[EXACT]
@@ -46,7 +48,21 @@ def _runs(name: str, device: torch.device) -> bool:
     """Whether a device computes in a type itself, or says so."""
     if device.type == "cuda":
         return name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return name == "bf16" and device.type == "cpu"
+    return name == "bf16" and device.type == "cpu" and not _emulated(torch.bfloat16)
+
+
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether a CPU has no instruction for a type: a small convolution is many times slower. To time a network would take minutes."""
+    seconds = []
+    for kind in (torch.float32, dtype):
+        x, kernel = torch.ones(4, 64, 16, 16, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
+        runs = []
+        for _ in range(3):
+            began = time.perf_counter()
+            F.conv2d(x, kernel, padding=1)
+            runs.append(time.perf_counter() - began)
+        seconds.append(min(runs))
+    return seconds[1] > HOPELESS * seconds[0]
 
 
 def measured(config: Config, device: torch.device, names: list[str]) -> dict[str, float]:
