@@ -52,7 +52,7 @@ def _runs(name: str, device: torch.device) -> bool:
 
 
 def _emulated(dtype: torch.dtype) -> bool:
-    """Whether a CPU has no instruction for a type: a small convolution is many times slower. To time a network would take minutes."""
+    """Whether a CPU has no instruction for a type: a small convolution is many times slower. A network would take minutes."""
     seconds = []
     for kind in (torch.float32, dtype):
         x, kernel = torch.ones(4, 64, 16, 16, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
