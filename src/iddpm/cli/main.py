@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import iddpm
-from iddpm.cli import convert, data, diagnose, edit, ema, evaluate, nll, original, plan, report, sample, train
+from iddpm.cli import convert, data, diagnose, edit, ema, evaluate, nll, original, plan, report, sample, threads, train
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 
@@ -46,10 +46,7 @@ class Signalled(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, one of `CODES`, after one line on what to mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Before torch: threads that wait for each other spin some 30 us, then sleep. Asleep at once, a step takes a third longer
-        # on an idle machine; spinning on, up to three times as long on a busy one.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    threads.settle()
     if len(argv) == 2 and argv[0] == "help":
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
