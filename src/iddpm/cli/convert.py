@@ -8,6 +8,7 @@ from iddpm.cli.flags import Parser, Verb, listed
 from iddpm.config import Diffusion, Model, Sample, Train
 from iddpm.errors import UserError
 from iddpm.interop.openai.formats.flags import FLAGS, NUM_CLASSES
+from iddpm.saying import say
 
 # ---- import
 
@@ -62,7 +63,7 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     lone = saved.state.get("weights_only")
     averages = [f"average {rate}" for rate in saved.averages]
     content = ", ".join(["weights", *averages, "no optimizer" if lone else f"the optimizer after {saved.step} steps"])
-    print(f"wrote {folder / 'config.json'} and {step} ({content})")
+    say(f"wrote {folder / 'config.json'} and {step} ({content})", "wrote", path=folder)
     use = config.task.next.format(run=folder, data="IMAGES")
     new = f"to train from these weights, iddpm train DATA --run NEW --init_from {folder} --steps N"
     print(f"next: {use}; {new if lone else f'to train on, iddpm train DATA --run {folder} --steps N'}")
@@ -115,7 +116,9 @@ def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int |
         "onnx": lambda: onnx.exported(weights, folder),
         "safetensors": lambda: single.exported(weights, folder),
     }
-    print("\n".join(writers[to]()))
+    for line in writers[to]():
+        say(line)
+    say("", "wrote", path=folder)
 
 
 EXPORT = Verb(_export, _export_parser, "RUN", "a run's weights as the files of other programs")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
+from iddpm.saying import say
 
 NEXT = {"cifar10": "--preset cifar10-tiny", "digits": "--preset digits", "emoji": "--time 1h"}
 
@@ -26,7 +27,8 @@ def _data(name: str, out: str, source: str) -> None:
     if Path(out).name in ("", ".."):
         raise UserError(f"{out!r} has no name: give a new folder, as data/{name}")
     print(DATASETS[name](Path(out), Path(source)) if source else DATASETS[name](Path(out)))
-    print(f"next: iddpm train {out}/train {NEXT[name]}")
+    command = f"iddpm train {out}/train {NEXT[name]}"
+    say(f"next: {command}", "next", command=command)
 
 
 VERB = Verb(_data, _parser, "NAME OUT", "fetch and lay out a data set")

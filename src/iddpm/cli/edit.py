@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from iddpm.cli.flags import Parser, Verb
 from iddpm.config import Edit, Sample, Which, image_size, make, seed_list, settings_of
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.store.remote import place
 from iddpm.words import many
 
@@ -75,7 +76,8 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
             if not processes.rank():
                 _save_sheet(out, inputs, found, seeds)
         if not processes.rank():
-            print(f"{many(edit.frames if between else len(found) * len(seeds), 'image')}: {out}")
+            count = edit.frames if between else len(found) * len(seeds)
+            say(f"{many(count, 'image')}: {out}", "wrote", path=out, images=count)
 
 
 def _free(folder: Path, name: str) -> Path:

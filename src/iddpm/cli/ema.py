@@ -7,6 +7,7 @@ from iddpm.cli.evaluate import of_run
 from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Evaluate, Sample, Which, make, settings_of
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.store.remote import place
 
 WHICH = ("device", "precision", "batch_size")
@@ -38,9 +39,9 @@ def _ema(run: str, std: float, step: int, best: bool, out: str, **given: Any) ->
         path = file_to_write(out or folder / f"ema-{std:g}.safetensors", "--out", ".safetensors")
         average = made(folder, std, step)
         keep(average, std, path)
-        print(
-            f"{path}: the average of relative width {std:g} at step {average.step}; of its profile {average.missed:.1%} is missed"
-        )
+        missed = f"of its profile {average.missed:.1%} is missed"
+        text = f"{path}: the average of relative width {std:g} at step {average.step}; {missed}"
+        say(text, "wrote", path=path, std=std, step=average.step)
         print(f"next: iddpm sample {path}")
         return
     _search(folder, step, out, given)
@@ -75,7 +76,8 @@ def _search(run: Path, step: int, out: str, given: dict[str, Any]) -> None:
                 if leads:
                     path.unlink(missing_ok=True)
             if leads:
-                print(f"--std {std:<6g} {metric} {value:.4g}   ({average.missed:.1%} of its profile missed)", flush=True)
+                text = f"--std {std:<6g} {metric} {value:.4g}   ({average.missed:.1%} of its profile missed)"
+                say(text, "figure", name=metric, value=value, std=std)
             return value
 
         found = search(distance)
@@ -83,7 +85,8 @@ def _search(run: Path, step: int, out: str, given: dict[str, Any]) -> None:
         if leads:
             path = file_to_write(out or run / f"ema-{chosen:g}.safetensors", "--out", ".safetensors")
             keep(made(run, chosen, step), chosen, path)
-            print(f"the best: --std {chosen:g}, {metric} {found[chosen]:.4g}: {path}\nnext: iddpm sample {path}")
+            say(f"the best: --std {chosen:g}, {metric} {found[chosen]:.4g}: {path}", "wrote", path=path, std=chosen)
+            say(f"next: iddpm sample {path}")
 
 
 HELP = "averages of any width, made after the training from its snapshots"

@@ -81,6 +81,16 @@ class Parser(argparse.ArgumentParser):
         """The help, with a line on each row of the choices at its end."""
         return super().format_help() + "".join(f"\n--{kind}:\n{rows}\n" for kind, rows in self.shown.items())
 
+    def words(self) -> dict[str, list[str]]:
+        """Its flags, with the choices of those that have some."""
+        found = {}
+        for action in self._actions:
+            if flags := [name for name in action.option_strings if name.startswith("--")]:
+                shown = action.metavar if isinstance(action.metavar, str) else ""
+                of_rows = shown.split("|") if "|" in shown else ["True", "False"] if shown == "BOOL" else []
+                found[flags[0][2:]] = [str(choice) for choice in action.choices or of_rows]
+        return found
+
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments given, by name. Underscores and hyphens are alike; --flag and --no-flag mean True and False."""
         tokens: list[str] = []

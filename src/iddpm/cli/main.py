@@ -7,12 +7,29 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import iddpm
-from iddpm.cli import convert, data, diagnose, edit, ema, evaluate, nll, original, plan, report, sample, threads, train
+from iddpm.cli import (
+    completion,
+    convert,
+    data,
+    diagnose,
+    edit,
+    ema,
+    evaluate,
+    nll,
+    original,
+    plan,
+    report,
+    sample,
+    threads,
+    train,
+)
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
+from iddpm.saying import say, speaking
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
@@ -27,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "plan": plan.VERB,
     "import": convert.IMPORT,
     "export": convert.EXPORT,
+    "completion": completion.verb(lambda: {name: _parser(name) for name in VERBS}),
     **original.VERBS,
 }
 
@@ -58,33 +76,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(iddpm.__version__)
         return 0
+    fault = partial(_fault, "--json" in argv)
     try:
         if argv[0] not in VERBS:
             near = difflib.get_close_matches(argv[0], VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
             raise UserError(f"unknown verb {argv[0]!r}: {hint}")
-        verb = VERBS[argv[0]]
-        parser = Parser(prog=f"iddpm {argv[0]}", description=verb.help, usage=f"iddpm {argv[0]} {verb.usage} [--flag value ...]")
-        verb.parser(parser)
-        parser.epilog = f"{parser.epilog}\n\n{CODES}" if parser.epilog else CODES
-        with _signals():
-            verb.run(**parser.read(argv[1:]))
+        parser = _parser(argv[0])
+        given = parser.read(argv[1:])
+        json, quiet = given.pop("json", False), given.pop("quiet", False)
+        if json and quiet:
+            raise UserError("--json and --quiet: give one")
+        with speaking(json, quiet), _signals():
+            VERBS[argv[0]].run(**given)
     except UserError as e:
-        return _say(str(e), getattr(e, "code", 2))
+        return fault(str(e), getattr(e, "code", 2))
     except KeyboardInterrupt as e:
         if VERBS[argv[0]].resumes:
-            return _say("interrupted; the same command goes on from here", STOPPED)
-        return _say("interrupted", 128 + (e.args[0] if isinstance(e, Signalled) else signal.SIGINT))
+            return fault("interrupted; the same command goes on from here", STOPPED)
+        return fault("interrupted", 128 + (e.args[0] if isinstance(e, Signalled) else signal.SIGINT))
     except OSError as e:
-        return _say(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
+        return fault(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and not any(words in str(e) for words in MEMORY):
             raise
-        return _say(
+        return fault(
             "out of memory: train with a smaller --microbatch, --batch_size or --cache_gb, or with --use_checkpoint True; sample "
             "with a smaller --batch_size"
         )
     return 0
+
+
+def _parser(name: str) -> Parser:
+    """What reads the flags of a verb."""
+    verb = VERBS[name]
+    parser = Parser(prog=f"iddpm {name}", description=verb.help, usage=f"iddpm {name} {verb.usage} [--flag value ...]")
+    verb.parser(parser)
+    parser.epilog = f"{parser.epilog}\n\n{CODES}" if parser.epilog else CODES
+    if name not in original.VERBS:
+        for flag, text in (("json", "say all as JSON, an object a line"), ("quiet", "say nothing but errors and warnings")):
+            parser.add_flag(flag, bool, text, "How it speaks", default=False)
+    return parser
 
 
 @contextmanager
@@ -106,8 +138,13 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(line: str, code: int = 2) -> int:
-    print(f"iddpm: {' '.join(line.split())}", file=sys.stderr)
+def _fault(json: bool, line: str, code: int = 2) -> int:
+    """Say what went wrong, for a program as well; returns the exit code."""
+    line = " ".join(line.split())
+    print(f"iddpm: {line}", file=sys.stderr)
+    if json:
+        with speaking(json=True, quiet=False):
+            say(line, "error", code=code)
     return code
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.store.remote import place
 from iddpm.words import many
 
@@ -70,7 +71,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
             points.append(done)
             states += own
             if leads:
-                report.say(done, folder, out)
+                report.tell(done, folder, out)
         if leads:
             if measure.curve:
                 report.write_curve(points, out, folder)
@@ -105,7 +106,8 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
     error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
     how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
     how += f"; {found['trace']} trace, {found['dequantization']} dequantization"
-    print(f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}")
+    text = f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}"
+    say(text, "bits_per_dim", value=found["bits_per_dim"], images=found["images"], path=out)
 
 
 def _require_same_images(runs: "list[Opened]", given: str) -> None:

@@ -1,6 +1,5 @@
 """`iddpm plan`: what a training run would need, without its hardware and without its data."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from iddpm.config import ENDS, Config, check, ema_rates, ema_widths, fields_of, 
 from iddpm.config.fields import opt
 from iddpm.config.presets import PRESETS
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.words import duration, size
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ class Devices:
     efficiency: float = opt(0.4, "share of the nominal speed that training reaches", low=0.001, high=1, only="device_tflops")
     measure: bool = opt(False, "instead, time real steps on the --device of this machine")
     bandwidth_gbs: float = opt(0.0, "what a device can send, in GB/s: tells how long communication takes", low=0)
-    json: str = opt("", "also write all numbers to this file")
 
 
 def _parser(parser: Parser) -> None:
@@ -92,9 +91,7 @@ def _plan(preset: str, run: str, num_classes: int, **given: Any) -> None:
         _say(*_pace(facts["speed"], f"{seconds:.3g} s for {planned.images} images, {how}"))
     else:
         _say("time         not known: --measure times steps here; --device_tflops X (and --bandwidth_gbs B) works it out")
-    if devices.json:
-        Path(devices.json).write_text(json.dumps(facts, indent=1))
-        _say("", f"wrote {devices.json}")
+    say("", "plan", **facts)
     fitting = {"microbatch": micro} if micro < planned.micro else {}
     ends = any(getattr(config.train, name) for name in ENDS)
     _say("", f"next: {_next(preset, run, flags | fitting, devices.processes, ends)}")
@@ -249,7 +246,7 @@ def _pace(speed: dict[str, Any], said: str) -> Iterator[str]:
 
 
 def _facts(planned: "Plan", config: Config, devices: Devices) -> dict[str, Any]:
-    """All numbers, for --json; bytes, operations and seconds."""
+    """All numbers, of the object "plan" of --json; bytes, operations and seconds."""
     memory: dict[str, dict[str, int]] = {}
     for on, need in planned.need.items():
         memory[f"use_checkpoint={on}"] = need.parts(planned.micro) | {"peak": need.peak(planned.micro)}

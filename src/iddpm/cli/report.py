@@ -2,6 +2,7 @@
 
 from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.store.remote import place
 from iddpm.words import size
 
@@ -24,7 +25,8 @@ def _report(runs: list[str], out: str, csv: str) -> None:
     table = file_to_write(csv, "--csv", ".csv") if csv else target.with_suffix(".csv") if len(paths) > 1 else None
     for fault in report.write(paths, target, table):
         print(f"warning: {fault}")
-    print(f"report: {target} ({size(len(target.read_bytes()))})" + (f"; table: {table}" if table else ""))
+    text = f"report: {target} ({size(len(target.read_bytes()))})" + (f"; table: {table}" if table else "")
+    say(text, "wrote", path=target, table=table)
 
 
 VERB = Verb(_report, _parser, "RUN [RUN ...]", "a page of HTML on a run, or on several beside each other")

@@ -24,6 +24,7 @@ from iddpm.config import (
 )
 from iddpm.config.tasks import TASKS
 from iddpm.errors import UserError
+from iddpm.saying import say
 from iddpm.store.remote import place
 from iddpm.words import many
 
@@ -112,7 +113,8 @@ def _sample(run: str, **given: Any) -> None:
             print(why)
         steps = "its own" if getattr(solver, "own_steps", False) else " + ".join(str(g.steps) for g in grids)
         how = f"{first.config.sample.solver}, {steps} steps, {whose}"
-        print(f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}")
+        text = f"{many(len(task.seeds), 'image')} of step {step} ({how}): {out}"
+        say(text, "wrote", path=out, images=len(task.seeds), step=step)
         if given_images and drawn is not None:
             _compare(first.config, out, drawn, given_images, list(task.seeds))
 

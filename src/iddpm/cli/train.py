@@ -8,9 +8,7 @@ from iddpm.config import Config
 from iddpm.config.presets import PRESETS
 
 FIRST = (  # what the help shows before all other flags
-    "task", "image_size", "small_size", "given", "given_channels", "image_channels", "class_cond", "random_flip", "validation",
-    "time", "steps", "images", "finish", "batch_size", "lr", "precision", "device", "init_from", "sample_interval",
-    "save_interval",
+    "time", "steps", "image_size", "class_cond", "random_flip", "validation", "batch_size", "lr", "init_from", "device",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from iddpm.measure.bound import Bound, parts
 from iddpm.measure.figures import Figure, circumstances, record
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.sampling.open import Opened, beside
+from iddpm.saying import say
 from iddpm.store.remote import write_file
 from iddpm.words import many
 
@@ -29,10 +30,11 @@ class Measured(NamedTuple):
     bound: Bound
 
 
-def say(done: Sequence[Measured], data: Path, out: Path) -> None:
+def tell(done: Sequence[Measured], data: Path, out: Path) -> None:
     """A line for each run on a chain, and for their difference; the first one's figures join those of its folder."""
     for m in done:
-        print(_line(m), flush=True)
+        scalars = measuring.scalars(m.bound)
+        say(_line(m), "bits_per_dim", run=_name(m), **scalars)
     if len(done) > 1:
         print(f"{_difference(done)} (paired: the same images and noise; negative where {_name(done[0])} is better)")
     record(out.parent / FIGURES, _figures(done[0], data))
@@ -52,7 +54,8 @@ def write(done: Sequence[Measured], out: Path, data: Path, per_image: Path | Non
     if per_image:
         measuring.write_per_image(per_image, bound, done[0].images, data, against)
         print(f"each image: {per_image}")
-    print(f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}; figures: {out.parent / FIGURES}")
+    text = f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}; figures: {out.parent / FIGURES}"
+    say(text, "wrote", path=out)
 
 
 def write_curve(points: Sequence[Sequence[Measured]], out: Path, data: Path) -> None:

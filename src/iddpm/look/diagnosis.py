@@ -15,12 +15,11 @@ from iddpm.config import ema_rates, is_chain
 from iddpm.errors import reason
 from iddpm.look import pictures
 from iddpm.look.dataset import Seen
-from iddpm.look.evidence import SURE, counted, few, loss_of, middle, pairs, rise, same_place, uncertainty
+from iddpm.look.evidence import COPIED, COPIES, SURE, counted, few, loss_of, middle, pairs, rise, same_place, uncertainty
 from iddpm.look.runs import Run, number
 from iddpm.sampling.sheets import cells
 from iddpm.words import many, rate
 
-COPIES = "near copies (1 % expected)"
 QUARTERS = ("nearest to the image", "below the middle", "above the middle", "nearest to pure noise")  # of the noise levels
 NO_IMAGES = "the training images cannot be reached"
 
@@ -178,7 +177,7 @@ def copies(run: Run, seen: Seen | None) -> Found:
         measures = run.config.task.draws
         return f"not measured: iddpm evaluate {run.path} --reference {own}" if measures else "copies are looked for in images"
     share = rows[-1]["value"]
-    if share < 0.03 + SURE * uncertainty(rows[-1]):
+    if share < COPIED + SURE * uncertainty(rows[-1]):
         return None
     numbers = f"{share:.1%} of {rows[-1].get('n')} samples, where 1 % is expected"
     change = "--dropout 0.1 --random_flip True, fewer --steps, or more images"

@@ -13,6 +13,7 @@ from iddpm.words import many
 
 LEAST = 12  # values of a log below which its course says nothing
 SURE = 3.0  # standard errors that a difference must have
+COPIES, COPIED = "near copies (1 % expected)", 0.03  # the figure, and the share from which they are too many
 DISTANCES = ("FID", "KID", "sFID", "FD-", "KD-", "sFD-")  # figures of which less is better
 
 

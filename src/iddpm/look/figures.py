@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from iddpm.config import Evaluate
+from iddpm.look.evidence import COPIED, COPIES, DISTANCES, SURE
 from iddpm.measure import statistics
 from iddpm.measure.compare import Evaluation
 from iddpm.measure.features import Features
 from iddpm.measure.figures import record
 from iddpm.measure.metrics.interface import Finding
 from iddpm.sampling.sheets import comparison
+from iddpm.saying import say
 from iddpm.store.remote import alone, place, replace, write_file
 
 SHOWN = 8  # pairs of the picture
@@ -28,14 +30,38 @@ def tell(found: Evaluation, settings: Evaluate, out: Path) -> None:
         few = ": fewer than the samples, which alone makes a Frechet distance larger" if floor[0] < n else ""
         print(f"beside each figure, that of real images: {floor[0]} of the reference against its {floor[1]} others{few}")
     for k, finding in enumerate(found.findings):
-        print(_line(finding, [draw[k].estimate.value for draw in found.draws]))
+        draws, (value, error) = [draw[k].estimate.value for draw in found.draws], finding.estimate
+        say(_line(finding, draws), "figure", name=finding.name, value=value, error=error, real=finding.real, n=n, draws=draws)
     record(out, found.figures)
     against = f"{found.reference.n} images" if found.reference.n else "the statistics"
-    print(f"{n} samples against {against} of {settings.reference}: {out}")
+    say(f"{n} samples against {against} of {settings.reference}: {out}", "wrote", path=out)
     if found.real and (nearest := next((f.nearest for f in found.draws[0] if f.nearest), None)):
         _write_neighbours(found.samples[0], found.real, *nearest, out)
     if settings.save_statistics:
         _write_statistics(found, settings)
+    if says := verdict(found.findings):
+        say(says, "verdict")
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """One sentence on how near to real images the samples are, and what to do; "" where no figure says it.
+
+    Told apart from real images is what lies more than three errors above what these get; "much" is ten times that.
+    """
+    near = next((f for f in findings if f.name.startswith(DISTANCES) and f.real is not None and f.estimate.error), None)
+    copied = next((f for f in findings if f.name == COPIES), None)
+    parts, advice = [], ""
+    if near and near.real is not None and near.estimate.error:
+        above = (near.estimate.value - near.real) / (SURE * near.estimate.error)
+        worse = "much worse than" if above > 10 else "worse than" if above > 1 else "not told apart from"
+        parts.append(f"{worse} real images ({near.name} {near.estimate.value:.4g}, theirs {near.real:.4g})")
+        advice = "train longer, or draw with more --guidance" if above > 1 else "compare more of them to be surer"
+    if copied:
+        value, error = copied.estimate
+        many = value > COPIED + SURE * (error or 0.0)
+        parts.append(f"{value:.0%} near copies of the reference" if many else "no more near copies than by chance")
+        advice = "more images, or --dropout, against learning by heart" if many else advice
+    return f"verdict: {', '.join(parts)}" + (f": {advice}" if advice else "") if parts else ""
 
 
 def _line(finding: Finding, draws: list[float]) -> str:

@@ -1,10 +1,11 @@
 """The training loop: read `train` from top to bottom. Its step is in step.py, what it shows on the way in preview.py."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
+from iddpm.saying import Bar, say
 from iddpm.store import averages, checkpoint
 from iddpm.store.checkpoint import Store
 from iddpm.store.log import Logger
@@ -29,6 +31,7 @@ from iddpm.training.step import learning_rate, method_of, train_step, warmed
 from iddpm.words import duration, rate
 
 WAITS = 4
+PATIENCE = 10.0  # seconds after which it is told how a run goes, where no line of the log is due
 MAX_SKIPS = 50  # steps in a row without a finite gradient after which a run gives up; fp16 may need 20 to find its loss scale
 
 
@@ -56,7 +59,7 @@ def train(
     data: DataSet,
     run: Path,
     notes: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    say: Callable[..., None] = say,
     store: Store | None = None,
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
@@ -102,7 +105,10 @@ def train(
 
     # In here a signal waits for the end of a step, a process that hangs is named by the others, and threads that write have
     # ended when it is left.
-    with Saves(store, run, config, state, say) as saves, _stop_signal() as asked, watch(settings.timeout) as tell:
+    with (
+        Saves(store, run, config, state, say) as saves, _stop_signal(leads) as asked, watch(settings.timeout) as tell,
+        Bar(leads) as bar,
+    ):  # fmt: skip
 
         def tick(doing: str) -> None:
             """While samples are drawn: a sign of life, and an end on all processes once one is asked to stop."""
@@ -113,6 +119,7 @@ def train(
         if save_start and not first:
             saves.begin()
         logged, then = first, time.monotonic()  # when step `logged` was
+        told = 0.0  # when something was last said of the steps
         # Threads prepare batches a few steps ahead: what they hold in memory is not part of the state, and is prepared again.
         batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, state.stop)
         while True:
@@ -158,11 +165,18 @@ def train(
             if due(settings.log_interval) or last:
                 now = time.monotonic()
                 pace = (state.step - logged) * settings.batch_size / (now - then)
-                logged, then = state.step, now
+                logged, then, told = state.step, now, now
                 row = _row(state, config, meter.read(processes.sum_), pace)
                 if logger:
                     logger.row(**row)
-                say(_line(row, state.step, state.stop, clock.left))
+                say(_line(row, state.step, state.stop, clock.left), "step", **row)
+            elif leads and state.step > first and time.monotonic() - told >= PATIENCE:
+                told = time.monotonic()
+                of_step = dict(step=state.step, images=state.images, loss=float(state.last_loss), seconds_left=clock.left)
+                say(_line(of_step, state.step, state.stop, clock.left) + "  (of this step alone)", "progress", **of_step)
+            if leads and state.step > first:
+                pace = (state.step - first) * settings.batch_size / (time.monotonic() - clock.started)
+                bar.show(state.progress(), _line({"images_per_second": pace}, state.step, state.stop, clock.left))
 
             # Every `save_interval` steps, where the best was measured, and at the last: a checkpoint, written in a thread while
             # training goes on. Weights that diverged are not saved: the checkpoint before them is the one to go back to.
@@ -186,7 +200,8 @@ def train(
                 draws = clock.affords(preview.sheet_seconds(config, state, data, tick), say)
             if draws and (due(settings.sample_interval) or last):
                 clock.beside.append("sheet")
-                say(f"samples: {preview.sheet(config, state, data, run, tick)}")
+                sheet = preview.sheet(config, state, data, run, tick)
+                say(f"samples: {sheet}", "samples", step=state.step, path=sheet)
                 if leads and not last:
                     look(run)
 
@@ -261,16 +276,19 @@ def _why_it_ends(state: TrainState, asked: bool, fault: UserError | None, saves:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
+def _stop_signal(tells: bool) -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into a question that the loop asks between steps.
 
-    A second Ctrl-C interrupts at once.
+    The process that `tells` answers at once. A second Ctrl-C interrupts at once.
     """
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if tells and not asked:
+            with suppress(OSError):  # print may be at work in the very moment, and cannot be called twice
+                os.write(2, b"\niddpm: finishing this step, then saving (Ctrl-C again ends at once, without)\n")
         asked.append(number)
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
@@ -285,7 +303,7 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 # ---- what it tells
 
 
-def _silence(line: str) -> None:
+def _silence(line: str, event: str = "", **fields: Any) -> None:
     """What the processes other than the first say."""
 
 
@@ -302,8 +320,13 @@ def _row(state: TrainState, config: Config, means: Mapping[str, float], images_p
 
 
 def _line(row: Mapping[str, Any], step: int, end: int, left: float) -> str:
-    values = "  ".join(f"{k} {row.get(k, math.nan):.4g}" for k in ("loss", "grad_norm", "lr"))
-    skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
-    speed = f"{rate(row['images_per_second'])} images/s"
+    """What a person is told of a step: of these numbers those that are there."""
+    values = [f"{k} {row[k] if row[k] is not None else math.nan:.4g}" for k in ("loss", "grad_norm", "lr") if k in row]
+    if row.get("skipped"):
+        values.append(f"{row['skipped']} skipped")
+    if "images_per_second" in row:
+        values.append(f"{rate(row['images_per_second'])} images/s")
+    if left < math.inf:
+        values.append(f"{duration(left)} left")
     of = f"/{end}" if end < ENDLESS else ""
-    return f"step {step}{of}  {values}{skipped}  {speed}" + (f"  {duration(left)} left" if left < math.inf else "")
+    return "  ".join([f"step {step}{of}", *values])

@@ -20,7 +20,7 @@ class Diverged(UserError):
 class Saves(AbstractContextManager["Saves"]):
     """The saves of a run in training: says which are complete, and which is the best."""
 
-    def __init__(self, store: Store, run: Path, config: Config, state: TrainState, say: Callable[[str], None]):
+    def __init__(self, store: Store, run: Path, config: Config, state: TrainState, say: Callable[..., None]):
         self.store, self.run, self.config, self.state, self.say = store, run, config, state, say
         self.path: Path | None = None
         self.first = state.step
@@ -75,4 +75,4 @@ class Saves(AbstractContextManager["Saves"]):
         if path:
             self.path, best = path, self.state.best
             note = f", the best by {best['metric']}" if best and path == storage.step_dir(self.run, best["step"]) else ""
-            self.say(f"saved {path}{note}")
+            self.say(f"saved {path}{note}", "saved", step=storage.step_of(path), path=path)

@@ -23,6 +23,7 @@ from iddpm.data.own import Dataset
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.records import decode
+from iddpm.saying import say
 from iddpm.store import lock, log
 from iddpm.store.files import step_dirs
 from iddpm.store.remote import place, remote, write_file
@@ -81,7 +82,7 @@ def start(
         build.network(config)  # only to see that its sizes fit
         config, chosen = precision.settle(config, build.device(config.train.device))
         if dry:
-            print("\n".join((images.describe(), *notes, *chosen)))
+            _say_all(images, [*notes, *chosen])
             trial.dry_run(config, images)
             return None
         _require_time(config, run, began)
@@ -94,7 +95,7 @@ def start(
             write_config(run, config)
         notes += processes.of_first(lambda: ending.go_back(run, config.train))
         if leads:
-            print("\n".join((images.describe(), *notes)))
+            _say_all(images, notes)
         looks = look if not remote(run) else lambda run: None  # which to read again and again would cost
         try:
             last = loop.train(config, images, run, notes=notes, held_out=held_out, began=began, look=looks)
@@ -102,12 +103,18 @@ def start(
             if leads:
                 look(run)
         if leads and last:
-            print(
-                f"done: {run} (weights in {last.name}, pictures in samples/, numbers in progress.csv, all of it in report.html)"
-            )
+            what = f"weights in {last.name}, pictures in samples/, numbers in progress.csv, all of it in report.html"
+            say(f"done: {run} ({what})", "done", run=run, checkpoint=last)
         if leads:
-            print(f"next: {config.task.next.format(run=run, data=config.data.path)}")
+            command = config.task.next.format(run=run, data=config.data.path)
+            say(f"next: {command}", "next", command=command)
         return last
+
+
+def _say_all(images: DataSet, notes: Iterable[str]) -> None:
+    say(images.describe(), "images", count=len(images), classes=list(images.classes))
+    for note in notes:
+        say(note)
 
 
 def default_run(data: str, preset: str, given: Mapping[str, Any]) -> tuple[Path, list[str]]:

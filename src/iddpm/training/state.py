@@ -78,6 +78,7 @@ class TrainState:
         self.meter = Meter()  # of the log's next line
         self.health = Meter()  # the loss since the last save ...
         self.first_loss = 0.0  # ... and of the first step, of a network that knew nothing: no good one's is far above it
+        self.last_loss: Tensor | float = 0.0  # of the last step, this process's images alone
         self.first: Tensor | None = None  # this process's part of it, until all come together at the first save
 
     @property

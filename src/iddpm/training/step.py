@@ -97,6 +97,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
             state.weighting.update(schedule(draw.u), errors)
         meter.add({"grad_norm": norm[None]})
         state.health.add({"loss": losses[mine.start : mine.stop]})
+    state.last_loss = losses[mine.start : mine.stop].mean()
     if state.step == 0:
         state.first = losses[mine.start : mine.stop].sum() / n
     state.count(n, good)
