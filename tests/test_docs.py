@@ -12,7 +12,7 @@ import pytest
 
 from iddpm import fit
 from iddpm.cli.flags import Parser
-from iddpm.cli.main import VERBS
+from iddpm.cli.main import VERBS, parser_of
 from iddpm.config import Config, check
 from iddpm.config.choices import KINDS, Field, choices
 from iddpm.config.presets import PRESETS
@@ -122,9 +122,7 @@ def test_a_method_is_a_config_that_works(flags):
 
 
 def flags_of(verb: str) -> set[str]:
-    parser = Parser(prog=f"iddpm {verb}")
-    VERBS[verb].parser(parser)
-    return {option for action in parser._actions for option in action.option_strings}
+    return {option for action in parser_of(verb)._actions for option in action.option_strings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
@@ -22,6 +22,11 @@ def say(text: str, event: str = "line", **fields: Any) -> None:
 
     with tqdm.external_write_mode(sys.stdout):  # past the bars of a terminal
         print(text, flush=True)
+
+
+def by_text(tell: Callable[[str], None]) -> Callable[..., None]:
+    """A way to say things to what takes their text alone."""
+    return lambda text, event="line", **fields: tell(text)
 
 
 class Objects(io.TextIOBase):

@@ -72,7 +72,7 @@ def test_every_verb_speaks_json_or_is_quiet(verb, pictures, run, powers, tmp_pat
             assert told.out == ""
             continue
         found = [json.loads(line, parse_constant=pytest.fail) for line in told.out.splitlines()]
-        assert events <= {o["event"] for o in found} <= events | {"line", "progress", "next"}
+        assert events <= {o["event"] for o in found} <= events | {"line", "progress", "next", "verdict"}
         assert all(isinstance(o["text"], str) for o in found)
         assert all(Path(o["path"]).exists() for o in found if o["event"] == "wrote")
 

@@ -19,7 +19,7 @@ def copies(share: float) -> Finding:
     ("findings", "says"),
     [
         ([kd(0.02)], "verdict: not told apart from real images (KD-lite0-128 0.02, theirs 0): compare more of them to be surer"),
-        ([kd(0.05), copies(0.01)], "verdict: worse than real images (KD-lite0-128 0.05, theirs 0), no more near copies than by chance"),
+        ([kd(0.05), copies(0.01)], "verdict: worse than real images (KD-lite0-128 0.05, theirs 0), no more near copies than"),
         ([kd(0.05), copies(0.01)], ": train longer, or draw with more --guidance"),
         ([kd(1.2)], "verdict: much worse than real images"),
         ([kd(0.02), copies(0.4)], "40% near copies of the reference: more images, or --dropout"),

@@ -140,14 +140,13 @@ def test_cuda_keeps_norms_in_float32_under_autocast_and_masks_in_bytes():
     assert kept(False, dropout=0.1) - kept(True, dropout=0.1) == (4 - 1) * elements
 
 
-def test_a_thousand_processes_are_planned_in_seconds_and_allocate_nothing(tmp_path):
+def test_a_thousand_processes_are_planned_in_seconds_and_allocate_nothing(capsys):
     planning.plan(Config().updated(SMALL | dict(shard=2)), 4)  # what is imported on the way
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, began = _resident("VmRSS"), time.process_time()
-    out = tmp_path / "plan.json"
-    assert cli.main(["plan", "--preset=imagenet64", "--batch_size=2048", "--processes=1024", "--shard=8", f"--json={out}"]) == 0
+    assert cli.main(["plan", "--preset=imagenet64", "--batch_size=2048", "--processes=1024", "--shard=8", "--json"]) == 0
     assert time.process_time() - began < 40
-    grown, facts = _resident("VmHWM") - before, json.loads(out.read_text())
+    grown, facts = _resident("VmHWM") - before, spoken(capsys)["plan"]
     assert facts["parameters"] == 121_063_942  # 0.5 GB
     assert grown < 100 * MIB < facts["memory"]["use_checkpoint=False"]["peak"] / 5
 
@@ -226,10 +225,17 @@ def test_communication_is_what_fsdp_asks_of_the_process_group(processes, shard):
 # ---- the command
 
 
+def spoken(capsys) -> dict[str, dict]:
+    """The objects of --json by their events, and all text under ""."""
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return {o["event"]: o for o in objects} | {"": "\n".join(o["text"] for o in objects)}
+
+
 def test_the_plan_ends_with_numbers_and_the_command_that_runs_it(capsys, tmp_path):
     flags = ["--preset=cifar10-tiny", "--processes=4", "--memory_gb=0.08", "--device_tflops=10", "--bandwidth_gbs=1"]
-    assert cli.main(["plan", *flags, f"--json={tmp_path / 'p.json'}"]) == 0
-    said, facts = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert cli.main(["plan", *flags, "--json"]) == 0
+    said = spoken(capsys)
+    said, facts = said[""], said["plan"]
     seconds = facts["flops_per_image"]["forward_backward"] * 8 / (10e12 * 0.4)
     talk = sum(t["sent"] for t in facts["communication"]) / 1e9
     assert facts["speed"]["images_per_second"]["not_hidden"] == pytest.approx(32 / (seconds + talk))
@@ -251,10 +257,11 @@ def test_a_run_is_planned_from_its_folder(run, capsys):
 
 
 def test_speed_is_measured_on_real_steps(capsys, tmp_path):
-    flags = dict(SMALL, batch_size=2, num_channels=16, steps=10, json=tmp_path / "p.json")
-    assert cli.main(["plan", "--measure", *(f"--{k}={v}" for k, v in flags.items())]) == 0
-    speed = json.loads((tmp_path / "p.json").read_text())["speed"]
-    config, device = Config().updated({k: v for k, v in flags.items() if k != "json"}), torch.device("cpu")
+    flags = dict(SMALL, batch_size=2, num_channels=16, steps=10)
+    assert cli.main(["plan", "--measure", "--json", *(f"--{k}={v}" for k, v in flags.items())]) == 0
+    said = spoken(capsys)
+    speed = said["plan"]["speed"]
+    config, device = Config().updated(flags), torch.device("cpu")
     state, meter, batch = TrainState(config, device), Meter(), example(config, 2)
     method = method_of(config, state.net)
     began = time.perf_counter()
@@ -263,7 +270,7 @@ def test_speed_is_measured_on_real_steps(capsys, tmp_path):
     seconds = (time.perf_counter() - began) / 5
     assert seconds / 4 < speed["compute_seconds"] < 4 * seconds  # the machine may be busy
     assert speed["days"]["hidden"] == pytest.approx(10 * speed["compute_seconds"] / 86400)
-    assert "from real steps of 2 on cpu" in capsys.readouterr().out
+    assert "from real steps of 2 on cpu" in said[""]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ VERBS: dict[str, Verb] = {
     "plan": plan.VERB,
     "import": convert.IMPORT,
     "export": convert.EXPORT,
-    "completion": completion.verb(lambda: {name: _parser(name) for name in VERBS}),
+    "completion": completion.verb(lambda: {name: parser_of(name) for name in VERBS}),
     **original.VERBS,
 }
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(argv[0], VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
             raise UserError(f"unknown verb {argv[0]!r}: {hint}")
-        parser = _parser(argv[0])
+        parser = parser_of(argv[0])
         given = parser.read(argv[1:])
         json, quiet = given.pop("json", False), given.pop("quiet", False)
         if json and quiet:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser(name: str) -> Parser:
+def parser_of(name: str) -> Parser:
     """What reads the flags of a verb."""
     verb = VERBS[name]
     parser = Parser(prog=f"iddpm {name}", description=verb.help, usage=f"iddpm {name} {verb.usage} [--flag value ...]")

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from iddpm import build
+from iddpm import build, saying
 from iddpm.config import ENDLESS, Config
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import Batch, ahead
@@ -17,7 +17,7 @@ from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.parallel.watch import watch
-from iddpm.saying import Bar, say
+from iddpm.saying import Bar, by_text
 from iddpm.store import averages, checkpoint
 from iddpm.store.checkpoint import Store
 from iddpm.store.log import Logger
@@ -59,7 +59,7 @@ def train(
     data: DataSet,
     run: Path,
     notes: Sequence[str] = (),
-    say: Callable[..., None] = say,
+    say: Callable[[str], None] | None = None,
     store: Store | None = None,
     log: Callable[[int], Log] | None = None,
     save_start: bool = False,
@@ -80,7 +80,7 @@ def train(
     device = processes.own_device(build.device(settings.device))
     shard.layout(settings.batch_size, settings.shard, processes.world())
     leads = processes.rank() == 0  # one process speaks and writes; all the others do the same work in silence
-    say = say if leads else _silence
+    say = _silence if not leads else by_text(say) if say else saying.say
     # First what may refuse the run, so that nothing is left behind: it reads up to 2,000 images, which can take a minute.
     quality = Quality(config, run, device, say) if settings.eval_every else None
     store = store or checkpoint.Folder(run, settings.keep, settings.keep_every, settings.async_save)
@@ -288,7 +288,7 @@ def _stop_signal(tells: bool) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         if tells and not asked:
             with suppress(OSError):  # print may be at work in the very moment, and cannot be called twice
-                os.write(2, b"\niddpm: finishing this step, then saving (Ctrl-C again ends at once, without)\n")
+                os.write(2, b"\n" * os.isatty(2) + b"iddpm: finishing this step, then saving (Ctrl-C again: at once, without)\n")
         asked.append(number)
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup

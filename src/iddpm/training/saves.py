@@ -75,4 +75,4 @@ class Saves(AbstractContextManager["Saves"]):
         if path:
             self.path, best = path, self.state.best
             note = f", the best by {best['metric']}" if best and path == storage.step_dir(self.run, best["step"]) else ""
-            self.say(f"saved {path}{note}", "saved", step=storage.step_of(path), path=path)
+            self.say(f"saved {path}{note}", "saved", path=path)
