@@ -107,8 +107,8 @@ class Data:
     """The images."""
 
     labels: str = opt(
-        "auto", "where classes come from; original: prefix if every name has one, else folder",
-        choices=("auto", "file", "folder", "prefix", "original", "none"),
+        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if every name has one, else folder",
+        choices=("auto", "file", "beside", "folder", "prefix", "original", "none"),
     )  # fmt: skip
     given: str = opt("", "the images it is given: a folder or archive, whose names are those of DATA", only="task=translate")
     validation: str = opt("", "held-out images, on which the loss is measured every --validation_interval steps")

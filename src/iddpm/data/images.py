@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,19 @@ REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
 PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
 LOOKED_AT = 64  # images, where all would cost as much as an epoch
 SAMPLED = 16  # images whose content stands for that of all in `Images.identity`
+
+
+class Files(Sequence[Path]):
+    """Names as they are told to a user; made when they are asked for, since a path takes more memory than a small image."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, k: Any) -> Any:
+        return [self.path / name for name in self.names[k]] if isinstance(k, slice) else self.path / self.names[k]
 
 
 class Images:
@@ -51,7 +65,7 @@ class Images:
         others: Others | None = None,
     ) -> None:
         self.source, self.names, self.others = source, source.names, others
-        self.files = [source.path / name for name in source.names]
+        self.files: Sequence[Path] = Files(source.path, source.names)
         self.image_size = image_size
         self.channels = channels
         self.depth = channels + (others.channels if others else 0)  # channels of all that `batch` gives
@@ -94,7 +108,7 @@ class Images:
         others = paired(source, open_source(place(given)), given_channels) if given else None
         data = cls(source, image_size, channels, on_broken, others)
         found, data.rule = label(source, labels, classes)
-        if found:
+        if found is not None and len(found):
             data.labels, data.classes = number(found, classes)
         keep = len(data) * data.depth * math.prod(image_size) <= cache_bytes
         if keep or on_broken == "leave":
@@ -104,7 +118,7 @@ class Images:
         return data
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in.
@@ -138,7 +152,7 @@ class Images:
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
         text += self._told()
-        if parts := splits(self.names):
+        if parts := [] if self.source.rows else splits(self.names):
             names = " and ".join(parts)
             text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
         if self.broken:
@@ -151,7 +165,8 @@ class Images:
         parts = ("names", "sizes", "contents", "labels", *(("given",) if self.others else ()))
         digests = {part: hashlib.blake2b(digest_size=8) for part in parts}
         some = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
-        for name in self.names:
+        digests["names"].update(self.source.sealed.encode())
+        for name in () if self.source.sealed else self.names:  # of millions of rows it would cost seconds
             digests["names"].update(name.encode("utf-8", "surrogateescape") + b"\0")
             digests["sizes"].update(b"%d\0" % self.source.size(name))
         for k in some:
@@ -244,7 +259,8 @@ class Images:
         kept = np.flatnonzero(~self._bad)
         if not len(kept):
             raise self._none()
-        self.names, self.files = [self.names[k] for k in kept], [self.files[k] for k in kept]
+        self.names = [self.names[k] for k in kept.tolist()]
+        self.files = Files(self.source.path, self.names)
         self.labels = None if self.labels is None else self.labels[kept]
         self._cache = None if self._cache is None else self._cache[kept]
         self._bad = self._bad[kept]
