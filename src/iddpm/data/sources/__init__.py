@@ -15,7 +15,7 @@ __all__ = ["ENDINGS", "Archive", "Folder", "Pixels", "Ranked", "Source", "open_s
 
 
 def open_source(path: Path) -> Source:
-    """The images below a folder, of one file, or in any container that `FILES` and `FOLDERS` know; UserError where there are none."""
+    """The images below a folder, of one file, or in any container that the tables below know; UserError where there are none."""
     if not path.exists():
         if shards := matching(path):
             return _several(path, shards)

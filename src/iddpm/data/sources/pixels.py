@@ -89,10 +89,11 @@ def packed(path: Path) -> Pixels:
             parts.append(_require_images(file, part))
         labelled = None
         if index["classes"]:
-            with opened(path / "labels.npy") as file:
-                ranks = np.load(file, allow_pickle=False)
+            with opened(path / "labels.npy") as numbers:
+                ranks = np.load(numbers, allow_pickle=False)
             classes = [value if isinstance(value, int) else str(value) for value in index["classes"]]  # type: ignore[attr-defined]
-            if ranks.shape != (sum(map(len, parts)),) or ranks.dtype != np.int64 or ranks.min() < 0 or ranks.max() >= len(classes):
+            fits = ranks.shape == (sum(map(len, parts)),) and ranks.dtype == np.int64
+            if not fits or ranks.min() < 0 or ranks.max() >= len(classes):
                 raise UserError(f"{path / 'labels.npy'} does not fit the images: pack the set again")
             labelled = Ranked(ranks, classes)
     return Pixels(path, parts, labelled, str(index["sealed"]))

@@ -3,12 +3,13 @@
 import json
 import os
 import tempfile
+import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def _columns(path: Path, schema: Any) -> Columns:
     if not images:
         raise UserError(f"{path} has no column of images, but {', '.join(schema.names)}")
     if len(images) > 1 and "image" not in images:
-        raise UserError(f"{path} has several columns of images, {', '.join(images)}: name one of them image, or take the others out")
+        raise UserError(f"{path} has several columns of images, {', '.join(images)}: name one of them image")
     image = "image" if "image" in images else images[0]
     told = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
     label = next((name for name in [*told, *LABELS] if name in schema.names), "")
@@ -59,7 +60,7 @@ def _labels(path: Path, columns: Columns, values: Any) -> Ranked | None:
     """Labels of a column; None where there is none, or any is missing (`datasets` writes -1, as tests have no classes)."""
     if not columns.label or values.null_count:
         return None
-    found = values.to_numpy(zero_copy_only=False) if hasattr(values, "chunks") is False else values.to_numpy()
+    found = values.to_numpy()
     found = found.astype(str) if found.dtype == object else found
     return None if found.dtype.kind == "i" and (found == -1).all() else ranked(path, found, columns.classes)
 
@@ -89,10 +90,12 @@ class Parquet(Rows):
                     labels.append(table.read([columns.label]).column(0))
         assert columns is not None
         self._columns, self._ends = columns, list(accumulate(counts))
-        self._kept: dict[int, np.ndarray] = {}  # of a group, where each of its rows ends in the scratch file, and the first begins
+        self._kept: dict[int, np.ndarray] = {}  # of a group, where its rows begin in the scratch file, and the last ends
         self._scratch = tempfile.TemporaryFile(dir=scratch())  # noqa: SIM115
-        chunks = _needed("pyarrow", "parquet", path).chunked_array([c for column in labels for c in column.chunks]) if labels else None
-        super().__init__(path, self._ends[-1] if counts else 0, None if chunks is None else _labels(path, columns, chunks))
+        weakref.finalize(self, self._scratch.close)
+        pa = _needed("pyarrow", "parquet", path)
+        labelled = _labels(path, columns, pa.chunked_array([c for held in labels for c in held.chunks])) if labels else None
+        super().__init__(path, self._ends[-1] if counts else 0, labelled)
 
     def row(self, k: int) -> bytes | None:
         group = bisect_right(self._ends, k)
@@ -144,7 +147,11 @@ class Arrow(Rows):
 
 
 class Lmdb(Rows):
-    """LSUN's layout: an image under each key. A file shorter than its own index says is refused: reading it would end the process."""
+    """LSUN's layout: an image under each key. A file that is cut off is refused: reading it would end the process."""
+
+    _opened: ClassVar["weakref.WeakValueDictionary[str, Any]"] = (
+        weakref.WeakValueDictionary()
+    )  # a process may open each only once
 
     def __init__(self, path: Path) -> None:
         lmdb = _needed("lmdb", "lmdb", path)
@@ -153,7 +160,9 @@ class Lmdb(Rows):
         file = path / "data.mdb" if path.is_dir() else path
         with readable(path, "is not a readable LMDB"):
             size = file.stat().st_size
-            self._env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir(), create=False)
+            held = self._opened.get(key := str(path.resolve()))
+            self._env = held or lmdb.open(key, readonly=True, lock=False, readahead=False, subdir=path.is_dir(), create=False)
+            self._opened[key] = self._env
             if (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"] > size:
                 raise ValueError("it is cut off")
             with self._env.begin(buffers=True) as reading:  # what is shorter than any image is a count, as some programs keep
