@@ -168,7 +168,8 @@ def _doubles(data: Images, looks: dict[int, Look], lines: list[str], advice: lis
 def _near(which: list[int], thumbs: np.ndarray) -> list[tuple[int, int]]:
     """Each image that is nearly an earlier one, with that: (earlier, later). All pairs are compared."""
     x = thumbs.reshape(len(thumbs), -1).astype(np.float32)
-    contrast, square = x.std(1), (x * x).sum(1)
+    contrast = np.sqrt(x.reshape(len(x), -1, 3).var(1).mean(1))  # from place to place, in each colour
+    square = (x * x).sum(1)
     limit = np.minimum(NEAR, contrast / 10) ** 2 * x.shape[1]
     out = list[tuple[int, int]]()
     for a in range(0, len(x), 1024):
