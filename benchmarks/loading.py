@@ -36,7 +36,8 @@ def original(content: bytes) -> np.ndarray:
     while min(image.size) >= 2 * SIDE:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = SIDE / min(image.size)
-    pixels = np.array(image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).convert("RGB"))
+    size = round(image.width * scale), round(image.height * scale)
+    pixels = np.array(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"))
     top, left = (pixels.shape[0] - SIDE) // 2, (pixels.shape[1] - SIDE) // 2
     return pixels[top : top + SIDE, left : left + SIDE].astype(np.float32) / 127.5 - 1
 
@@ -112,8 +113,8 @@ def large(root: Path, n: int) -> str:
     Order(n, 0).indices(10**9, 64)
     found = time.perf_counter() - began
     return (
-        f"a packed set of {n:,} images: opened in {opened:.2f} s, described and identified after {told:.2f} s, {added:.0f} MiB more; "
-        f"position 10^9 of its order found in {found:.2f} s"
+        f"a packed set of {n:,} images: opened in {opened:.2f} s, described and identified after {told:.2f} s, "
+        f"{added:.0f} MiB more; position 10^9 of its order found in {found:.2f} s"
     )
 
 

@@ -1,6 +1,7 @@
 """`iddpm data`: fetch a data set and lay it out as folders of images; check one; pack one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from iddpm.cli.flags import Parser, Verb
@@ -80,5 +81,5 @@ def _pack(path: str, out: str, image_size: str, image_channels: int, labels: str
     print(f"next: iddpm train {out} --image_size {image_size or 64}")
 
 
-VERBS = {"check": _check, "pack": _pack}
+VERBS: dict[str, Callable[..., None]] = {"check": _check, "pack": _pack}
 VERB = Verb(_data, _parser, "NAME OUT | check PATH | pack PATH OUT", "fetch a data set, check one, or pack one", resumes=True)

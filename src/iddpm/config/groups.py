@@ -107,7 +107,7 @@ class Data:
     """The images."""
 
     labels: str = opt(
-        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if all names have one, else folder",
+        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if all have one, else folder",
         choices=("auto", "file", "beside", "folder", "prefix", "original", "none"),
     )  # fmt: skip
     given: str = opt("", "the images it is given: a folder or archive, whose names are those of DATA", only="task=translate")

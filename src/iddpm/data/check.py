@@ -21,7 +21,7 @@ from iddpm.words import many
 
 SHOWN = 3  # of anything that is listed
 THUMB = 8  # pixels of a side, by which near duplicates are found
-NEAR = 3.0  # of 255, the root of the mean square by which two thumbs may differ; and a tenth of their own contrast
+NEAR = 6.0  # of 255, the root of the mean square by which two thumbs may differ; and an eighth of their own contrast
 COMPARED = 20_000  # images that are compared with each other, at most: 4e8 pairs take seconds
 CELL, ROWS, COLUMNS = 64, 12, 12  # of the sheet
 GREY, ALPHA = ("1", "L", "LA", "I", "F", "I;16"), ("LA", "La", "PA", "RGBA", "RGBa")
@@ -170,7 +170,7 @@ def _near(which: list[int], thumbs: np.ndarray) -> list[tuple[int, int]]:
     x = thumbs.reshape(len(thumbs), -1).astype(np.float32)
     contrast = np.sqrt(x.reshape(len(x), -1, 3).var(1).mean(1))  # from place to place, in each colour
     square = (x * x).sum(1)
-    limit = np.minimum(NEAR, contrast / 10) ** 2 * x.shape[1]
+    limit = np.minimum(NEAR, contrast / 8) ** 2 * x.shape[1]
     out = list[tuple[int, int]]()
     for a in range(0, len(x), 1024):
         block = slice(a, min(a + 1024, len(x)))
