@@ -188,3 +188,15 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "../../etc/passwd"}]}')
     with pytest.raises(UserError, match="none but its own"):
         Images.open(tmp_path, SIZE)
+
+
+def test_of_a_table_of_attributes_the_column_called_label_is_taken_and_none_at_a_guess(tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k:06d}.png").write_bytes(png(k))
+    rows = "000000.png,1,-1\n000001.png,-1,1\n000002.png,1,1\n"
+    (tmp_path / "labels.csv").write_text("image_id,Bald,label\n" + rows)
+    data = Images.open(tmp_path, SIZE)
+    assert data.classes == ("-1", "1") and data.labels.tolist() == [0, 1, 1]
+    (tmp_path / "labels.csv").write_text("image_id,Bald,Male\n" + rows)
+    with pytest.raises(UserError, match="of its 3 columns none is called label"):
+        Images.open(tmp_path, SIZE)

@@ -129,9 +129,12 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
         text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")  # as names on the disk are
         if path.endswith(".csv"):
             # the whole text, for a quoted name may hold a line's end
-            pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
-            if pairs and not is_image(pairs[0][0]):
-                pairs = pairs[1:]  # the header
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+            head = [cell.strip().lower() for cell in rows.pop(0)] if rows and not is_image(rows[0][0].strip()) else []
+            column = next((head.index(key) for key in KEYS if key in head), 1)  # a table of attributes may have one so called
+            if head and len(head) > 2 and head[column] not in KEYS:
+                raise ValueError(f"of its {len(head)} columns none is called {' or '.join(KEYS)}, so call the wanted one so")
+            pairs = [(row[0].strip(), row[column].strip()) for row in rows]
             if all(value.isdecimal() and str(int(value)) == value for _, value in pairs):
                 return [(name, int(value)) for name, value in pairs]
             return list(pairs)
