@@ -200,3 +200,11 @@ def test_of_a_table_of_attributes_the_column_called_label_is_taken_and_none_at_a
     (tmp_path / "labels.csv").write_text("image_id,Bald,Male\n" + rows)
     with pytest.raises(UserError, match="of its 3 columns none is called label"):
         Images.open(tmp_path, SIZE)
+
+
+def test_pixels_that_fit_are_what_decoding_and_preparing_would_make_of_them(tmp_path):
+    for channels in (1, 3, 4):
+        np.save(tmp_path / f"{channels}.npy", np.random.default_rng(3).integers(0, 256, (5, *SIZE, channels), np.uint8))
+        data = Images.open(tmp_path / f"{channels}.npy", SIZE, channels, cache_bytes=0)
+        straight = data.batch(range(5))
+        assert all((straight[k].transpose(1, 2, 0) == np.asarray(data.picture(k)).reshape(*SIZE, -1)).all() for k in range(5))

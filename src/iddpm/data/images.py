@@ -217,6 +217,9 @@ class Images:
 
     def load(self, index: int) -> np.ndarray | UserError:
         """An image, uint8 (C, H, W); or why it cannot be read."""
+        held = None if self.others else self.source.pixels(self.names[index])
+        if held is not None and held.shape == (*self.image_size, self.channels):  # what preparing it would leave as it is
+            return np.ascontiguousarray(held.transpose(2, 0, 1))
         try:
             image = self.picture(index)
             if not self.others:
@@ -231,6 +234,9 @@ class Images:
             return error
 
     def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
+        if len(indices) and self.source.pixels(self.names[indices[0]]) is not None:  # to begin threads would cost more
+            yield from map(self.load, indices)
+            return
         threads = REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1
         size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
         blocks = [indices[k : k + size] for k in range(0, len(indices), size)]

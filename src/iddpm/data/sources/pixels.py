@@ -27,7 +27,6 @@ class Pixels(Rows):
         self.sealed = sealed
 
     def pixels(self, name: str) -> np.ndarray:
-        """An image as it lies there, (H, W, C) uint8."""
         k = self._names.row(name)
         part = bisect_right(self._ends, k)
         return np.asarray(self._parts[part][k - self._ends[part]])

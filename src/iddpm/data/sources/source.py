@@ -56,6 +56,10 @@ class Source:
         """The content of an image, or of another file; UserError where it cannot be had, or is above `LARGEST`."""
         raise NotImplementedError
 
+    def pixels(self, name: str) -> np.ndarray | None:
+        """An image (H, W, C) uint8 where it lies so; else None, and it is to be read and decoded."""
+        return None
+
     def open_file(self, name: str) -> BinaryIO:
         """The same as a file, of which little may be read."""
         return io.BytesIO(self.read(name))
