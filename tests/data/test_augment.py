@@ -123,6 +123,6 @@ def test_a_network_reads_what_it_is_told_and_draws_as_if_nothing_was_changed():
 
 @pytest.mark.parametrize("other", [{"network": "dit"}, {"task": "translate", "given": "x"}])
 def test_networks_that_cannot_be_told_are_refused(other, tmp_path, capsys):
-    flags = [f"--{name}={value}" for name, value in {"augment": 0.1, "steps": 1, **other}.items()]
+    flags = [f"--{name}={value}" for name, value in {"augment": 0.1, "steps": 1, "preset": "none", **other}.items()]
     assert main(["train", str(tmp_path), "--run", str(tmp_path / "r"), *flags]) == 2
     assert "--augment has no effect" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import iddpm
 from conftest import TINY, flags, torchrun
 from iddpm.cli.main import main
 from iddpm.config import Config
+from iddpm.errors import UserError
 from iddpm.training import auto
 
 SHORT = dict(steps=2, device="cpu", sample_interval=0, num_channels=32, precision="fp32")
@@ -41,6 +42,25 @@ def test_a_data_set_of_a_programs_own_is_seen_as_well():
     grey = [np.zeros((12, 16, 3), np.uint8)] * 3  # arrays are taken as they are, grey or not; files are converted
     assert (auto._look("", {}, grey)["channels"], auto._look("", {}, [Image.fromarray(grey[0])])["channels"]) == (3, 1)
     assert auto._look("", {}, [np.zeros((5, 12, 16), np.float32)])["channels"] == 5
+
+
+@pytest.mark.parametrize("label", [-1, "cat", None, 1.5])
+def test_labels_that_are_no_numbers_are_refused_in_one_line(label):
+    with pytest.raises(UserError, match="image 1 of the data set has the label"):
+        auto._look("", {}, [(np.zeros((8, 8), np.uint8), 0), (np.zeros((8, 8), np.uint8), label)])
+    with pytest.raises(UserError, match="has the shape"):
+        auto._look("", {}, [np.zeros(8, np.uint8)])
+
+
+def test_a_preset_beside_it_is_read_as_if_it_were_given(pictures, tmp_path, capsys):
+    assert main(["train", str(pictures), "--run", str(tmp_path / "r"), "--preset", "auto,digits", *flags(**SHORT)]) == 0
+    config = config_of(tmp_path / "r")
+    assert (config.train.lr_decay, config.train.lr_anneal_steps, config.diffusion.learn_sigma) == (0, -1, True)
+    assert "--lr " not in capsys.readouterr().out
+
+
+def test_augment_alone_is_no_recipe():
+    assert auto.applies("", {"augment": 0.0}) and not auto.applies("", {"num_channels": 32})
 
 
 def test_a_bare_command_has_its_recipe_chosen_told_and_kept(pictures, tmp_path, capsys):

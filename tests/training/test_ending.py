@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +134,34 @@ def test_a_longer_run_goes_on_from_before_the_decay_as_if_there_had_been_none(
     assert kept(run) == ["step_00000010", "step_00000020"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "ended"), [(dict(keep=0), [6, 8, 9]), (dict(keep=2, keep_every=4), [8, 9]), (dict(keep=2), [9])], ids=str
+)
+def test_checkpoints_of_the_decay_that_are_to_be_kept_are_put_away(pictures, tmp_path, settings, ended):
+    run = tmp_path / "r"
+    assert train(pictures, run, steps=9, lr_decay=0.5, save_interval=2, **settings) == 0
+    assert main(["train", "--run", str(run), "--steps", "10"]) == 0
+    assert sorted(folder.name for folder in (run / "ended").iterdir()) == [f"step_{step:08d}" for step in ended]
+
+
+def test_a_decay_that_begins_in_the_warm_up_lets_that_go_on(pictures, tmp_path):
+    assert train(pictures, tmp_path / "r", steps=8, lr=1e-3, lr_warmup_steps=4, lr_decay=1.0) == 0
+    warm = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert rates(tmp_path / "r") == pytest.approx([1e-3 * w * (8 - step) / 8 for step, w in enumerate(warm)])
+
+
+def test_how_the_rate_falls_cannot_change_while_it_does_and_another_end_is_told(pictures, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "r"
+    with monkeypatch.context() as m:
+        stop_at(m, 8)
+        assert train(pictures, run, steps=10, lr_decay=0.5) == 75
+    for flag in ("--lr_decay=0.2", "--lr_decay=0", "--lr_anneal_steps=400"):
+        assert "has no effect: the rate of" in refused(capsys, "--run", run, flag)
+    assert main(["train", "--run", str(run), "--steps", "9"]) == 0
+    assert "learning rate from step 8 on: 0.00025, and 0.0004 by the settings before" in capsys.readouterr().out
+    assert rates(run)[8:] == pytest.approx([0.25e-3])
+
+
 def test_a_kill_while_it_goes_back_costs_nothing(pictures, tmp_path, monkeypatch, once):
     run = tmp_path / "r"
     assert train(pictures, run, steps=12, lr_decay=0.5, dropout=0.1, save_interval=3, keep=0) == 0
@@ -142,7 +172,7 @@ def test_a_kill_while_it_goes_back_costs_nothing(pictures, tmp_path, monkeypatch
     with monkeypatch.context() as m:
         m.setattr(ending, "_move", killed)
         assert main(["train", "--run", str(run), "--steps", "20"]) != 0
-    assert kept(run) == ["step_00000003", "step_00000006", "step_00000012"]  # that of step 9 is given up
+    assert kept(run) == ["step_00000003", "step_00000006", "step_00000009", "step_00000012"]
     assert main(["train", "--run", str(run)]) == 0
     assert not campaign.differing(once, run)
 
@@ -182,6 +212,41 @@ def test_a_time_is_met_to_the_step_where_each_takes_as_long(pictures, tmp_path, 
     decay = decay_of(tmp_path / "r")
     assert (decay["start"], decay["end"]) == (start, end) and clock.now - began == pytest.approx(40, abs=1)
     assert rates(tmp_path / "r")[start:] == pytest.approx([1e-3 * (end - step) / (end - start) for step in range(start, end)])
+
+
+def walked(monkeypatch, train: dict, step: Callable[[int], float], slot: float = 1e9) -> tuple[int, float, int]:
+    """At which step and second the decay begins, and its steps, where step k takes so long and a process ends after a slot."""
+    now, config = [0.0], Config().updated(train)
+    monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    state = SimpleNamespace(step=0, seconds=0.0, decay=None, by_clock=True, end=2**62, skipped_in_a_row=0, progress=lambda: 0.0)
+    while True:
+        clock, ends = ending.Clock(config, state), now[0] + slot
+        while now[0] < ends:
+            clock.told(clock.read())
+            if clock.due():
+                clock.begin(1e-3, 1.0)
+                return state.decay["start"], state.seconds, state.decay["end"] - state.decay["start"]
+            now[0] += step(state.step)
+            state.step += 1
+
+
+@pytest.mark.parametrize(("days", "slot"), [(30, 8 * 3600), (7, 7200), (3, 2700), (3, 1e9)])
+def test_a_long_run_in_short_slots_decays_as_one_in_one_piece(monkeypatch, days, slot):
+    _, seconds, steps = walked(monkeypatch, dict(time=f"{days}d", lr_decay=0.4), lambda k: 10.0, slot)
+    assert seconds == pytest.approx(0.6 * 86400 * days, abs=400) and steps == pytest.approx(0.4 * 8640 * days, abs=40)
+
+
+@pytest.mark.parametrize(
+    ("step", "pace"),
+    [
+        (lambda k: 300.0 if k == 100 else 1.0, 1.0),  # stopped meanwhile
+        (lambda k: 2.0 if k < 200 else 1.0, 1.0),  # more work beside it at first
+        (lambda k: 5.0 if k % 100 == 0 else 1.0, 1.04),  # what belongs to training: a measurement each 100 steps
+    ],
+)
+def test_the_steps_of_a_decay_follow_the_pace_and_not_a_pause(monkeypatch, step, pace):
+    _, seconds, steps = walked(monkeypatch, dict(time="2000s", lr_decay=0.4), step)
+    assert seconds == pytest.approx(1200, abs=5) and steps == pytest.approx(800 / pace, rel=0.02)
 
 
 def test_parts_of_a_run_count_together_and_what_was_between_does_not(pictures, tmp_path, clock, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iddpm.config import check
 from iddpm.errors import UserError
 from iddpm.store import checkpoint
 from iddpm.training.loop import train
@@ -77,4 +78,4 @@ def test_a_run_with_it_goes_on_bit_for_bit(config, data, tmp_path):
 
 def test_it_needs_whole_matrices(config):
     with pytest.raises(UserError, match="--optimizer muon needs whole matrices"):
-        TrainState(config.updated(dict(optimizer="muon", shard=-1)), CPU)
+        check(config.updated(dict(optimizer="muon", shard=-1)))

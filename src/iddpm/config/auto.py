@@ -14,9 +14,11 @@ from iddpm.words import duration
 
 GRID = 32  # pixels, or patches of them, that the first level has at least
 BATCHES = ((4e5, 32), (4e6, 64), (math.inf, 128))  # images that are seen, up to which a step has so many
-OF_STEPS = 64  # channels, where the number of steps is given and not the time
+OF_STEPS = 64  # channels, where the number of steps is given and not the time; on CUDA twice as many
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # channels of the first level
-SEEN = 120_000  # images, repeated ones too, that a network is to see: few seen images cost more than few channels (log)
+SEEN, KNOWN = 120_000, 166e3  # images, repeated ones too, that a network is to see in a run of so many 10^9 operations: few seen
+# images cost more than few channels (log). In longer ones images and operations an image grow alike (Hoffmann et al. 2022)
+FINE = 128  # channels, of a network that sees enough images, from which on patches are halved
 HEAD = 32  # channels of an attention head, or the largest divisor of the width that divides this
 FEW = 5000  # images: a network sees each of them many times
 OFTEN = 200  # times that each image is seen, beyond which a network knows it by heart; EDM's own sees each 4000 times
@@ -59,11 +61,14 @@ def size(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """As the images, up to what the time allows: twice the side costs four times as much."""
     side, given = min(facts.height, facts.width), now.get("image_size")
     most = (32 if facts.seconds and facts.seconds < 1800 else 64) if not facts.cuda else 128 if facts.seconds < 86400 else 256
-    fits = side if side <= most and side % 4 == 0 else max(LEAST, min(most, 1 << (side.bit_length() - 1)))
+    unit = max(4, (1 << side.bit_length() - 1) // 4)  # so that it can be halved, and cut into patches
+    fits = max(LEAST, min(most, side // unit * unit))
     if given:
         return Choice({"image_channels": facts.channels}, "as the images")
     why = f"{'all' if facts.alike else 'many'} of the {facts.images:,} images have {facts.height}x{facts.width} pixels"
-    if side > most:
+    if fits > side:
+        why += f", and {LEAST} is the least"
+    elif side > most:
         why += f", and {most} at most suit this time and device"
     elif fits != max(facts.height, facts.width):
         why += ", of which the middle square is taken" + f", at {fits}" * (fits != side)
@@ -77,35 +82,47 @@ def classes(facts: Facts, now: Mapping[str, Any]) -> Choice:
     if now.get("class_cond") is False:
         return Choice({}, "")
     if not 2 <= facts.classes <= CLASSES or facts.smallest < LEAST_OF_CLASS:
-        why = "there are none" if facts.classes < 2 else f"one of the {facts.classes} has {facts.smallest} images only"
+        if now.get("class_cond"):
+            return Choice({"class_dropout": 0.1}, "so that samples can be guided")
+        few = f"one of the {facts.classes} has {facts.smallest} images only"
+        why = "there are none" if facts.classes < 2 else f"{facts.classes} are many" if facts.classes > CLASSES else few
         return Choice({"class_cond": False}, why)
     return Choice({"class_cond": True, "class_dropout": 0.1}, f"{facts.classes} classes, towards which samples are guided")
 
 
 def network(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """The widest network that still sees enough images in the time; of large images patches, which make a step much faster."""
-    height, _, width = str(now["image_size"]).partition("x")
+    height, _, width = str(now["image_size"]).lower().partition("x")
     side = min(int(height), int(width or height))
-    patches = [p for p in (1, 2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p)]
-    patch = max(patches, default=1) if not _task(now).classifies else 1
-    grid = side // patch
-    levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
-    shape: dict[str, Any] = dict(
-        unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]),
-        attention_resolutions=next((str(s) for s in (grid >> k for k in range(levels)) if s <= 8), ""), num_head_channels=HEAD,
-    )  # fmt: skip
-    unit = facts.cost({**now, **shape, "num_channels": 64}) / 64**2  # the cost of a network goes as the square of its width
-    able = [n for n in WIDTHS if facts.gflops * facts.seconds / (unit * n**2) >= SEEN]
-    widest = max(able, default=WIDTHS[0]) if facts.seconds else OF_STEPS
+    work = facts.gflops * facts.seconds
+    enough = SEEN * max(1.0, (work / KNOWN) ** 0.5)
+    patches = [p for p in (2, 4, 8, 16, 32) if GRID * p <= side and not side % (4 * p) and not _task(now).classifies]
+    for patch in (*reversed(patches), 1):
+        shape = _shape(side // patch, patch)
+        unit = facts.cost({**now, **shape, "num_channels": 64}) / 64**2  # the cost of a network goes as the square of its width
+        if work / unit < 4 * enough * FINE**2:  # half the patch costs four times as much
+            break
+    able = [n for n in WIDTHS if work / unit >= enough * n**2]
+    widest = max(able, default=WIDTHS[0]) if facts.seconds else OF_STEPS * (1 + facts.cuda)
     shape["num_channels"] = now.get("num_channels", widest)
     shape["num_head_channels"] = math.gcd(HEAD, shape["num_channels"])
     pace = facts.gflops / (unit * shape["num_channels"] ** 2)
-    batch = now.get("batch_size", next(n for images, n in BATCHES if pace * facts.seconds < images))
+    of_time = next(n for images, n in BATCHES if pace * facts.seconds <= images)
+    batch = now.get("batch_size", of_time if facts.seconds else BATCHES[0][1] * (4 if facts.cuda else 1))
     images = _seen(facts, {**now, "batch_size": batch}, pace)
     told = f"about {pace:,.2g} images/s here, {images:,.0f} in all"
     if now.get("class_dropout"):
-        shape["guidance"] = next(w for most, w in GUIDANCE if images < most)
+        shape["guidance"] = next(w for most, w in GUIDANCE if images <= most)
     return Choice({**shape, "batch_size": batch}, told + too_long(0 if facts.seconds else images / pace))
+
+
+def _shape(grid: int, patch: int) -> dict[str, Any]:
+    """Of a network on a grid of so many patches a side: all but its width."""
+    levels = max(1, min(4, (grid & -grid).bit_length(), grid.bit_length() - 2))
+    return dict(
+        unet_patch=patch, num_res_blocks=1, channel_mult=",".join(["1", "2", "2", "2"][:levels]),
+        attention_resolutions=next((str(s) for s in (grid >> k for k in range(levels)) if s <= 8), ""), num_head_channels=HEAD,
+    )  # fmt: skip
 
 
 def _seen(facts: Facts, now: Mapping[str, Any], pace: float) -> float:
@@ -130,8 +147,11 @@ def method(facts: Facts, now: Mapping[str, Any]) -> Choice:
 
 def training(facts: Facts, now: Mapping[str, Any]) -> Choice:
     """The optimizer: a high rate that ends at 0, and an average over the last tenth of the run."""
-    rate = 1e-3 * min(1.0, 64 / now["num_channels"]) * (now["batch_size"] / 32) ** 0.5
-    made: dict[str, Any] = dict(lr=float(f"{rate:.2g}"), lr_warmup_steps=200, adam_beta2=0.99, ema_rate="0.9999")
+    rate = 1e-3 * min(1.0, 64 / now["num_channels"]) * min(2.0, (now["batch_size"] / 32) ** 0.5)
+    steps = _seen(facts, now, facts.gflops / facts.cost(now)) / now["batch_size"]
+    made: dict[str, Any] = dict(
+        lr=float(f"{rate:.2g}"), lr_warmup_steps=int(min(200, steps / 5)), adam_beta2=0.99, ema_rate="0.9999"
+    )
     if not now.get("shard"):
         made["optimizer"] = "muon"
     if not now.get("lr_anneal_steps"):

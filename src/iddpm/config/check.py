@@ -39,6 +39,8 @@ def check(config: Config) -> Config:
         raise UserError(f"--validation {data.validation}: which images are given with these? --validation_given FOLDER")
     if data.given and data.given == data.path and model.given_channels in (0, model.image_channels):
         raise UserError(f"--given {data.given} is what the run is to draw: give other images, or other --given_channels")
+    if train.shard and train.optimizer == "muon":
+        raise UserError("--optimizer muon needs whole matrices, which --shard divides: leave one of them out")
     if train.microbatch == 0:
         raise UserError("--microbatch 0: give a number of images, or -1 for the whole batch")
     check_end(train)

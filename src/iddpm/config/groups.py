@@ -144,7 +144,12 @@ class Train:
     lr: float = opt(1e-4, "learning rate", 0)
     lr_warmup_steps: int = opt(0, "raise the rate linearly over the first steps", 0)
     lr_anneal_steps: int = opt(0, "lower it linearly to 0 at this step; 0: never, -1: at the end of the run", -1)
-    lr_decay: float = opt(0.0, "share of the run, at its end, in which the rate falls linearly to 0; of a --time 0.2", 0, 1)
+    lr_decay: float = opt(
+        0.0,
+        "share of the run, at its end, in which the rate falls linearly to 0; of a --time 0.2 unless a preset says otherwise",
+        0,
+        1,
+    )
     weight_decay: float = opt(0.0, "AdamW's decay", 0)
     adam_beta2: float = opt(0.999, "AdamW's second-moment rate", 0, 0.999999)
     grad_clip: float = opt(0.0, "largest gradient norm; 0: no limit", 0)

@@ -1,6 +1,7 @@
 """A data set of the program's own, in the place of files: anything with a length and (image, label) by number."""
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -38,25 +39,18 @@ class Own:
         given: Dataset | None = None,
         given_channels: int = 0,
     ):
-        if not len(data):
-            raise UserError("the data set is empty: len(data) is 0")
+        self.labels = labels_of(data)
         if given is not None and len(given) != len(data):
             raise UserError(f"{len(data)} images and {len(given)} given with them: image k is given with image k, one for each")
         self.given, self.given_channels = given, given_channels
         self.data, self.image_size, self.channels, self.rule = data, image_size, channels, "the data set's"
         self.files: list[Any] = [f"image {k}" for k in range(len(data))]
-        first = data[0]
-        self.labels: np.ndarray | None = None
         self.classes: tuple[str, ...] = ()
-        if isinstance(first, (tuple, list)):
-            # one pass over all, which costs as much as an epoch of reading: training must know every label before it starts
-            self.labels = np.array([int(data[k][1]) for k in range(len(data))], np.int64)
-            if self.labels.min() < 0:
-                raise UserError(f"the data set has the label {self.labels.min()}: labels are whole numbers from 0")
+        if self.labels is not None:
             self.classes = tuple(classes or map(str, range(int(self.labels.max()) + 1)))
             if self.labels.max() >= len(self.classes):
                 raise UserError(f"the data set has the label {self.labels.max()}; the run knows {len(self.classes)} classes")
-        self._pair(0, first)  # what cannot be read is told before a run is begun
+        self._pair(0, data[0])  # what cannot be read is told before a run is begun
 
     def __len__(self) -> int:
         return len(self.data)
@@ -79,11 +73,11 @@ class Own:
 
     def _pair(self, k: int, item: Any) -> np.ndarray:
         """An image, with the one given with it where there are such: (C, H, W) uint8."""
-        image = _image(item)
+        image = image_of(item)
         pixels = self._pixels(k, image, self.channels)
         if self.given is None:
             return pixels
-        other = _image(self.given[k])
+        other = image_of(self.given[k])
         require_alike(f"image {k} of the data set", _size(image), f"image {k}", _size(other))
         return np.concatenate([pixels, self._pixels(k, other, self.given_channels)])
 
@@ -114,7 +108,29 @@ class Own:
         return prepare(Image.fromarray(array[..., 0] if channels == 1 else array), *self.image_size)
 
 
-def _image(item: Any) -> Any:
+def labels_of(data: Dataset) -> np.ndarray | None:
+    """The labels of a data set, (n,) int64, None where its items are images alone; UserError where one is no whole number from 0.
+
+    One pass over all, which costs as much as an epoch of reading: training must know every label before it starts.
+    """
+    if not len(data):
+        raise UserError("the data set is empty: len(data) is 0")
+    if not isinstance(data[0], (tuple, list)):
+        return None
+    labels = np.zeros(len(data), np.int64)
+    for k in range(len(data)):
+        label = data[k][1]
+        try:
+            labels[k] = operator.index(label.item() if hasattr(label, "item") else label)  # torch's and numpy's numbers too
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            labels[k] = -1
+        if labels[k] < 0:
+            raise UserError(f"image {k} of the data set has the label {label!r}: labels are whole numbers from 0")
+    return labels
+
+
+def image_of(item: Any) -> Any:
+    """The image of an item, which may have a label, too."""
     return item[0] if isinstance(item, (tuple, list)) else item
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iddpm import build
 from iddpm.config import Config, Diffusion, auto, every_field, fields_of, seconds_of
 from iddpm.data import Images
-from iddpm.data.own import Dataset
+from iddpm.data.own import Dataset, image_of, labels_of
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.training import precision, trial
@@ -35,6 +35,8 @@ def of_a_recipe(name: str) -> bool:
     process, f = fields_of(Diffusion), every_field().get(name)
     if f is None:
         return False
+    if name == "augment":  # an effort for few images, whatever the network
+        return False
     return name == "network" or name in process or "network" in f.only or not {"network", *process}.isdisjoint(f.rows)
 
 
@@ -48,32 +50,26 @@ def choose(path: str, given: Mapping[str, Any], own: Dataset | None = None) -> t
 def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str, Any]:
     """The facts of a data set."""
     if own is not None:
-        if not (count := len(own)):
-            raise UserError("the data set is empty: len(data) is 0")
-        images, labels = [own[k] for k in _few(count)], None
-        if isinstance(images[0], (tuple, list)):
-            labels = np.array([int(own[k][1]) for k in range(count)])
-            images = [item[0] for item in images]
+        count, labels = len(own), labels_of(own)
+        looked_at = [_seen(image_of(own[k])) for k in _few(count)]
     else:
         found = Images.open(path, (8, 8), on_broken="skip", cache_bytes=0, labels=given.get("labels", "auto"))
-        count, labels, images, broken = len(found), found.labels, [], ""
+        count, labels, looked_at, broken = len(found), found.labels, [], ""
         for k in _few(count):
             try:
-                images.append(found.picture(k))
+                looked_at.append(_seen(found.picture(k)))
             except UserError as e:  # of a broken one is told when all are read
                 broken = broken or str(e)
-        if not images:
+        if not looked_at:
             raise UserError(f"none of {many(len(_few(count)), 'image')} looked at is readable; the first problem: {broken}")
-    arrays = [_array(image) for image in images]
-    raw = own is not None and not isinstance(images[0], Image.Image)  # arrays, which are taken as they are
-    (size, how_many), *_ = Counter(a.shape[:2] for a in arrays).most_common(1)
-    if how_many < len(arrays):  # of various sizes the middle one, by its shorter side
-        size = sorted((a.shape[:2] for a in arrays), key=min)[len(arrays) // 2]
+    sizes = [size for size, _ in looked_at]
+    (size, how_many), *_ = Counter(sizes).most_common(1)
+    if how_many < len(sizes):  # of various sizes the middle one, by its shorter side
+        size = sorted(sizes, key=min)[len(sizes) // 2]
     per_class = np.bincount(labels)[np.unique(labels)] if labels is not None and len(labels) else np.zeros(0, int)
     return dict(
-        images=count, height=size[0], width=size[1], alike=how_many == len(arrays),
-        channels=_depth(arrays[0]) if raw else 1 if all(map(_grey, arrays)) else 3, classes=len(per_class),
-        smallest=int(per_class.min()) if len(per_class) else 0,
+        images=count, height=size[0], width=size[1], alike=how_many == len(sizes), channels=max(depth for _, depth in looked_at),
+        classes=len(per_class), smallest=int(per_class.min()) if len(per_class) else 0,
     )  # fmt: skip
 
 
@@ -82,20 +78,16 @@ def _few(count: int) -> list[int]:
     return few
 
 
-def _array(image: Any) -> np.ndarray:
-    """An image as (H, W) or (H, W, C)."""
+def _seen(image: Any) -> tuple[tuple[int, int], int]:
+    """(height, width) of an image, and its channels: of a picture 1 where it is grey, else 3; an array is taken as it is."""
     if isinstance(image, Image.Image):
-        return np.asarray(image)
+        array = np.asarray(image.convert("RGB"))
+        return array.shape[:2], 1 if (array[..., :1] == array).all() else 3
     array = np.asarray(image)
-    return array.transpose(1, 2, 0) if array.dtype.kind == "f" and array.ndim == 3 else array
-
-
-def _depth(image: np.ndarray) -> int:
-    return 1 if image.ndim == 2 else image.shape[2]
-
-
-def _grey(image: np.ndarray) -> bool:
-    return _depth(image) == 1 or bool((image[..., :1] == image[..., :3]).all())
+    if array.ndim not in (2, 3):
+        raise UserError(f"an image of the data set has the shape {array.shape}: give (H, W), (H, W, C), or floats (C, H, W)")
+    array = array.transpose(1, 2, 0) if array.dtype.kind == "f" and array.ndim == 3 else array
+    return array.shape[:2], 1 if array.ndim == 2 else array.shape[2]
 
 
 def _cost(settings: Mapping[str, Any]) -> float:

@@ -7,6 +7,7 @@ the decay begins, and never after: its steps are fixed then, and saved.
 import math
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 WARM = 2  # steps of a process that say nothing of its pace
 PACED = 3  # steps of which the pace is the mean, at the least ...
-SURE = 0.03  # ... and as a share of the time of the decay, of which they say how many steps it has
+SURE, ENOUGH = 0.03, 300.0  # ... and as a share of the time of the decay, of which they say how many steps it has, or seconds
+LATELY = 300  # steps of which the pace is the mean at the most: it follows the machine, and has measurements among them
+PAUSE = 0.05  # of the time: a step that takes more, and ten times as long as others, was stopped meanwhile, and says nothing
 FEW = 10  # steps: a run of fewer is hardly one
 SHEET = 64  # images of a sheet
 COSTLY = 0.2  # of the time: sheets of samples that take more are left out
@@ -48,7 +51,7 @@ class Clock:
         self.by, self.until = aim(config.train)
         self.limit = self.until if self.by == "time" else 0.0  # of --finish, once the time of the first step is told
         self.share = 1.0 if self.by == "finish" else config.train.lr_decay
-        self.timed, self.spent = 0, 0.0  # steps of this process, and their seconds
+        self.lately: deque[float] = deque(maxlen=LATELY)  # seconds of this process's steps
         self.costs = {"sheet": 0.0, "measuring": 0.0}  # seconds of one
         self.beside: list[str] = []  # what was done beside the step under way
 
@@ -62,16 +65,16 @@ class Clock:
         if self.by == "finish" and not self.limit:
             self.limit = self.state.seconds + self.until
         if self.state.step > self.first + WARM:
-            if not self.beside:
-                self.timed, self.spent = self.timed + 1, self.spent + passed
-            elif self.beside in (["sheet"], ["measuring"]):
+            if not self.beside and (not self.lately or passed <= max(PAUSE * self.until, 10 * self.pace)):
+                self.lately.append(passed)
+            if self.beside in (["sheet"], ["measuring"]):
                 self.costs[self.beside[0]] = max(0.0, passed - self.pace)
         self.beside = []
 
     @property
     def pace(self) -> float:
         """Seconds of a step with what belongs to it (data, saves, validation); 0 where none was timed."""
-        return self.spent / self.timed if self.timed else 0.0
+        return sum(self.lately) / len(self.lately) if self.lately else 0.0
 
     @property
     def left(self) -> float:
@@ -108,15 +111,15 @@ class Clock:
         whole = self.until - self.costs["sheet"]
         if self.room < self.pace:
             return True
-        sure = self.timed >= PACED and self.spent >= SURE * self.share * whole
+        sure = len(self.lately) >= PACED and sum(self.lately) >= min(SURE * self.share * whole, ENOUGH)
         return sure and not state.skipped_in_a_row and self.room <= self.share * whole
 
-    def begin(self, rate: float) -> str:
-        """Let the decay begin at this step, from a rate; returns a line on it."""
+    def begin(self, rate: float, warm: float) -> str:
+        """Let the decay begin at this step, from a rate, of which so much is the warm-up's; returns a line on it."""
         state, lr = self.state, self.train.lr
         end = state.end if not state.by_clock else state.step + self._steps()
         state.decay = Decay(
-            start=state.step, end=end, factor=rate / lr if lr else 1.0, done=state.progress(), by=self.by, until=self.until
+            start=state.step, end=end, factor=rate / lr / warm if lr else 1.0, done=state.progress(), by=self.by, until=self.until
         )
         steps = end - state.step
         if not steps:
@@ -213,8 +216,8 @@ def require_finishable(run: Path, asked: str, before: Train, rate: float) -> Non
 def go_back(run: Path, train: Train) -> list[str]:
     """Let a run that is asked to end later than its decay did go on from before that; returns a line on what was done.
 
-    The last checkpoint of the decay, and the best, are put away in RUN/ended, where `iddpm sample` finds them; a kill meanwhile
-    costs nothing. On the first process alone, which holds the run's lock.
+    The last checkpoint of the decay, the best, and those that --keep 0 and --keep_every are to keep are put away in RUN/ended,
+    where `iddpm sample` finds them; a kill meanwhile costs nothing. On the first process alone, which holds the run's lock.
     """
     state = newest(run)
     decay: Decay | None = state.get("decay") if state else None
@@ -227,7 +230,8 @@ def go_back(run: Path, train: Train) -> list[str]:
         return [f"{gone}: training goes on from the decayed weights of step {state['step']}"]
     later = [folder for folder in storage.step_dirs(run) if storage.step_of(folder) > storage.step_of(back)]
     for folder in later:  # the newest last: until it is gone, it tells that there is something to do
-        if folder == later[-1] or storage.step_of(folder) == storage.best(run):
+        step, every = storage.step_of(folder), train.keep_every
+        if folder == later[-1] or step == storage.best(run) or not train.keep or (every and step % every == 0):
             _move(folder, run / "ended" / folder.name)
         storage.discard(folder)
     kept = f"; the weights it led to are kept in {run / 'ended' / later[-1].name}" if later else ""

@@ -25,7 +25,7 @@ from iddpm.training import preview
 from iddpm.training.ending import WARM, Clock, aim
 from iddpm.training.saves import Diverged, Saves
 from iddpm.training.state import TrainState, initialise
-from iddpm.training.step import learning_rate, method_of, train_step
+from iddpm.training.step import learning_rate, method_of, train_step, warmed
 from iddpm.words import duration, rate
 
 WAITS = 4
@@ -124,7 +124,7 @@ def train(
 
             # The decay of the rate begins with a checkpoint, from which the run can go on if it is to end later after all.
             if not over and clock.due():
-                line = clock.begin(learning_rate(config, state.step, state.end))
+                line = clock.begin(learning_rate(config, state.step, state.end), warmed(config, state.step))
                 say(line)
                 if logger:
                     logger.event(state.step, line)

@@ -40,8 +40,9 @@ def settle(config: Config, device: torch.device) -> tuple[Config, list[str]]:
 
 
 def others(device: torch.device) -> list[str]:
-    """What may be faster than fp32 on a device: fp16 only where it has no bf16."""
-    return [name for name in ("bf16", "fp16") if _runs(name, device)][:1]
+    """What may be faster than fp32 on a device: fp16 only where it has no bf16. Every process calls it, and has the same."""
+    found: list[str] = processes.same([name for name in ("bf16", "fp16") if _runs(name, device)][:1])
+    return found
 
 
 def _runs(name: str, device: torch.device) -> bool:
@@ -88,7 +89,7 @@ def measured(config: Config, device: torch.device, names: list[str]) -> dict[str
     seconds = {names[0]: one, **seconds}
     began = time.perf_counter()
     for _ in range(ROUNDS):
-        if time.perf_counter() - began + one * len(names) > SECONDS:
+        if time.perf_counter() - began + sum(seconds.values()) > SECONDS:
             break
         seconds = {name: min(seconds[name], _timed(run, images, device)) for name, run in passes.items()}
     each = torch.tensor(list(seconds.values()), dtype=torch.float64) / images

@@ -190,12 +190,13 @@ def resolve(
         raise UserError("--config and --preset are both what to begin with: give one")
     of_recipe, found, lines = _of_recipe(recipe) if recipe else {}, dict[str, Any](), list[str]()
     if not recipe and auto.applies(preset, given):
-        asked_for = Config().updated(given)
+        given_or_preset = {name: value for part in (*recipes(preset), given) for name, value in part.items()}
+        asked_for = Config().updated(given_or_preset)
         check_groups(asked_for.parts, dict(asked_for.own))  # before the look at the images and the device
         check_end(asked_for.train)
         image_size(asked_for.model)
         total_steps(asked_for.train)
-        found, lines = auto.choose(data, given, own)
+        found, lines = auto.choose(data, given_or_preset, own)
         preset = preset or auto.NAME
     config = new(preset, {**of_recipe, **(_implied(given, of_recipe) if recipe else given)}, found)
     build.solver(fit.require_fit(check(config)))  # which is to draw the sheets of samples: it refuses too few steps
@@ -240,7 +241,7 @@ def _idle(config: Config, names: Iterable[str]) -> dict[str, Any]:
 
 def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config, list[str]]:
     """The config of a run that goes on with other settings, and a line on each; UserError for one that cannot change."""
-    now, fields = stored.flat(), every_field()
+    now, fields, asked = stored.flat(), every_field(), set(given)
     given = _implied(given, now)
     if given.get("precision") == precision.AUTO and step_dirs(run):  # settled when the run began
         given.pop("precision")
@@ -249,6 +250,13 @@ def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config
         k = fixed[0]
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
+    falls = [name for name in ("lr_decay", "lr_anneal_steps") if name in asked and name in changed]
+    decay = ending.goes_on(run, stored.updated(changed).train)[1] if falls else None
+    if decay:
+        raise UserError(
+            f"--{falls[0]} has no effect: the rate of {run} falls already, from step {decay['start']} to {decay['end']}; with a "
+            "later end as well it goes on from before that"
+        )
     notes = [f"changed on resume: {k} {_shown(now.get(k))} -> {_shown(v)}" for k, v in changed.items()]
     config = fit.require_fit(check(stored.updated({**changed, **{k: given[k] for k in PLACES if given.get(k)}})))
     if set(changed) & set(RATES):
@@ -269,7 +277,12 @@ def _other_rate(before: Config, now: Config, run: Path) -> list[str]:
     step, decay = ending.goes_on(run, now.train)
     if not any(getattr(before.train, name) for name in ENDS):  # as imports write it
         return []
-    was, is_ = (learning_rate(config, step, total_steps(config.train), decay) for config in (before, now))
+    found = ending.newest(run) or {}
+    was, is_ = (
+        learning_rate(config, step, end, ending.kept(found, config.train, end) if decay else None)
+        for config in (before, now)
+        for end in (total_steps(config.train),)
+    )
     return [] if was == is_ else [f"learning rate from step {step} on: {is_:.3g}, and {was:.3g} by the settings before"]
 
 

@@ -202,8 +202,6 @@ def optimizer(config: Config, net: nn.Module, params: Mapping[str, Tensor]) -> t
     own: dict[str, Any] = dict(lr=settings.lr, betas=(0.9, settings.adam_beta2), weight_decay=settings.weight_decay, fused=True)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(params.values(), **own)
-    if settings.shard:
-        raise UserError("--optimizer muon needs whole matrices, which --shard divides: leave one of them out")
     first = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)][:1]
     ends = {id(p) for p in (*first, *(m.weight for m in net.modules() if isinstance(m, nn.Embedding)))}
     matrices = {name for name, p in params.items() if p.ndim > 1 and id(p) not in ends and not name.startswith("out.")}

@@ -113,9 +113,15 @@ def learning_rate(config: Config, step: int, end: int, decay: Decay | None = Non
     Once a decay has begun: from what it then was, linearly to 0 at the decay's end.
     """
     settings = config.train
+    warm = warmed(config, step)
     if decay and step >= decay["start"]:
         left = (decay["end"] - step) / max(1, decay["end"] - decay["start"])
-        return settings.lr * decay["factor"] * max(0.0, left)
+        return settings.lr * warm * decay["factor"] * max(0.0, left)
     end = end if settings.lr_anneal_steps == -1 else settings.lr_anneal_steps
-    warm = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
     return settings.lr * warm * (max(0.0, 1 - step / end) if end else 1.0)
+
+
+def warmed(config: Config, step: int) -> float:
+    """The share of the rate that the warm-up leaves optimizer step `step`."""
+    length = config.train.lr_warmup_steps
+    return min(1.0, (step + 1) / length) if length else 1.0

@@ -103,11 +103,12 @@ def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -
     seen = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.cond.items())
     chain = f"a chain of {config.diffusion.diffusion_steps}" if is_chain(config.diffusion) else config.diffusion.noise_schedule
     say(f"images {tuple(shapes.x0.shape)}{seen}, {chain}")
-    held = weights * 4 * (4 + averages) / 2**20  # float32: weights, gradients, and AdamW's two of each
+    moments = sum(t.numel() for of_one in state.optimizer.state.values() for t in of_one.values() if isinstance(t, torch.Tensor))
+    held = 4 * (weights * (2 + averages) + moments) / 2**20  # float32: weights, gradients, averages, and the optimizer's
     more = ", and one from before the decay" if config.train.lr_decay and config.train.keep else ""
-    disk = size(weights * 4 * (3 + averages))  # the weights, their averages, and AdamW's two
+    disk = size(4 * (weights * (1 + averages) + moments))
     say(f"a checkpoint takes {disk} on the disk, of which --keep {config.train.keep} leaves {config.train.keep or 'all'}{more}")
-    say(f"{weights:,} weights; with gradients, AdamW and {averages} averages {held:,.0f} MiB")
+    say(f"{weights:,} weights; with gradients, {config.train.optimizer} and {averages} averages {held:,.0f} MiB")
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the most"
     else:
