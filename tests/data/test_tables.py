@@ -16,6 +16,7 @@ from PIL import Image
 
 from hostile import limited
 from iddpm.data import Images
+from iddpm.data.pack import pack
 from iddpm.data.sources.shards import braces
 from iddpm.errors import UserError
 
@@ -111,8 +112,16 @@ def npy(root: Path) -> Path:
     return root / "set.npy"
 
 
+def a_pack(root: Path) -> Path:
+    (root / "files").mkdir()
+    for k in range(12):
+        (root / "files" / f"{k:02d}.png").write_bytes(png(k))
+    pack(root / "files", root / "pack", SIZE)
+    return root / "pack"
+
+
 NAMED = [webdataset, webdataset_of_json, webdataset_of_same_names, parquet, one_parquet, datasets_folder, npz]
-FORMS = [*NAMED, imagenet, lsun, npy]
+FORMS = [*NAMED, imagenet, lsun, npy, a_pack]
 ROWS = {form: np.arange(12) for form in FORMS}
 ROWS[webdataset_of_same_names] = np.arange(12).reshape(3, 4).T.ravel()  # by name: 0000~0, 0000~1, ...
 
