@@ -1,4 +1,4 @@
-"""Loading images: JPEGs beside other loaders (WebDataset's where it is installed); large packed sets; far positions of the order."""
+"""Loading images: JPEGs beside other loaders (WebDataset's where installed); large packed sets; far positions of the order."""
 
 import argparse
 import io
