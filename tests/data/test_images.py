@@ -76,7 +76,7 @@ def test_a_cached_batch_can_be_written_to(tmp_path: Path) -> None:
 
 def test_a_single_file_is_a_data_set_of_one(tmp_path: Path) -> None:
     fill(tmp_path, "a.png", "b.png")
-    assert opened(tmp_path / "b.png").files == [tmp_path / "b.png"]
+    assert list(opened(tmp_path / "b.png").files) == [tmp_path / "b.png"]
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from iddpm.config.parse import (
     numbers,
     seconds_of,
     seed_list,
+    share,
     small_size,
     total_steps,
     whole,
@@ -35,5 +36,5 @@ from iddpm.config.run import Config, every_field
 __all__ = [
     "ENDLESS", "ENDS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample",
     "Train", "Which", "check", "ema_rates", "ema_widths", "every_field", "fields_of", "given_shape", "image_size", "is_chain",
-    "make", "numbers", "own_numbers", "seconds_of", "seed_list", "settings_of", "small_size", "total_steps", "whole",
+    "make", "numbers", "own_numbers", "seconds_of", "seed_list", "settings_of", "share", "small_size", "total_steps", "whole",
 ]  # fmt: skip

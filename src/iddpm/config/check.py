@@ -2,7 +2,7 @@
 
 from iddpm.config.fields import check_groups, fields_of, unmet
 from iddpm.config.groups import ENDS, Train
-from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, seconds_of, small_size, whole
+from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, seconds_of, share, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
@@ -35,7 +35,7 @@ def check(config: Config) -> Config:
         raise UserError(f"--ema_power {bad[0]}: relative widths lie from 0.01 to 0.25, as 0.05,0.10")
     if data.validation and data.validation == data.path:
         raise UserError(f"--validation {data.validation} is what the run is trained on: give held-out images")
-    if data.validation and config.task.translates and not data.validation_given:
+    if data.validation and not share(data.validation) and config.task.translates and not data.validation_given:
         raise UserError(f"--validation {data.validation}: which images are given with these? --validation_given FOLDER")
     if data.given and data.given == data.path and model.given_channels in (0, model.image_channels):
         raise UserError(f"--given {data.given} is what the run is to draw: give other images, or other --given_channels")

@@ -107,11 +107,13 @@ class Data:
     """The images."""
 
     labels: str = opt(
-        "auto", "where classes come from; original: prefix if every name has one, else folder",
-        choices=("auto", "file", "folder", "prefix", "original", "none"),
+        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if all have one, else folder",
+        choices=("auto", "file", "beside", "folder", "prefix", "original", "none"),
     )  # fmt: skip
     given: str = opt("", "the images it is given: a folder or archive, whose names are those of DATA", only="task=translate")
-    validation: str = opt("", "held-out images, on which the loss is measured every --validation_interval steps")
+    validation: str = opt(
+        "", "held-out images, or a share of DATA (5%), on which the loss is measured every --validation_interval steps"
+    )
     validation_given: str = opt("", "the images given with the held-out ones", only="task=translate validation")
     random_flip: bool = opt(False, "mirror half of the training images")
     random_crop: bool = opt(False, "cut training images out at random, at 80 to 100 % of their side")

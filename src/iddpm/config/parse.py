@@ -27,6 +27,16 @@ def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
         raise UserError(f"--{name} {text!r}: give numbers separated by commas") from None
 
 
+def share(validation: str) -> float:
+    """What --validation 5% holds out, from 0 to 1; 0 where it names a place."""
+    if not re.fullmatch(r"\d+(\.\d+)?%", validation):
+        return 0.0
+    found = float(validation[:-1]) / 100
+    if not 0 < found < 1:
+        raise UserError(f"--validation {validation}: give more than 0 % and less than 100 %")
+    return found
+
+
 def image_size(model: Model) -> tuple[int, int]:
     """(height, width) in pixels, each from 8 to 1024."""
     return _size(model.image_size, "image_size", 8)

@@ -32,8 +32,8 @@ def open_npz(path: Path) -> Arrays:
             raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
         labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
         names = file["classes"] if "classes" in file and labels is not None else np.array([], "U")
-        mapped = None if remote(path) else _mapped(path, "arr_0.npy")
-        images = file["arr_0"] if mapped is None else mapped
+        there = None if remote(path) else mapped(path, "arr_0.npy")
+        images = file["arr_0"] if there is None else there
     shape = " x ".join(map(str, images.shape))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
         raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x H x W x C (1, 3 or 4 channels) are needed")
@@ -53,7 +53,7 @@ def read_npz(path: Path, size: tuple[int, int], channels: int) -> Arrays:
     return Arrays(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels, classes)
 
 
-def _mapped(path: Path, member: str) -> np.ndarray | None:
+def mapped(path: Path, member: str) -> np.ndarray | None:
     """An array of an .npz in its place on the disk; None where it is compressed."""
     with zipfile.ZipFile(path) as held, open(path, "rb") as file:
         info = held.getinfo(member)

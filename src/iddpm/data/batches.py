@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm import rng
-from iddpm.config import Config, given_shape, image_size
+from iddpm.config import Config, given_shape, image_size, share
 from iddpm.data import DataSet, Dataset, Images, Order, Own
 from iddpm.data.augment import augmented
 from iddpm.data.given import shown
@@ -19,10 +19,13 @@ from iddpm.errors import UserError
 from iddpm.parallel import processes
 
 
-def open_data(config: Config, own: Dataset | None = None, own_given: Dataset | None = None) -> tuple[DataSet, Config]:
+def open_data(
+    config: Config, own: Dataset | None = None, own_given: Dataset | None = None, held_out: bool = False
+) -> tuple[DataSet, Config]:
     """The images of a config, or a data set of the program's own, and the config with the classes found in them.
 
-    `own_given` is the data set of the images that are given with those. UserError where they do not fit.
+    `own_given` is the data set of the images that are given with those. Of a set that --validation divides these are the
+    images of training, or those `held_out`. UserError where they do not fit.
     """
     m, size = config.model, source_size(config)
     classes, given = config.data.classes or None, config.data.given
@@ -30,6 +33,9 @@ def open_data(config: Config, own: Dataset | None = None, own_given: Dataset | N
         raise UserError(
             f"--task {m.task}: which images is it given? --given FOLDER, with the names of {config.data.path or 'DATA'}"
         )
+    divided = share(config.data.validation)
+    if divided and own is not None:
+        raise UserError(f"--validation {config.data.validation} divides files: divide the program's data set, and give files")
     given_channels = (given_shape(m) or (0,))[0] if given else 0
     images: DataSet = (
         Own(own, size, m.image_channels, classes, own_given, given_channels)
@@ -44,6 +50,7 @@ def open_data(config: Config, own: Dataset | None = None, own_given: Dataset | N
             classes=classes,
             given=given,
             given_channels=given_channels,
+            part=(0, divided) if held_out else (divided, 1),
         )
     )
     if not m.class_cond:
@@ -62,7 +69,9 @@ def open_validation(config: Config) -> DataSet | None:
     """The held-out images of a config, of the same classes; None where it names none."""
     if not config.data.validation:
         return None
-    held_out = dict(path=config.data.validation, given=config.data.validation_given, random_crop=False)
+    if share(config.data.validation):
+        return open_data(config.updated(dict(random_crop=False)), held_out=True)[0]
+    held_out = dict(validation="", path=config.data.validation, given=config.data.validation_given, random_crop=False)
     return open_data(config.updated(held_out))[0]
 
 

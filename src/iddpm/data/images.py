@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,19 @@ REMOTE_THREADS = 16  # that read at once, where reading is mostly waiting
 PROGRESS_FROM = 2000  # files; fewer are decoded before a bar would be read
 LOOKED_AT = 64  # images, where all would cost as much as an epoch
 SAMPLED = 16  # images whose content stands for that of all in `Images.identity`
+
+
+class Files(Sequence[Path]):
+    """Names as they are told to a user; made when they are asked for, since a path takes more memory than a small image."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, k: Any) -> Any:
+        return [self.path / name for name in self.names[k]] if isinstance(k, slice) else self.path / self.names[k]
 
 
 class Images:
@@ -51,7 +65,7 @@ class Images:
         others: Others | None = None,
     ) -> None:
         self.source, self.names, self.others = source, source.names, others
-        self.files = [source.path / name for name in source.names]
+        self.files: Sequence[Path] = Files(source.path, source.names)
         self.image_size = image_size
         self.channels = channels
         self.depth = channels + (others.channels if others else 0)  # channels of all that `batch` gives
@@ -62,6 +76,7 @@ class Images:
         self.broken: list[tuple[Path, str]] = []
         self._notes: dict[str, set[int]] = defaultdict(set)  # how images are taken otherwise than they lie there: which
         self._guard = Lock()
+        self.divided = ""  # a line on the part of the images that this is
         self._stand_in: dict[int, int] = {}  # index of a broken file -> index of the image shown instead
         self._bad = np.zeros(len(source.names), bool)  # the broken ones met so far
         self._cache: np.ndarray | None = None
@@ -78,11 +93,13 @@ class Images:
         classes: Sequence[str] | None = None,
         given: str | Path = "",
         given_channels: int = 0,
+        part: tuple[float, float] = (0, 1),
     ) -> "Images":
         """Find the images under `path`, a folder or an archive, label them, and decode them all if they fit in `cache_bytes`.
 
         `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given. `given` is a folder or
-        archive of other images, one for each, of the same name, which are read with `given_channels`.
+        archive of other images, one for each, of the same name, which are read with `given_channels`. Of all images
+        those are kept whose content, as a number from 0 to 1, lies in `part`: equal files are in one part, whatever their names.
         Raises UserError for a missing, unreadable or empty folder, a broken file if `on_broken` is 'fail',
         labels that cannot be had by the rule, labels that `classes` does not hold, and images without a partner.
         """
@@ -94,8 +111,10 @@ class Images:
         others = paired(source, open_source(place(given)), given_channels) if given else None
         data = cls(source, image_size, channels, on_broken, others)
         found, data.rule = label(source, labels, classes)
-        if found:
+        if found is not None and len(found):
             data.labels, data.classes = number(found, classes)
+        if part != (0, 1):
+            data._divide(part)
         keep = len(data) * data.depth * math.prod(image_size) <= cache_bytes
         if keep or on_broken == "leave":
             data._decode_all(keep)
@@ -104,7 +123,7 @@ class Images:
         return data
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in.
@@ -133,12 +152,13 @@ class Images:
         text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels; labels: {self.rule}"
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
+        text += self.divided
         if self.others:
             text += f"\n{self.others.describe()}"
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
         text += self._told()
-        if parts := splits(self.names):
+        if parts := [] if self.source.rows else splits(self.names):
             names = " and ".join(parts)
             text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
         if self.broken:
@@ -151,7 +171,8 @@ class Images:
         parts = ("names", "sizes", "contents", "labels", *(("given",) if self.others else ()))
         digests = {part: hashlib.blake2b(digest_size=8) for part in parts}
         some = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
-        for name in self.names:
+        digests["names"].update(self.source.sealed.encode())
+        for name in () if self.source.sealed else self.names:  # of millions of rows it would cost seconds
             digests["names"].update(name.encode("utf-8", "surrogateescape") + b"\0")
             digests["sizes"].update(b"%d\0" % self.source.size(name))
         for k in some:
@@ -194,7 +215,11 @@ class Images:
         few: list[int] = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
         return few
 
-    def _load(self, index: int) -> np.ndarray | UserError:
+    def load(self, index: int) -> np.ndarray | UserError:
+        """An image, uint8 (C, H, W); or why it cannot be read."""
+        held = None if self.others else self.source.pixels(self.names[index])
+        if held is not None and held.shape == (*self.image_size, self.channels):  # what preparing it would leave as it is
+            return np.ascontiguousarray(held.transpose(2, 0, 1))
         try:
             image = self.picture(index)
             if not self.others:
@@ -209,11 +234,14 @@ class Images:
             return error
 
     def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
+        if len(indices) and self.source.pixels(self.names[indices[0]]) is not None:  # to begin threads would cost more
+            yield from map(self.load, indices)
+            return
         threads = REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1
         size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
         blocks = [indices[k : k + size] for k in range(0, len(indices), size)]
         with ThreadPoolExecutor(threads) as pool:
-            for block in pool.map(lambda wanted: [self._load(k) for k in wanted], blocks):
+            for block in pool.map(lambda wanted: [self.load(k) for k in wanted], blocks):
                 yield from block
 
     def _decode_all(self, keep: bool) -> None:
@@ -239,12 +267,39 @@ class Images:
             how = "images are broken and others stand in"
         warnings.warn(f"{counts} {how}; the first: {self.broken[0][1]}", stacklevel=3)
 
+    def _divide(self, part: tuple[float, float]) -> None:
+        """Keep those whose content lies in `part`, which costs reading every file once."""
+        n = len(self)
+        with ThreadPoolExecutor(REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1) as pool:
+            places = np.fromiter(pool.map(self._place, self.names), float, n)
+        kept = np.flatnonzero((part[0] <= places) & (places < part[1]))
+        self.divided = f"\n{len(kept):,} of {many(n, 'image')}: {part[1] - part[0]:.2%} of them, by their content"
+        if not len(kept):
+            raise UserError(
+                f"--validation: of {many(n, 'image')} none are in the part of {part[1] - part[0]:.2%}; give another share"
+            )
+        self._keep(kept)
+
+    def _place(self, name: str) -> float:
+        """The content of a file as a number from 0 to below 1; of one that cannot be read its name."""
+        try:
+            content = self.source.read(name)
+        except Unreachable:
+            raise
+        except UserError:
+            content = name.encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big") / 2**48
+
     def _leave_out(self) -> None:
         """Forget the broken files, of which nothing can be measured."""
         kept = np.flatnonzero(~self._bad)
         if not len(kept):
             raise self._none()
-        self.names, self.files = [self.names[k] for k in kept], [self.files[k] for k in kept]
+        self._keep(kept)
+
+    def _keep(self, kept: np.ndarray) -> None:
+        self.names = [self.names[k] for k in kept.tolist()]
+        self.files = Files(self.source.path, self.names)
         self.labels = None if self.labels is None else self.labels[kept]
         self._cache = None if self._cache is None else self._cache[kept]
         self._bad = self._bad[kept]
@@ -257,7 +312,7 @@ class Images:
             self._note(index, error)
             other = self._find_stand_in(index)
             warnings.warn(f"{error}; {self.files[other]} stands in for it", stacklevel=3)
-        pixels = self._load(self._stand_in[index])
+        pixels = self.load(self._stand_in[index])
         assert isinstance(pixels, np.ndarray)
         return pixels
 
@@ -273,7 +328,7 @@ class Images:
             if self.labels is not None and (same := self.labels[good] == self.labels[index]).any():
                 good = good[same]
             k = int(good[np.searchsorted(good, index) % len(good)])
-            if self._cache is not None or isinstance(self._load(k), np.ndarray):  # what is kept was decoded
+            if self._cache is not None or isinstance(self.load(k), np.ndarray):  # what is kept was decoded
                 self._stand_in[index] = k
                 if self.labels is not None:
                     self.labels[index] = self.labels[k]

@@ -10,14 +10,15 @@ from unicodedata import normalize
 
 import numpy as np
 
-from iddpm.data.sources.source import LABEL_FILES, Source, is_image
+from iddpm.data.sources.source import LABEL_FILES, Ranked, Source, is_image
 from iddpm.errors import UserError
 from iddpm.records import decode
 
 Label = str | int
-Found = tuple[list[Label] | None, str]  # a label per image, or None where the rule does not apply; in words
+Found = tuple[list[Label] | Ranked | None, str]  # a label per image, or None where the rule does not apply; in words
 
-AUTO = ("file", "folder", "prefix")  # in this order
+KEYS = ("label", "cls", "class", "class_name")  # of a .json beside an image, in this order
+AUTO = ("file", "beside", "folder", "prefix")  # in this order
 SPLITS = set("train training test testing val valid validation dev eval holdout held_out heldout".split())
 CAMERAS = set(
     "img dsc dscn dscf dcim pxl vid mvimg pano burst screenshot photo image images picture pic frame scan file sample".split()
@@ -34,11 +35,14 @@ def label(source: Source, rule: str, classes: Sequence[str] | None = None) -> Fo
         return None, "none"
     if rule not in ("auto", "any", *RULES):
         raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, none")
+    if source.rows and rule in ("auto", "any", "file"):
+        return source.labelled, "the table's own" if source.labelled else "none"
     below = "" if rule == "folder" else wrapper(source, classes, rule == "any")
     doubts = ""
     for key in (rule,) if rule in RULES else AUTO:
         found, words = RULES[key](source, below)
         if found is not None:
+            assert not isinstance(found, Ranked)
             doubt = doubtful(key, found, words) if rule == "auto" and not set(map(str, found)) <= set(classes or ()) else ""
             if not doubt:
                 return found, words
@@ -75,7 +79,7 @@ def doubtful(rule: str, found: list[Label], words: str) -> str:
     """Why labels are hardly classes; "" where they may be."""
     distinct = {str(value) for value in found}
     asked = f"--labels {rule} takes them as such"
-    if rule == "file":
+    if rule in ("file", "beside"):
         return ""  # somebody wrote it
     if len(found) > 3 and len(distinct) == len(found):
         return f"{words} differ for every image, so they are hardly classes; {asked}"
@@ -125,9 +129,12 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
         text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")  # as names on the disk are
         if path.endswith(".csv"):
             # the whole text, for a quoted name may hold a line's end
-            pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
-            if pairs and not is_image(pairs[0][0]):
-                pairs = pairs[1:]  # the header
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+            head = [cell.strip().lower() for cell in rows.pop(0)] if rows and not is_image(rows[0][0].strip()) else []
+            column = next((head.index(key) for key in KEYS if key in head), 1)  # a table of attributes may have one so called
+            if head and len(head) > 2 and head[column] not in KEYS:
+                raise ValueError(f"of its {len(head)} columns none is called {' or '.join(KEYS)}, so call the wanted one so")
+            pairs = [(row[0].strip(), row[column].strip()) for row in rows]
             if all(value.isdecimal() and str(int(value)) == value for _, value in pairs):
                 return [(name, int(value)) for name, value in pairs]
             return list(pairs)
@@ -139,6 +146,34 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
         return [(str(name), value) for name, value in (held.items() if isinstance(held, dict) else held)]
     except (ValueError, TypeError, IndexError, csv.Error) as error:
         raise UserError(f'{path}: {error}; write {{"a/b.png": "label"}} or lines of path,label, in UTF-8') from error
+
+
+def from_beside(source: Source, below: str) -> Found:
+    """WebDataset's rule: beside each image a .cls of its name, or a .json with one of `KEYS`."""
+    stems = [name.rpartition("/")[0] + "/" * ("/" in name) + name.rpartition("/")[2].partition(".")[0] for name in source.names]
+    ending = next((ending for ending in (".cls", ".json") if source.has(stems[0] + ending)), "")
+    if not ending:
+        return None, f"there is no .cls or .json beside {source.names[0]}"
+    out, key = list[Label](), ""
+    for stem in stems:
+        file = source.path / (stem + ending)
+        if not source.has(stem + ending):
+            raise UserError(f"{file} is missing, and other images have one: add it, or take the image out")
+        content = source.read(stem + ending)
+        if ending == ".cls":
+            value: Any = content.decode("utf-8", "surrogateescape").strip()
+        else:
+            held = decode(content, dict[str, Any], file)
+            key = key or next((name for name in KEYS if name in held), "")
+            if not key:
+                return None, f"{file.name} says no {' or '.join(KEYS)}"
+            value = held.get(key)
+        if type(value) not in (str, int) or value == "":
+            raise UserError(f"{file} holds the label {value!r}: a label must be a text or a whole number")
+        out.append(value)
+    if all(str(value).isdecimal() and str(int(value)) == str(value) for value in out):
+        out = [int(value) for value in out]
+    return out, f"the {ending} beside each image" + (f", {key}" if key else "")
 
 
 def from_folder(source: Source, below: str) -> Found:
@@ -165,8 +200,11 @@ def from_prefix_or_folder(source: Source, below: str) -> Found:
     return (found, words) if found is not None else from_folder(source, below)
 
 
-def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def number(found: list[Label] | Ranked, classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as int64 (N,) ranks among `classes`, or among their own sorted values; and the class names."""
+    if isinstance(found, Ranked):
+        ranks, known = number(found.values, classes)
+        return ranks[found.ranks], known
     distinct = set(found)
     kind = int if all(isinstance(value, int) for value in distinct) else str
     known = tuple(classes or dict.fromkeys(map(str, sorted(distinct, key=kind))))  # 1 and "1" are one
@@ -181,6 +219,7 @@ def number(found: list[Label], classes: Sequence[str] | None) -> tuple[np.ndarra
 
 RULES: dict[str, Callable[[Source, str], Found]] = {
     "file": from_file,
+    "beside": from_beside,
     "folder": from_folder,
     "prefix": from_prefix,
     "original": from_prefix_or_folder,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iddpm.config import Config, ema_rates, image_size
+from iddpm.config import Config, ema_rates, image_size, share
 from iddpm.data import Order
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
@@ -35,7 +35,8 @@ class Quality:
         settings, m, n = config.train, config.model, config.train.eval_samples
         self.config, self.device, self.out, self.say = config, device, run / "metrics.json", say
         figures.read(self.out)  # what cannot be written to is refused before the work
-        path = settings.eval_reference or config.data.validation or config.data.path
+        validation = config.data.validation
+        path = settings.eval_reference or (not share(validation) and validation) or config.data.path
         images = open_images(path, Like("the run", image_size(m), m.image_channels))
         if images.n < LEAST:
             raise UserError(f"--eval_every: {path} holds fewer than the {LEAST} images it needs: give others by --eval_reference")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from iddpm import build, fit
-from iddpm.config import ENDS, Config, check, every_field, fields_of, image_size, settings_of, total_steps
+from iddpm.config import ENDS, Config, check, every_field, fields_of, image_size, settings_of, share, total_steps
 from iddpm.config.check import check_end
 from iddpm.config.choices import row
 from iddpm.config.fields import check_groups, unmet
@@ -152,7 +152,7 @@ def _asked(given: Mapping[str, Any]) -> str:
 def absolute(path: str) -> str:
     """A local path from the root of this machine, so that it means the same wherever a run is gone on with."""
     found = place(path)
-    return path if not path or path == OWN or "://" in str(found) else str(Path(os.path.abspath(found)))
+    return path if not path or path == OWN or share(path) or "://" in str(found) else str(Path(os.path.abspath(found)))
 
 
 def _session(run: Path, given: Mapping[str, Any]) -> AbstractContextManager[torch.device]:

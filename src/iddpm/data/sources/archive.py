@@ -78,25 +78,25 @@ def _zipped(file: BinaryIO) -> dict[str, Member]:
         if not name.endswith("/"):
             link = stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096
             target = _leads(name, held.read(info).decode("utf-8", "surrogateescape")) if link else ""
-            out[_clean(name)] = Member(info.file_size, partial(held.open, info), target)
+            out[clean(name)] = Member(info.file_size, partial(held.open, info), target)
     return out
 
 
 def _tarred(file: BinaryIO) -> dict[str, Member]:
     held, out = tarfile.open(fileobj=file, mode="r:"), dict[str, Member]()  # noqa: SIM115
     for info in held.getmembers():
-        link = _clean(info.linkname) if info.islnk() else _leads(info.name, info.linkname) if info.issym() else ""
+        link = clean(info.linkname) if info.islnk() else _leads(info.name, info.linkname) if info.issym() else ""
         if link or info.isreg():
-            out[_clean(info.name)] = Member(info.size, partial(held.extractfile, info), link)
+            out[clean(info.name)] = Member(info.size, partial(held.extractfile, info), link)
     return out
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     return posixpath.normpath(name.lstrip("/"))
 
 
 def _leads(name: str, target: str) -> str:
-    return posixpath.normpath(posixpath.join(posixpath.dirname(_clean(name)), target))
+    return posixpath.normpath(posixpath.join(posixpath.dirname(clean(name)), target))
 
 
 def _followed(held: dict[str, Member], name: str) -> Member | None:

@@ -2,9 +2,11 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from iddpm.data.decode import EXTENSIONS
 from iddpm.errors import UserError
@@ -15,31 +17,48 @@ TOOLS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+
 LARGEST = 1 << 29  # bytes of a file that are taken into memory; an archive of 20 kB can promise any number
 
 
+class Ranked(NamedTuple):
+    """Labels that a table keeps itself: each image's (N,) int64 place among `values`."""
+
+    ranks: np.ndarray
+    values: list[str | int]
+
+
 class Source:
     """Images by name, in order, and the files of labels beside them.
 
     `path` is the folder or archive, as it is told to a user; `home` the folder in or beside which what is worked out of the
     images is kept; `names` (N) are the images', relative, with "/" between folders; `left_out` counts by ending what is none.
+    Where images are `rows` of a table, their names say nothing of classes: these are `labelled`, or there are none.
     """
+
+    rows = False
+    labelled: Ranked | None = None
+    sealed = ""  # a digest of all that is in it, where it keeps one
 
     def __init__(self, path: Path, home: Path, files: Iterable[str]) -> None:
         self.path, self.home = path, home
-        self.names: list[str] = []
         self.left_out: Counter[str] = Counter()
+        names = list[str]()
         for name in sorted(files):
             if hidden(name):
                 continue
             if is_image(name):
-                self.names.append(name)
-            elif name.rpartition("/")[2] not in LABEL_FILES:
+                names.append(name)
+            elif name.rpartition("/")[2] not in LABEL_FILES and not name.endswith(".cls"):
                 self.left_out[PurePath(name).suffix[1:].lower() or "without an ending"] += 1
-        if not self.names:
+        self.names: Sequence[str] = names
+        if not names:
             found = f"; it has {self.rest()}" if self.left_out else ""
             raise UserError(f"{path} holds no images: looked for files ending in {', '.join(EXTENSIONS)}{found}")
 
     def read(self, name: str) -> bytes:
         """The content of an image, or of another file; UserError where it cannot be had, or is above `LARGEST`."""
         raise NotImplementedError
+
+    def pixels(self, name: str) -> np.ndarray | None:
+        """An image (H, W, C) uint8 where it lies so; else None, and it is to be read and decoded."""
+        return None
 
     def open_file(self, name: str) -> BinaryIO:
         """The same as a file, of which little may be read."""
