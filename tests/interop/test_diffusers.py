@@ -330,6 +330,15 @@ def test_a_config_of_other_types_is_refused_in_one_line(diffusers, tmp_path, cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("setting", ["use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "stochastic_sampling"])
+def test_flows_that_are_walked_in_another_way_are_refused(diffusers, tmp_path, capsys, setting):
+    folder_of(diffusers, tmp_path / "f", *FOLDERS["flow"])
+    record = tmp_path / "f" / "scheduler" / "scheduler_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {setting: True}))
+    assert main(["import", str(tmp_path / "f"), "--run", str(tmp_path / "run")]) == 2
+    assert f"{setting} True: iddpm draws by flow matching with a fixed shift alone" in capsys.readouterr().err
+
+
 def test_weights_of_another_shape_or_number_are_named(diffusers, tmp_path, capsys):
     folder_of(diffusers, tmp_path / "f", *FOLDERS["flow"])
     path = tmp_path / "f" / "unet" / "diffusion_pytorch_model.safetensors"

@@ -70,6 +70,15 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_the_exporter_cannot_write_is_one_line(tmp_path, monkeypatch):
+    _, weights = made()
+    monkeypatch.setattr(
+        onnx.PlainNorm, "forward", lambda self, x, *rest: torch.linalg.lu_factor(x.flatten(2))[0].reshape(x.shape)
+    )
+    with pytest.raises(UserError, match="cannot write this network as ONNX"):
+        onnx.exported(weights, tmp_path)
+
+
 def test_a_network_of_consistency_is_refused(tmp_path):
     _, weights = made(objective="consistency", **EDM)
     with pytest.raises(UserError, match="--to onnx"):

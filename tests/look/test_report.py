@@ -196,6 +196,13 @@ def test_a_damaged_run_among_good_ones_is_named_and_the_rest_is_shown(tmp_path, 
     assert not (tmp_path / "x.html").exists()
 
 
+def test_a_file_of_weights_is_no_run_and_is_told_so(tmp_path, capsys):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    for verb in ("report", "diagnose"):
+        assert main([verb, str(tmp_path / "a.safetensors")]) == 2
+        assert "is a file: give the folder of a run" in capsys.readouterr().err
+
+
 def test_an_empty_run_one_being_written_and_damaged_files_are_said_to_be_so(tmp_path, config):
     empty = made(tmp_path / "empty", config, [])
     assert "No step is logged yet" in page(empty).text

@@ -21,6 +21,8 @@ def _report(runs: list[str], out: str, csv: str) -> None:
     paths = [place(run) for run in runs]
     if missing := [path for path in paths if not path.exists()]:  # before a folder is made for the page
         raise UserError(f"{missing[0]} does not exist: give the folder of a run")
+    if alone := [path for path in paths if path.is_file()]:
+        raise UserError(f"{alone[0]} is a file: give the folder of a run, which has the log and the samples beside the weights")
     target = file_to_write(out or (paths[0] / report.NAME if len(paths) == 1 else report.NAME), "--out", ".html")
     table = file_to_write(csv, "--csv", ".csv") if csv else target.with_suffix(".csv") if len(paths) > 1 else None
     for fault in report.write(paths, target, table):

@@ -33,7 +33,12 @@ def card(weights: Weights, library: str, use: str) -> str:
         f"| trained | {about.get('step', 0):,} steps, {about.get('images', 0):,} images{average} |",
     ]
     if m.class_cond and c.data.classes:
-        lines.append(f"| classes | {', '.join(f'{k} {name}' for k, name in enumerate(c.data.classes[:1000]))} |")
+        lines.append(f"| classes | {', '.join(f'{k} {_cell(name)}' for k, name in enumerate(c.data.classes[:1000]))} |")
     if m.class_dropout:
         lines.append(f"| guidance | class {m.num_classes} stands for no class |")
     return "\n".join([*lines, "", use])
+
+
+def _cell(text: str) -> str:
+    """A name as it may stand in a table of Markdown."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from iddpm import build, fit
 from iddpm.config import Config, given_shape, image_size
 from iddpm.diffusion.denoiser import Network
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 from iddpm.interop.card import card
 from iddpm.nn.layers import GroupNorm
 from iddpm.sampling.open import restore
@@ -111,10 +111,13 @@ def traced(net: nn.Module, example: dict[str, Tensor]) -> bytes:
     more = {name: tensor for name, tensor in example.items() if name not in ("x", "t")}
     with warnings.catch_warnings():  # that it is the older one, and that the checks of shapes are left out of the graph
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            net, (example["x"], example["t"], more), file,  # type: ignore[arg-type]  # it takes a file as well
-            input_names=told, output_names=["output"], dynamic_axes=free, opset_version=OPSET, dynamo=False,
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                net, (example["x"], example["t"], more), file,  # type: ignore[arg-type]  # it takes a file as well
+                input_names=told, output_names=["output"], dynamic_axes=free, opset_version=OPSET, dynamo=False,
+            )  # fmt: skip
+        except RuntimeError as e:  # of which the exporter's own errors are kinds
+            raise UserError(f"torch's exporter cannot write this network as ONNX: {reason(e)}") from None
     return file.getvalue()
 
 

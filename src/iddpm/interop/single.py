@@ -16,5 +16,6 @@ def exported(weights: Weights, folder: Path) -> list[str]:
     file = folder / "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(file, save(weights.tensors, about))
-    write_file(folder / "README.md", card(weights, "iddpm", "`iddpm sample model.safetensors` draws with it.\n"))
-    return [f"wrote in {folder}: {file.name}, README.md", f"next: iddpm sample {file}"]
+    command = weights.config.task.next.format(run=file, data="IMAGES")
+    write_file(folder / "README.md", card(weights, "iddpm", f"To use it: `{command.replace(str(file), file.name)}`\n"))
+    return [f"wrote in {folder}: {file.name}, README.md", f"next: {command}"]

@@ -18,7 +18,8 @@ LONGEST = 65_500  # pixels of a side, more than which JPEG cannot hold
 
 def image(picture: Image.Image, most: int, alt: str, **attributes: object) -> Html:
     """A picture of at most so many bytes as an element: as PNG where that fits, else as JPEG, smaller if it must be."""
-    kind, content = "png", _saved(picture, "PNG")
+    # A PNG is not even tried of what is sure to be too large: to save a sheet of 30 million pixels takes seconds.
+    kind, content = "png", _saved(picture, "PNG") if picture.width * picture.height < 16 * most else b" " * (most + 1)
     small = picture
     while max(small.size) > LONGEST:
         small = small.resize((max(1, small.width * 3 // 4), max(1, small.height * 3 // 4)), Image.Resampling.BOX)

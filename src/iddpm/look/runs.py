@@ -94,6 +94,8 @@ def read_run(path: Path) -> Run:
     record, notes = path / "config.json", list[str]()
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder of a run")
+    if path.is_file():
+        raise UserError(f"{path} is a file: give the folder of a run, which has the log and the samples beside the weights")
     if not record.exists():
         raise UserError(f"{path} is no run: it has no config.json")
     config = Config.from_json(record.read_bytes().decode("utf-8", "surrogateescape"), str(record))

@@ -78,6 +78,12 @@ class SchedulerFile(TypedDict, total=False):
     prediction_type: str
     rescale_betas_zero_snr: bool
     shift: float
+    use_dynamic_shifting: bool
+    invert_sigmas: bool
+    use_karras_sigmas: bool
+    use_exponential_sigmas: bool
+    use_beta_sigmas: bool
+    stochastic_sampling: bool
 
 
 DEFAULTS = NetworkFile(  # of UNet2DModel; old folders leave out what came later
@@ -229,6 +235,9 @@ def _process(folder: Path, theirs: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{at}: num_train_timesteps {s['num_train_timesteps']}: iddpm tells a flow's network times up to 1000"
             )
+        others = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        if odd := [name for name, value in s.items() if name in (*others, "stochastic_sampling") and value]:
+            raise UserError(f"{at}: {odd[0]} True: iddpm draws by flow matching with a fixed shift alone")
         fields = dict(noise_schedule="flow", parametrization="flow", snr_shift=float(s.get("shift", 1.0)), ema_rate="")
         return fields | dict(solver="ddim", sampling_steps="50", clip_denoised=False)
     called = {value: key for key, value in PREDICTION.items()}
