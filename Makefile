@@ -12,7 +12,10 @@ PEERS := diffusers==0.42.1 denoising-diffusion-pytorch==2.3.4 datasets==5.2.0 to
 ORIGINAL ?=
 NETWORK ?= small
 
-.PHONY: demo test test-slow bench lint types clean
+# What `make docs` builds the site with, in an environment of its own.
+SITE := zensical==0.0.73
+
+.PHONY: demo test test-slow bench docs lint types clean
 
 demo: .venv/ready-demo
 	@$(BIN)/iddpm data digits data/digits
@@ -28,6 +31,16 @@ test-slow: .venv/ready-dev
 
 bench: .venv/ready-dev .venv/peers/ready
 	$(BIN)/python benchmarks/speed.py --network $(NETWORK) --original "$(ORIGINAL)"
+
+docs: .venv/ready-dev .venv/site/ready
+	$(BIN)/python docs/site.py build/pages
+	.venv/site/bin/zensical build --strict
+	@echo "the site: build/site/index.html"
+
+.venv/site/ready: Makefile
+	test -x .venv/site/bin/python || $(PYTHON) -m venv .venv/site
+	.venv/site/bin/python -m pip install --quiet $(SITE)
+	touch $@
 
 .venv/peers/ready: Makefile constraints.txt
 	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers
