@@ -28,7 +28,7 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
         "build", "config", "data", "diffusion", "errors", "fit", "measure", "nn", "parallel", "records", "rng", "sampling",
         "saying", "store", "words",
     },
-    "look": {"build", "config", "data", "errors", "measure", "records", "sampling", "saying", "store", "words"},
+    "look": {"build", "config", "data", "errors", "fit", "measure", "records", "sampling", "saying", "store", "words"},
     "interop": {
         "build", "config", "data", "diffusion", "errors", "fit", "measure", "nn", "parallel", "records", "rng", "sampling",
         "store", "training", "words",

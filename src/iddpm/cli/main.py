@@ -24,6 +24,7 @@ from iddpm.cli import (
     plan,
     report,
     sample,
+    serve,
     threads,
     train,
 )
@@ -41,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "diagnose": diagnose.VERB,
     "ema": ema.VERB,
     "data": data.VERB,
+    "serve": serve.VERB,
     "plan": plan.VERB,
     "import": convert.IMPORT,
     "export": convert.EXPORT,
