@@ -54,6 +54,7 @@ def commands(pictures: Path, run: Path, powers: Path, out: Path) -> dict[str, tu
         "ema": ([powers, "--std", 0.07, "--out", out / "a.safetensors"], {"wrote"}),
         "data": (["digits", out / "d"], {"next"}),
         "serve": ([run, "--host", "0.0.0.0"], {"error"}),  # which is told that it needs a token
+        "studio": ([run, "--host", "0.0.0.0"], {"error"}),  # likewise
         "plan": (["--run", run, "--processes", 2], {"plan"}),
         "import": ([out / "x.safetensors", "--alone", "--run", out / "i"], {"error"}),
         "export": ([run, "--to", "safetensors", "--out", out / "w"], {"wrote"}),

@@ -25,6 +25,7 @@ from iddpm.cli import (
     report,
     sample,
     serve,
+    studio,
     threads,
     train,
 )
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "diagnose": diagnose.VERB,
     "ema": ema.VERB,
     "data": data.VERB,
+    "studio": studio.VERB,
     "serve": serve.VERB,
     "plan": plan.VERB,
     "import": convert.IMPORT,

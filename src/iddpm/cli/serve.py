@@ -1,7 +1,5 @@
 """`iddpm serve`: draw for others over HTTP."""
 
-import socket
-from contextlib import suppress
 from typing import Any
 
 from iddpm.cli.flags import Parser, Verb
@@ -29,36 +27,24 @@ def _serve(
     if min(max_images, max_waiting) < 1:
         raise UserError("--max_images and --max_waiting are 1 or more")
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from iddpm.look.serving.app import app, named
         from iddpm.look.serving.desk import Desk
-        from iddpm.look.serving.guard import is_local
+        from iddpm.look.serving.listen import listening, serve, token_of
     except ImportError as e:
         raise UserError(f"iddpm serve needs {e.name}: pip install 'iddpm[studio]'") from None
     from iddpm.sampling.open import open_weights
 
-    token = place(token_file).read_text().strip() if token_file else ""
-    if not (token or is_local(host)):
-        raise UserError(f"--host {host} can be reached by others: give --token_file FILE, whose token they must bring")
+    token = token_of(host, token_file)
     paths = [place(run) for run in runs]
     changes = {name: value for name, value in given.items() if name in settings_of(Sample)}
     models = named(paths, [open_weights(path, which, changes) for path in paths])
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host.strip("[]"), port))
-        listening.listen(128)  # before the address is told: who then asks waits until it is answered
-    except OSError as e:
-        listening.close()
-        raise UserError(f"port {port} of {host} cannot be taken ({e.strerror}): give another --port, or 0") from None
+    where, address = listening(host, port)
     desk = Desk(which.batch_size, max_waiting)
-    address = f"http://{host}:{listening.getsockname()[1]}"
     say(f"serving {', '.join(models)} at {address}: POST /samples, GET /health, /metrics", "serving", address=address)
-    settings = uvicorn.Config(app(models, desk, max_images, host, token), log_level="warning", timeout_graceful_shutdown=5)
     try:
-        with suppress(KeyboardInterrupt):  # it has answered what was being drawn, and gives the signal on: to end so is no fault
-            uvicorn.Server(settings).run(sockets=[listening])
+        serve(app(models, desk, max_images, host, token), where)
     finally:
         desk.close()
 

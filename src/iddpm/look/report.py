@@ -32,7 +32,7 @@ def write(paths: Sequence[Path], out: Path, table: Path | None = None) -> list[s
             faults.append(f"{path} is left out: {reason(e).removeprefix(f'{path} ')}")
     if not runs:
         raise UserError(faults[0].replace(" is left out:", ":") if faults else "which run? iddpm report RUN")
-    runs = _told_apart(runs)
+    runs = told_apart(runs)
     try:
         text = page(runs, faults)
     except Exception:  # of one among several: the others are shown
@@ -67,12 +67,11 @@ def keep(run: Path) -> None:
         print(f"{run / NAME} is not made: {reason(e)}")
 
 
-def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
-    """The whole page."""
+def body(runs: Sequence[Run], faults: Sequence[str] = ()) -> tuple[Html, dict[str, Any]]:
+    """What a page shows of some runs, and the numbers of its charts."""
     together = len(runs) > 1
-    title = f"{many(len(runs), 'run')} compared" if together else runs[0].name
-    charts: list[dict[str, Any]] = []
-    data: dict[str, Any] = {"runs": [curves.numbers(r, CURVES // max(4, len(runs))) for r in runs], "charts": charts}
+    data = numbers(runs)
+    charts = data["charts"]
     sections = [parts.warning(fault) for fault in faults]
     if together:
         sections += _compared(runs, charts)
@@ -83,21 +82,32 @@ def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
             sections.append(el("details", name, *inside, class_="run"))
         else:
             sections += inside
+    return join([el("header", el("h1", _title(runs)), *_subtitle(runs)), *sections]), data
+
+
+def numbers(runs: Sequence[Run]) -> dict[str, Any]:
+    """The curves of some runs, as the page's script reads them; which charts show them is yet to be said."""
+    return {"runs": [curves.numbers(r, CURVES // max(4, len(runs))) for r in runs], "charts": []}
+
+
+def page(runs: Sequence[Run], faults: Sequence[str] = ()) -> str:
+    """The whole page."""
+    shown, data = body(runs, faults)
     head = [
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{title} · iddpm"),
-        Html(f"<style>{_asset('uplot.css')}\n{_asset('page.css')}</style>"),
+        el("title", f"{_title(runs)} · iddpm"),
+        Html(f"<style>{asset('uplot.css')}\n{asset('page.css')}</style>"),
     ]
     foot = el("footer", f"Made by iddpm {iddpm.__version__}. This file is complete in itself and loads nothing.")
     held = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no name ends the script
     scripts = [
         Html(f'<script type="application/json" id="data">{held}</script>'),
-        Html(f"<script>/*\n{_asset('uplot-LICENSE')}*/\n{_asset('uplot.js')}</script><script>{_asset('page.js')}</script>"),
+        Html(f"<script>/*\n{asset('uplot-LICENSE')}*/\n{asset('uplot.js')}</script><script>{asset('page.js')}</script>"),
     ]
-    body = el("body", el("main", el("header", el("h1", title), *_subtitle(runs)), *sections, foot), *scripts)
-    return f'<!doctype html>\n<html lang="en">{el("head", *head)}{body}</html>\n'
+    whole = el("body", el("main", shown, foot), *scripts)
+    return f'<!doctype html>\n<html lang="en">{el("head", *head)}{whole}</html>\n'
 
 
 def _one(run: Run, k: int, charts: list[dict[str, Any]], budget: int) -> list[Html]:
@@ -165,6 +175,10 @@ def _section(title: str, *inside: Html | None) -> Html | None:
     return el("section", el("h2", title), *held) if held else None
 
 
+def _title(runs: Sequence[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{many(len(runs), 'run')} compared"
+
+
 def _subtitle(runs: Sequence[Run]) -> list[Html]:
     return [el("p", parts.what(runs[0]), class_="soft")] if len(runs) == 1 else []
 
@@ -173,7 +187,7 @@ def _dot(k: int) -> Html:
     return el("i", class_=f"dot c{k % 8}")
 
 
-def _told_apart(runs: list[Run]) -> list[Run]:
+def told_apart(runs: list[Run]) -> list[Run]:
     """Runs of the same name under as much of their paths as tells them apart; one that is given twice once."""
     unlike = list({run.path.resolve(): run for run in runs}.values())
     names = [run.name for run in unlike]
@@ -181,5 +195,6 @@ def _told_apart(runs: list[Run]) -> list[Run]:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of the page."""
     return (resources.files("iddpm.look") / "page" / name).read_text("utf-8")

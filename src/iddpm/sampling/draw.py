@@ -15,7 +15,7 @@ from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.guidance import classifier_gradient, guided
 from iddpm.errors import UserError
 from iddpm.parallel import processes
-from iddpm.sampling.images import as_float, as_uint8
+from iddpm.sampling.images import Watch, as_float, as_uint8, unwatched
 from iddpm.sampling.job import Job
 from iddpm.store.weights import Weights
 
@@ -60,8 +60,9 @@ def painter(
     low_res_noise: float = 0.0,
     guide: Guide | None = None,
     weak: build.Weak | None = None,
+    watch: Watch = unwatched,
 ) -> Painter:
-    """What draws with a model. `tick` is called after each step of the solver.
+    """What draws with a model. `tick` is called after each step of the solver, and `watch` with where it stands then.
 
     `low_res_noise` is the deviation of noise put on the small images, for a model trained with it.
     """
@@ -83,8 +84,9 @@ def painter(
             return rng.normal(0, purpose, k, job.seeds, shape).to(device)
 
         x = noise(0) * grid.start
-        for x, _ in solver(denoise, x, grid, noise):  # noqa: B007, B020
+        for x, x0 in solver(denoise, x, grid, noise):  # noqa: B020
             tick()
+            watch(x, x0)
         if not torch.isfinite(x).all():
             raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
         return as_uint8(x)

@@ -13,7 +13,7 @@ from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.grid import Grid
 from iddpm.diffusion.solvers import Ddim, ddim_inversion
 from iddpm.errors import UserError
-from iddpm.sampling.images import as_float, as_uint8
+from iddpm.sampling.images import Watch, as_float, as_uint8, unwatched
 
 
 def begin(grid: Grid, strength: float) -> Grid:
@@ -29,7 +29,7 @@ def filled(known: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
 @torch.inference_mode()
 def variations(
     config: Config, net: Network, device: torch.device, image: np.ndarray, seeds: list[int], y: int | None, strength: float,
-    mask: np.ndarray | None = None,
+    mask: np.ndarray | None = None, watch: Watch = unwatched,
 ) -> np.ndarray:  # fmt: skip
     """The image (H, W, C) uint8 drawn anew from `strength` of the way to noise, once for each seed: (N, H, W, C) uint8.
 
@@ -46,7 +46,7 @@ def variations(
 
     first = next(iter(walked))
     x = noise(0) * walked.start if strength == 1 else first.alpha * known + first.sigma * noise(0)
-    return walk_back(config, denoise, x, walked, noise)
+    return walk_back(config, denoise, x, walked, noise, watch=watch)
 
 
 @torch.inference_mode()
@@ -59,13 +59,19 @@ def noise_of(config: Config, net: Network, device: torch.device, image: np.ndarr
 
 @torch.inference_mode()
 def between(
-    config: Config, net: Network, device: torch.device, ends: tuple[Tensor, Tensor], y: int | None, frames: int
+    config: Config,
+    net: Network,
+    device: torch.device,
+    ends: tuple[Tensor, Tensor],
+    y: int | None,
+    frames: int,
+    watch: Watch = unwatched,
 ) -> Iterator[np.ndarray]:
     """Images (H, W, C) uint8 of DDIM from noises on the arc between two (1, C, H, W), both ends included."""
     grid = build.grid(config)
     for share in np.linspace(0, 1, frames).tolist():
         denoise = build.drawing(config, net, condition(config, y, 1, device))
-        yield walk_back(config, denoise, slerp(*ends, share), grid, None, Ddim())[0]
+        yield walk_back(config, denoise, slerp(*ends, share), grid, None, Ddim(), watch)[0]
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -76,10 +82,12 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
-def walk_back(config: Config, denoise: Any, x: Tensor, grid: Grid, noise: Any, solver: Any = None) -> np.ndarray:
+def walk_back(
+    config: Config, denoise: Any, x: Tensor, grid: Grid, noise: Any, solver: Any = None, watch: Watch = unwatched
+) -> np.ndarray:
     """What a solver (the config's) makes of x: (B, H, W, C) uint8."""
-    for x, _ in (solver or build.solver(config))(denoise, x, grid, noise):  # noqa: B007, B020
-        pass
+    for x, x0 in (solver or build.solver(config))(denoise, x, grid, noise):  # noqa: B020
+        watch(x, x0)
     if not torch.isfinite(x).all():
         raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
     return as_uint8(x).cpu().numpy()

@@ -1,8 +1,16 @@
 """Images as bytes and as numbers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
+
+Watch = Callable[[Tensor, Tensor], object]  # looks on as x and the guess x0, (B, C, H, W) both, change from step to step
+
+
+def unwatched(x: Tensor, x0: Tensor) -> None:
+    """Nobody looks on."""
 
 
 def as_uint8(x: Tensor) -> Tensor:

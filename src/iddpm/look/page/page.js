@@ -1,7 +1,6 @@
 "use strict";
-// The page's charts (by uPlot) and the slider over its samples.
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+// The charts (by uPlot) of what stands in an element, and the slider over its samples; returns what shows other numbers in them.
+function report(root, data) {
   const plots = new Map();  // by the element in which it stands
   const dashes = [6, 4], height = 240, some = 60;  // points above which a curve is smoothed
   let along = "step";
@@ -77,7 +76,7 @@
     box.setAttribute("aria-label", data.charts[box.dataset.chart].title);
   }
 
-  const all = [...document.querySelectorAll("[data-chart]")];
+  const all = [...root.querySelectorAll("[data-chart]")];
   const redraw = () => all.filter(box => box.clientWidth).forEach(draw);  // those in closed details have no width yet
   redraw();
   const watch = new ResizeObserver(changes => requestAnimationFrame(() => changes.forEach(({ target }) => {
@@ -87,9 +86,9 @@
   })));
   all.forEach(box => watch.observe(box));
 
-  for (const button of document.querySelectorAll("[data-x]")) button.onclick = () => {
+  for (const button of root.querySelectorAll("[data-x]")) button.onclick = () => {
     along = button.dataset.x;
-    document.querySelectorAll("[data-x]").forEach(b => b.setAttribute("aria-pressed", b.dataset.x === along));
+    root.querySelectorAll("[data-x]").forEach(b => b.setAttribute("aria-pressed", b.dataset.x === along));
     redraw();
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
@@ -97,14 +96,23 @@
   // Paper is white, and has no folds.
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("printed");
-    document.querySelectorAll("details.run").forEach(fold => { fold.open = true; });
+    root.querySelectorAll("details.run").forEach(fold => { fold.open = true; });
     redraw();
   });
   addEventListener("afterprint", () => { document.documentElement.classList.remove("printed"); redraw(); });
 
-  for (const input of document.querySelectorAll(".slide input")) input.oninput = () => {
+  for (const input of root.querySelectorAll(".slide input")) input.oninput = () => {
     const frames = [...input.closest("section").querySelectorAll(".frame")];
     frames.forEach((frame, k) => { frame.hidden = k !== +input.value; });
     input.nextElementSibling.textContent = "step " + frames[+input.value].dataset.step;
   };
-})();
+
+  // Other numbers of the same runs, as they come in.
+  return runs => {
+    data.runs = runs;
+    for (const [box, plot] of plots) plot.setData(options(data.charts[box.dataset.chart], box.clientWidth)[1]);
+  };
+}
+
+const held = document.getElementById("data");
+if (held) report(document, JSON.parse(held.textContent));

@@ -1,7 +1,6 @@
 """The addresses of `iddpm serve`: POST /samples, /health, /metrics."""
 
 import asyncio
-import difflib
 import io
 import json
 import zipfile
@@ -16,12 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from iddpm import build, fit
-from iddpm.config import Config, Sample, check, seed_list, settings_of
+from iddpm.config import seed_list
 from iddpm.errors import UserError
+from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.look.serving.guard import guards
-from iddpm.records import fits
 from iddpm.sampling import sheets
 from iddpm.sampling.job import job
 from iddpm.sampling.open import Opened
@@ -67,20 +65,9 @@ def app(models: Mapping[str, Opened], desk: Desk, most: int, host: str, token: s
     return Starlette(routes=routes, middleware=guards(host, token))
 
 
-def _order(asked: Any, models: Mapping[str, Opened], most: int) -> tuple[Order, str]:
+def _order(body: object, models: Mapping[str, Opened], most: int) -> tuple[Order, str]:
     """What a request asks for, checked as `iddpm sample` checks its flags, and the form that it is to have."""
-    if not isinstance(asked, dict):
-        raise UserError('send an object, as {"num_samples": 4}')
-    settings = settings_of(Sample)
-    known = OWN | {name: f.type for name, f in settings.items() if f.flag}
-    for name, value in asked.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise UserError(f"unknown setting {name!r}" + (f": did you mean {near[0]}?" if near else ""))
-        try:
-            asked = {**asked, name: fits(value, known[name])}
-        except ValueError as e:
-            raise UserError(f"{name}: {e}") from None
+    asked = checked(body, OWN | HOW)
     form, name = asked.get("format", "png"), asked.get("model", next(iter(models)))
     if form not in FORMS:
         raise UserError(f"format {form!r} is not one of: {', '.join(FORMS)}")
@@ -92,9 +79,7 @@ def _order(asked: Any, models: Mapping[str, Opened], most: int) -> tuple[Order, 
     if not 1 <= len(seeds) <= most:
         raise UserError(f"{len(seeds)} images: ask for 1 to {most} at a time")
     opened = models[name]
-    changes = {name: value for name, value in asked.items() if name in settings}
-    config: Config = fit.require_fit(check(opened.config.updated(changes))) if changes else opened.config
-    build.solver(config)
+    config = configured(opened.config, asked)
     return Order(opened, config, job(config, seeds, asked.get("labels", ""))), form
 
 
