@@ -12,6 +12,9 @@ PEERS := diffusers==0.42.1 denoising-diffusion-pytorch==2.3.4 datasets==5.2.0 to
 ORIGINAL ?=
 NETWORK ?= small
 
+# What --log_to is tried with, where only those tests look.
+SINKS := wandb==0.31.0 mlflow-skinny==3.17.2
+
 # What `make docs` builds the site with, in an environment of its own.
 SITE := zensical==0.0.73
 
@@ -26,7 +29,7 @@ demo: .venv/ready-demo
 test: lint types .venv/oracles/ready
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: .venv/ready-dev
+test-slow: .venv/ready-dev .venv/sinks/ready
 	$(BIN)/python -m pytest -q -m slow -s
 
 bench: .venv/ready-dev .venv/peers/ready
@@ -49,6 +52,10 @@ docs: .venv/ready-dev .venv/site/ready
 
 .venv/oracles/ready: Makefile .venv/ready-dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oracles $(ORACLES)
+	touch $@
+
+.venv/sinks/ready: Makefile .venv/ready-dev
+	$(BIN)/python -m pip install --quiet --upgrade --target .venv/sinks $(SINKS)
 	touch $@
 
 lint: .venv/ready-dev

@@ -183,7 +183,7 @@ def test_a_resumed_log_drops_rows_past_its_checkpoint(tmp_path):
 
 
 def test_tensorboard_events_are_written(config, data, tmp_path):
-    train(config.updated(dict(tensorboard=True)), data, tmp_path)
+    train(config.updated(dict(log_to="tensorboard")), data, tmp_path)
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 

@@ -28,6 +28,7 @@ KINDS = {  # the flag that chooses: the module, or the package of modules, where
     "network": ("nn", "NETWORKS"),
     "extractor": ("measure.extractors", "EXTRACTORS"),
     "metrics": ("measure.metrics", "METRICS"),
+    "log_to": ("store.sinks", "SINKS"),
 }
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 ADDED: dict[tuple[str, str], Any] = {}  # (kind, name): rows of the program that imports us; they win over ours of the same name

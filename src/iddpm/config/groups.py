@@ -184,7 +184,9 @@ class Train:
     )  # fmt: skip
     init_from: str = _fixed("", "start from the weights of this run or .safetensors file (fine-tuning)")
     init_reset: bool = _fixed(False, "layers of --init_from that do not fit start anew", only="init_from")
-    tensorboard: bool = opt(False, "also write TensorBoard events (extra: tensorboard)")
+    log_to: str = opt(
+        "", "also tell the numbers to these, comma-separated; each is an extra of its name", kind="log_to", many=True
+    )
     eval_every: int = opt(0, "steps between measurements of samples, of which the best stays; 0: never", 0, only="task=images")
     eval_samples: int = _measured(256, "how many samples such a measurement draws", 4)
     eval_reference: str = _measured("", "the real images compared with; empty: those of --validation, else of training")

@@ -110,6 +110,8 @@ class Config:
             flat |= group if isinstance(group, dict) else {name: group}
         if version == 1 and flat.get("network") in TASK_OF:
             flat |= dict(task=TASK_OF[flat["network"]], network="unet")
+        if flat.pop("tensorboard", False) is True:  # of configs before --log_to
+            flat["log_to"] = "tensorboard"
         for name, value in flat.items():
             if name not in fields:
                 raise UserError(f"{source} has the unknown field {name!r}: it needs a newer iddpm, or the program that added it")

@@ -18,6 +18,7 @@ from torch import Tensor
 from iddpm.errors import UserError
 from iddpm.records import decode, encode
 from iddpm.store import remote as places
+from iddpm.store.sinks import Sinks
 
 EVERY = 30.0  # seconds between two copies of a log to its remote storage: about what a kill may cost of it
 
@@ -67,14 +68,14 @@ class Meter:
 
 
 class Logger:
-    """log.jsonl (one row per log line), progress.csv (the same as a table), and TensorBoard events where asked.
+    """log.jsonl (one row per log line), progress.csv (the same as a table), and other programs (`sinks`) where asked.
 
     Opened at `step` it keeps the rows up to there: a resumed run does not repeat those it had written past its checkpoint.
     A remote storage cannot append: there the files are written on this machine, and copied when a row is written, at most
     every EVERY seconds, before each checkpoint is put in its place (`sync`), and at the end.
     """
 
-    def __init__(self, run: Path, step: int = 0, tensorboard: bool = False):
+    def __init__(self, run: Path, step: int = 0, sinks: str = "", config: Mapping[str, Any] = {}):
         self._target = run if places.remote(run) else None
         folder = Path(tempfile.mkdtemp(dir=places.scratch())) if self._target else run
         self.path, self.csv = folder / "log.jsonl", folder / "progress.csv"
@@ -84,7 +85,7 @@ class Logger:
         places.write_file(self.path, kept)
         self._columns: list[str] = []
         self._write_csv()
-        self._board = summary_writer(folder / "tensorboard", "--tensorboard", purge_step=step) if tensorboard else None
+        self._sinks = Sinks(sinks, folder, run, step, config) if sinks else None
         if self._target:
             _remote.add(self)
 
@@ -92,10 +93,8 @@ class Logger:
         """Append a row of numbers."""
         self._append(values)
         self._write_csv(values)
-        if self._board:
-            for name, value in values.items():
-                if name not in ("step", "time"):
-                    self._board.add_scalar(name, value, values["step"])
+        if self._sinks:
+            self._sinks.row(values)
         self._copy_in_time()
 
     def event(self, step: int, text: str) -> None:
@@ -104,8 +103,8 @@ class Logger:
         self._copy_in_time()
 
     def close(self) -> None:
-        if self._board:
-            self._board.close()
+        if self._sinks:
+            self._sinks.close()
         self.copy()
 
     def copy(self) -> None:
@@ -180,12 +179,3 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
             if isinstance(row.get("step", 0), int):
                 rows.append(row)
     return rows
-
-
-def summary_writer(folder: Path, what: str, **settings: Any) -> Any:
-    """tensorboardX's writer of events; UserError, naming `what` needs it, where its extra is not installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(f"{what} needs its extra: pip install 'iddpm[tensorboard]'") from None
-    return SummaryWriter(str(folder), **settings)

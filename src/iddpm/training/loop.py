@@ -90,7 +90,7 @@ def train(
     if leads:
         run.mkdir(parents=True, exist_ok=True)
     # The log forgets what it has of later steps than the checkpoint's: they are taken again.
-    logger = (log or (lambda step: Logger(run, step, settings.tensorboard)))(first) if leads else None
+    logger = (log or (lambda step: Logger(run, step, settings.log_to, config.flat())))(first) if leads else None
     if logger:
         for line in (*notes, *passed_over):
             logger.event(first, line)

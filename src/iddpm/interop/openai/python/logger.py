@@ -16,7 +16,7 @@ from pathlib import Path
 from time import time
 from typing import Any, ClassVar, TextIO
 
-from iddpm.store.log import summary_writer
+from iddpm.store.sinks import summary_writer
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
