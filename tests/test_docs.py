@@ -35,6 +35,7 @@ TITLES = {  # in the order in which a method is read
     "network": "Networks",
     "extractor": "Networks whose features are compared",
     "metrics": "Metrics",
+    "log_to": "Programs that are told the numbers of a run",
 }
 
 

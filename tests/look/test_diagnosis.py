@@ -38,8 +38,11 @@ GOOD = {
     "loss": noisy(falling()), "val_loss": noisy(falling(0.105)), "grad_norm": noisy(0.5), "images_per_second": noisy(100.0),
     "skipped": np.zeros(100), **{f"loss_q{q}": noisy(falling(to)) for q, to in enumerate((0.2, 0.1, 0.06, 0.04))},
 }  # fmt: skip
+LABELS = [k % 2 for k in range(64)]
 IMAGES = NOISE.integers(80, 120, (64, 8, 8, 3), np.uint8)
-SEEN = Seen(5000, "folder", {"cat": 2400, "dog": 2600}, IMAGES, [0] * 64, ("cat", "dog"), 5000, 0)
+IMAGES[::2, :4] += 20  # cats are lighter above, dogs below
+IMAGES[1::2, 4:] += 20
+SEEN = Seen(5000, "folder", {"cat": 2400, "dog": 2600}, IMAGES, LABELS, ("cat", "dog"), 5000, 0)
 
 
 def figure(name: str, value: float, **conditions: object) -> dict[str, object]:
@@ -95,6 +98,9 @@ FAULTS = {  # the rule, what is made wrong of the good run, and a part of the ev
     "copies": (dict(figures=[figure("near copies (1 % expected)", 0.4)]), "40.0% of 1000 samples", "--dropout"),
     "duplicates": (dict(seen=SEEN._replace(doubles=400)), "400 of 5,000 files", "remove"),
     "number of images": (dict(seen=SEEN._replace(n=200, counts={"cat": 100, "dog": 100})), "each seen 500 times", "--init_from"),
+    "classes": (
+        dict(seen=SEEN._replace(labels=[1 - y if k < 7 else y for k, y in enumerate(LABELS)])), "5 of 64 images lie among those of another class", "dog",
+    ),
     "balance of classes": (dict(seen=SEEN._replace(counts={"cat": 90, "dog": 4910})), "90 of cat, 4,910 of dog", "more images"),
     "noise levels": (dict(log={"loss_q3": noisy(kinked(0.02, 0.05))}), "0.02", "--schedule_sampler"),
     "averages": (dict(ema_rate="0.9999", ema_warmup=False), "37% of it will be the untrained network", "--ema_rate 0.999 "),
@@ -114,6 +120,22 @@ def test_a_fault_is_found_by_its_rule_and_by_no_other(rule, sheet):
     assert list(said.findings) == [rule]
     assert evidence in said.findings[rule].evidence
     assert change in said.findings[rule].change
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.03, 0.15])
+def test_digits_in_wrong_classes_are_found_and_good_ones_not(sheet, wrong):
+    from sklearn.datasets import load_digits
+
+    digits, rng = load_digits(), np.random.default_rng(0)
+    chosen = rng.permutation(len(digits.images))[:256]
+    own = digits.target[chosen]
+    own = np.where(rng.random(256) < wrong, (own + rng.integers(1, 10, 256)) % 10, own)
+    names = tuple(map(str, range(10)))
+    some = (digits.images[chosen] * 15.9).astype(np.uint8)[..., None]
+    seen = Seen(5000, "folder", dict.fromkeys(names, 500), some, own.tolist(), names, 5000, 0)
+    run = a_run(sheet, classes=names, num_classes=10, image_channels=1)
+    found = diagnose(run, seen).findings.get("classes")
+    assert (found is not None) == (wrong == 0.15), found
 
 
 def test_every_rule_is_tried_on_a_fault():

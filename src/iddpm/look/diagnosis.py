@@ -5,6 +5,7 @@ what breaks a run, then what bounds how good it can become, then what only costs
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,20 @@ from iddpm.config import ema_rates, is_chain
 from iddpm.errors import reason
 from iddpm.look import pictures
 from iddpm.look.dataset import Seen
-from iddpm.look.evidence import COPIED, COPIES, SURE, counted, few, loss_of, middle, pairs, rise, same_place, uncertainty
+from iddpm.look.evidence import (
+    COPIED,
+    COPIES,
+    SURE,
+    counted,
+    few,
+    loss_of,
+    middle,
+    misplaced,
+    pairs,
+    rise,
+    same_place,
+    uncertainty,
+)
 from iddpm.look.runs import Run, number
 from iddpm.sampling.sheets import cells
 from iddpm.words import many, rate
@@ -209,6 +223,28 @@ def imbalance(run: Run, seen: Seen | None) -> Found:
     return Finding("Some classes have far fewer images than others.", numbers, "more images of these, or classes put together")
 
 
+def labels(run: Run, seen: Seen | None) -> Found:
+    """Images that lie among those of another class, as four of their five nearest tell."""
+    if not run.config.model.class_cond:
+        return None
+    if not seen or not seen.counts:
+        return NO_IMAGES
+    own = np.array(seen.labels)
+    if len(own) < 12 * (kinds := len(set(own.tolist()))) or kinds < 2:
+        return f"too few images of a class were looked at ({many(len(own), 'image')} of {many(kinds, 'class')})"
+    told, wrong, likely, chance = misplaced(seen.some, own)
+    if told < 0.5:
+        return f"pixels do not tell these classes apart: {told:.0%} of the nearest images are of the same one"
+    if wrong.mean() < max(0.07, 3 * chance):
+        return None
+    (here, there), n = Counter(zip(own[wrong].tolist(), likely[wrong].tolist())).most_common(1)[0]
+    numbers = f"{wrong.sum()} of {len(own)} images lie among those of another class, as {n} of {seen.classes[here]} "
+    numbers += f"among {seen.classes[there]}"
+    return Finding(
+        "Images seem to be in the wrong classes.", numbers, f"look through {seen.classes[here]}, and move what is wrong"
+    )
+
+
 def doubles(run: Run, seen: Seen | None) -> Found:
     """Files that repeat others byte by byte count twice, and are the first to be copied."""
     if not seen:
@@ -340,6 +376,7 @@ RULES: dict[str, Callable[[Run, Seen | None], Found]] = {
     "copies": copies,
     "number of images": few_images,
     "balance of classes": imbalance,
+    "classes": labels,
     "duplicates": doubles,
     "colours": colours,
     "noise levels": quartiles,

@@ -54,6 +54,27 @@ def same_place(one: object, other: str) -> bool:
     return isinstance(one, str) and bool(one and other) and place(one).resolve() == place(other).resolve()
 
 
+def misplaced(images: np.ndarray, own: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, float]:
+    """How images (n, H, W, C) uint8 of classes `own` (n,) lie among each other, by their pixels averaged to some 8 x 8.
+
+    The share of the five nearest that are of the same class; which images have four or five of one other class (n,), and which
+    that is (n,); and the share of these to expect where two classes only look alike.
+    """
+    n, h, w, _ = images.shape
+    y, x = (np.linspace(0, side, min(side, 8), endpoint=False).astype(int) for side in (h, w))
+    small = np.add.reduceat(np.add.reduceat(images.astype(np.float32), y, 1), x, 2).reshape(n, -1)
+    small -= small.mean(1, keepdims=True)
+    small /= np.linalg.norm(small, axis=1, keepdims=True) + 1e-6
+    alike = small @ small.T
+    np.fill_diagonal(alike, -np.inf)
+    near = own[np.argsort(-alike, axis=1)[:, :5]]
+    often = np.stack([(near == c).sum(1) for c in range(own.max() + 1)], axis=1)  # (n, classes)
+    p = np.array([np.delete(often[own == c].mean(0) / 5, c).max() for c in own])  # of the class most like each one's own
+    likely = often.argmax(1)
+    chance = (5 * p**4 * (1 - p) + p**5).mean()
+    return float((near == own[:, None]).mean()), (often.max(1) >= 4) & (likely != own), likely, float(chance)
+
+
 def uncertainty(*rows: Row) -> float:
     """The sum of the standard errors of figures, as far as they are known."""
     return sum(row["error"] for row in rows if number(row.get("error")))
