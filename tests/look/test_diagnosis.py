@@ -99,7 +99,8 @@ FAULTS = {  # the rule, what is made wrong of the good run, and a part of the ev
     "duplicates": (dict(seen=SEEN._replace(doubles=400)), "400 of 5,000 files", "remove"),
     "number of images": (dict(seen=SEEN._replace(n=200, counts={"cat": 100, "dog": 100})), "each seen 500 times", "--init_from"),
     "classes": (
-        dict(seen=SEEN._replace(labels=[1 - y if k < 7 else y for k, y in enumerate(LABELS)])), "5 of 64 images lie among those of another class", "dog",
+        dict(seen=SEEN._replace(labels=[1 - y if k < 7 else y for k, y in enumerate(LABELS)])),
+        "5 of 64 images lie among those of another class", "dog",
     ),
     "balance of classes": (dict(seen=SEEN._replace(counts={"cat": 90, "dog": 4910})), "90 of cat, 4,910 of dog", "more images"),
     "noise levels": (dict(log={"loss_q3": noisy(kinked(0.02, 0.05))}), "0.02", "--schedule_sampler"),
