@@ -20,9 +20,12 @@ KNOWS = {  # a room, and the others that it may import; from the bottom up, so t
     "data": {"config", "errors", "parallel", "records", "rng", "store", "words"},
     "build": {"config", "diffusion", "errors", "nn"},
     "fit": {"build", "config", "diffusion", "errors"},
-    "sampling": {"build", "config", "data", "diffusion", "errors", "fit", "parallel", "records", "rng", "store", "words"},
+    "sampling": {
+        "build", "config", "data", "diffusion", "errors", "fit", "parallel", "records", "rng", "saying", "store", "words",
+    },
     "measure": {
-        "build", "config", "data", "diffusion", "errors", "fit", "parallel", "records", "rng", "sampling", "store", "words",
+        "build", "config", "data", "diffusion", "errors", "fit", "parallel", "records", "rng", "sampling", "saying", "store",
+        "words",
     },
     "training": {
         "build", "config", "data", "diffusion", "errors", "fit", "measure", "nn", "parallel", "records", "rng", "sampling",

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
@@ -59,6 +60,41 @@ def speaking(json: bool, quiet: bool) -> Iterator[None]:
     os.environ["TQDM_DISABLE"] = "1"  # read where tqdm is imported, which is later
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing if quiet else Objects(sys.stdout)):
         yield
+
+
+EVERY = 5.0  # seconds between two objects on the progress of a long job
+
+
+class Progress:
+    """How far a job of `total` units is: on a terminal a bar, for a program objects of the event "progress", else nothing."""
+
+    def __init__(self, total: int, unit: str, what: str = "", shown: bool = True, scale: bool = False):
+        from tqdm import tqdm
+
+        self.total, self.what, self.done, self.began, self.told = total, what, 0, time.monotonic(), 0.0
+        self.put = getattr(sys.stdout, "put", None) if shown else None
+        self.bar = tqdm(total=total, unit=unit, desc=what or None, unit_scale=scale, disable=None if shown else True)
+
+    def update(self, units: int = 1) -> None:
+        """So many units more are done."""
+        self.done += units
+        self.bar.update(units)
+        now = time.monotonic()
+        if self.put and self.done and (now - self.told > EVERY or self.done >= self.total):
+            self.told = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            text = f"{self.what or 'done'}: {self.done} of {self.total}"
+            self.put({"event": "progress", "done": self.done, "of": self.total, "seconds_left": round(left, 1), "text": text})
+
+    def write(self, line: str) -> None:
+        """Print a line past the bar."""
+        self.bar.write(line)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
 
 
 class Bar:

@@ -42,9 +42,9 @@ def commands(pictures: Path, run: Path, powers: Path, out: Path) -> dict[str, tu
             [pictures, "--run", out / "t", *flags(**TINY | dict(log_interval=1))],
             {"images", "step", "saved", "samples", "done", "next"},
         ),
-        "sample": ([run, "--num_samples", 2, "--out", out / "s.npz", *SMALL], {"wrote"}),
+        "sample": ([run, "--num_samples", 2, "--out", out / "s.npz", *SMALL], {"progress", "wrote"}),
         "edit": ([run, image, "--strength", 0.5, "--labels", "disc", "--out", out / "e.png", *SMALL], {"wrote"}),
-        "nll": ([run, pictures, "--num_samples", 4, "--out", out / "n.json", *SMALL], {"bits_per_dim", "wrote"}),
+        "nll": ([run, pictures, "--num_samples", 4, "--out", out / "n.json", *SMALL], {"bits_per_dim", "progress", "wrote"}),
         "evaluate": (
             [pictures, "--reference", pictures, "--metrics", "kd", "--out", out / "m.json", "--device", "cpu"],
             {"figure", "wrote"},

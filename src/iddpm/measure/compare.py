@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from iddpm.config import Evaluate, Sample, own_numbers, settings_of
 from iddpm.config.choices import choices, make
@@ -22,6 +21,7 @@ from iddpm.measure.metrics.interface import Comparison, Finding, Metric, Side
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.measure.metrics.rows import Estimate
 from iddpm.parallel import processes
+from iddpm.saying import Progress
 from iddpm.store.remote import place
 from iddpm.words import many
 
@@ -125,7 +125,7 @@ def _features(images: ImageSet, extractor: Extractor, block: int, n: int, seed: 
         raise UserError("metrics need at least 2 images a side, and mean little below 1,000")
     numbers = np.arange(images.n) if images.about else Order(images.n, seed).indices(0, n or images.n)
     what = f"{'drawing' if images.about else 'reading'} {images.name}"
-    with tqdm(total=len(numbers), unit="image", desc=what, disable=True if processes.rank() else None) as bar:
+    with Progress(len(numbers), "image", what, shown=not processes.rank()) as bar:
         return extract(images, numbers, extractor, block=block, say=bar.write, tick=bar.update)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from iddpm import build
 from iddpm.config import Config, Measure, check, given_shape, image_size
@@ -17,6 +16,7 @@ from iddpm.measure.bound import Bound, bits_per_dim
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.open import Opened
+from iddpm.saying import Progress
 from iddpm.store.remote import place, remote
 
 CACHE = 2 << 30  # bytes of decoded images that are kept in memory
@@ -129,7 +129,7 @@ def identity_of(opened: Opened, images: Images, measure: Measure) -> dict[str, A
 def bound_of(opened: Opened, grid: Grid, images: Images, measure: Measure, state: Path) -> Bound:
     """The bound of a run on the images, with a bar of its progress; goes on from `state`, where that is of the same job."""
     which, n = opened.which, min(measure.num_samples or len(images), len(images))
-    with tqdm(total=grid.steps * n, unit="term", unit_scale=True, disable=True if processes.rank() else None) as bar:
+    with Progress(grid.steps * n, "term", shown=not processes.rank(), scale=True) as bar:
         return bits_per_dim(
             opened.config, opened.net, images, opened.device,
             grid=grid, num_samples=n, batch_size=which.batch_size, seed=measure.seed,

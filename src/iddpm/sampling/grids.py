@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from iddpm import build, fit, rng
 from iddpm.config import FOUND, Config, image_size, whole
@@ -21,6 +20,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.images import as_float
 from iddpm.sampling.job import job
+from iddpm.saying import Progress
 from iddpm.store.remote import place, write_file
 
 FILE = "grids.json"
@@ -47,7 +47,7 @@ def find(config: Config, net: Any, device: torch.device, steps: int, by: str, ba
         chosen = Order(len(data), 0).indices(0, min(IMAGES, len(data)))
         images = data.batch(chosen).transpose(0, 2, 3, 1)
         task = task._replace(labels=task.labels if data.labels is None else data.labels[chosen].tolist())
-    with torch.inference_mode(), tqdm(total=fine.steps * IMAGES, unit="call", disable=True if processes.rank() else None) as bar:
+    with torch.inference_mode(), Progress(fine.steps * IMAGES, "call", shown=not processes.rank()) as bar:
         for a in range(0, IMAGES if images is None else len(images), batch_size):
             part = task.part(a, a + batch_size)
             seeds = part.seeds if images is None else range(a, min(a + batch_size, len(images)))

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from iddpm.config import Config
 from iddpm.errors import UserError, readable, reason
@@ -27,6 +26,7 @@ from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.job import Job, class_name
 from iddpm.sampling.sheets import grid, picture, save_picture
+from iddpm.saying import Progress
 from iddpm.store.remote import lock, opened, remote, replace, write_file
 
 Identity = dict[str, Any]
@@ -258,12 +258,10 @@ def draw_into(
         if done and to:
             print(f"{done} of {len(job.seeds)} images are there already")
         rest = job.part(done)
-        bar = tqdm(total=ticks(len(rest.seeds)), unit="step", desc=f"{len(rest.seeds)} images", disable=None if to else True)
-        stack.enter_context(bar)
-        for batch in draw(rest, bar.update):
-            if to:
-                to.write(batch)
-        bar.close()
+        with Progress(ticks(len(rest.seeds)), "step", f"{len(rest.seeds)} images", shown=bool(to)) as bar:
+            for batch in draw(rest, bar.update):
+                if to:
+                    to.write(batch)
         if to is None:
             return None
         held = to.held() if keep else None
