@@ -170,3 +170,26 @@ def test_the_ticks_say_exactly_where_they_are(high):
     (y, v), _ = ticks(ET.fromstring(bound([curve([0, 1], [high, 0.0], prior=0)], "x")), 636, 1090)
     slope, offset = np.polyfit(y, v, 1)
     assert np.abs(slope * y + offset - v).max() < 1e-3 * v.max()
+
+
+def test_words_beside_a_point_cross_no_line():
+    """The box of each note, as wide as its letters, against every point of the lines."""
+    from iddpm.look.charts import Axis, Note, Panel, Series, counts, page
+
+    x = np.arange(200)
+    y = 0.2 + 0.7 * np.exp(-x / 40) * (1 + 0.3 * np.sin(x / 7))
+    notes = [
+        Note(float(x[k]), float(y[k]), f"a note of step {k}", anchor=anchor)
+        for k in (5, 40, 90, 150)
+        for anchor in ("start", "end")
+    ]
+    chart = ET.fromstring(page("t", [Panel(counts("step", 199), Axis("y", 0, 1, []), [Series(x, y)], notes)]))
+    paths = [p.get("d") for p in chart.iter(f"{SVG}path") if "L" in p.get("d")]
+    points = np.array([[float(v) for v in part.split()] for part in paths[0][1:].split("L")])
+    shown = [t for t in chart.iter(f"{SVG}text") if (t.text or "").startswith("a note")]
+    assert len(shown) == 8
+    for text in shown:
+        right, foot, width = float(text.get("x")), float(text.get("y")), 6 * len(text.text)
+        left = right - (width if text.get("text-anchor") == "end" else 0)
+        inside = (points[:, 0] > left) & (points[:, 0] < left + width) & (points[:, 1] > foot - 10) & (points[:, 1] < foot + 3)
+        assert not inside.any(), text.text

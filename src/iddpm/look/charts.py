@@ -135,9 +135,30 @@ def _panel(panel: Panel, left: float, width: float) -> list[str]:
     out += [_text((left + right) / 2, BOTTOM + 42, panel.x.title, SOFT, "middle")]
     for s in reversed(panel.series):
         out += _series(s, across(s.x), up)
+    lines = np.concatenate([_points(across(s.x), up(s.y)) for s in panel.series]) if panel.series else np.zeros((0, 2))
     for n in panel.notes:
-        out.append(_text(float(across(n.x)) + n.right, float(up(n.y)) + n.down, n.text, n.colour, n.anchor))
+        x, y = float(across(n.x)) + n.right, _clear(n, float(across(n.x)) + n.right, float(up(n.y)) + n.down, lines)
+        out.append(_text(x, y, n.text, n.colour, n.anchor))
     return out
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Points of a line (n, 2) that lie at most some 2 pixels apart."""
+    along = np.r_[0, np.hypot(np.diff(x), np.diff(y)).cumsum()]
+    at = np.linspace(0, along[-1], int(along[-1] / 2) + 2)
+    return np.stack([np.interp(at, along, x), np.interp(at, along, y)], axis=1)
+
+
+def _clear(note: Note, x: float, y: float, lines: np.ndarray) -> float:
+    """The height nearest to y at which a note crosses no line; y itself where every height does."""
+    width = 7 * len(note.text)  # at a size of 12, at most
+    left = x - {"start": 0, "middle": width / 2, "end": width}[note.anchor]
+    near = lines[(lines[:, 0] > left - 4) & (lines[:, 0] < left + width + 4), 1]
+    for off in sorted(range(-120, 121, 4), key=abs):
+        top, foot = y + off - 14, y + off + 6
+        if top > TOP and foot < BOTTOM and not ((near > top) & (near < foot)).any():
+            return y + off
+    return y
 
 
 def _series(s: Series, pixels: np.ndarray, up: Callable[[np.ndarray], np.ndarray]) -> list[str]:
