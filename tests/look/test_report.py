@@ -279,8 +279,9 @@ def test_the_images_of_a_sheet_are_cut_out_of_it_as_they_were(config, classes):
     job = sheets.preview(own)
     size = (12, 8, 3) if not classes else (8, 8, 1)
     drawn = np.random.default_rng(0).integers(0, 256, (len(job.seeds), *size), np.uint8)
-    sheet = sheets.grid(drawn, job.labels, own.data.classes)
-    assert (sheets.cells(sheet, own) == drawn).all()
+    for told in ("", sheets.caption(own, job, 12_000)):
+        sheet = sheets.grid(drawn, job.labels, own.data.classes, told)
+        assert (sheets.cells(sheet, own) == drawn).all()
     assert sheets.cells(sheet.crop((0, 0, 50, 50)), own) is None
 
 

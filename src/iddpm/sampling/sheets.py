@@ -13,6 +13,8 @@ from iddpm.parallel import processes
 from iddpm.sampling.job import Job, enlarged, job, trained_classes
 from iddpm.store.remote import replace
 
+LINE = 12  # pixels of a caption's line: six are lower than the lowest row of images
+
 
 class Layout(NamedTuple):
     """A grid's size (width, height), a cell's, their corners (left, top) by image, and names by their height."""
@@ -48,12 +50,15 @@ def layout(n: int, height: int, width: int, labels: Sequence[int], classes: Sequ
     return Layout(size, zoom, (w, h), corners, told)
 
 
-def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
-    """Images (N, H, W, C) uint8 as a `layout`."""
+def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], caption: str = "") -> Image.Image:
+    """Images (N, H, W, C) uint8 as a `layout`, with a caption below, of parts that end with ", "."""
     n, height, width, _ = images.shape
     at = layout(n, height, width, labels, classes)
-    sheet = Image.new("RGB", at.size, "white")
+    lines = _wrapped(caption, at.size[0] - 8)
+    sheet = Image.new("RGB", (at.size[0], at.size[1] + LINE * len(lines)), "white")
     pen = ImageDraw.Draw(sheet)
+    for k, line in enumerate(lines):
+        pen.text((4, at.size[1] + LINE * k), line, fill="black")
     for middle, name in at.names:
         pen.text((4, middle), name, fill="black", anchor="lm")
     for k, corner in at.corners.items():
@@ -61,11 +66,35 @@ def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> I
     return sheet
 
 
+def caption(config: Config, job: Job, step: int) -> str:
+    """What a grid shows: of which step, how drawn, from which seeds."""
+    s, seeds = config.sample, list(job.seeds)
+    run = seeds == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 1
+    from_seeds = (
+        f"seeds {seeds[0]} to {seeds[-1]}" if run else f"seed {', '.join(map(str, seeds[:8]))}{' ...' * (len(seeds) > 8)}"
+    )
+    guided = f", guidance {s.guidance:g}" if s.guidance != 1 else ""
+    return f"step {step}, {s.solver}, {s.sampling_steps} steps{guided}, {from_seeds}"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """A caption in lines of at most so many pixels, as far as its parts allow."""
+    pen, lines = ImageDraw.Draw(Image.new("L", (1, 1))), list[str]()
+    for part in text.split(", ") if text else ():
+        longer = f"{lines[-1]}, {part}" if lines else part
+        if lines and pen.textlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
 def cells(sheet: Image.Image, config: Config) -> np.ndarray | None:
     """The images (N, H, W, 3) uint8 in a run's own grid; None where it is another picture than that."""
     task, (height, width) = preview(config), image_size(config.model)
     at = layout(len(task.seeds), height, width, task.labels, config.data.classes)
-    if sheet.size != at.size:
+    below = sheet.height - at.size[1]  # the caption
+    if sheet.width != at.size[0] or below not in range(0, 6 * LINE, LINE):
         return None
     pixels, (w, h), middle = np.asarray(sheet.convert("RGB")), at.cell, at.zoom // 2
     return np.stack(

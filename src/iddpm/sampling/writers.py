@@ -25,7 +25,7 @@ from iddpm.errors import UserError, readable, reason
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.job import Job, class_name
-from iddpm.sampling.sheets import grid, picture, save_picture
+from iddpm.sampling.sheets import caption, grid, picture, save_picture
 from iddpm.saying import Progress
 from iddpm.store.remote import lock, opened, remote, replace, write_file
 
@@ -129,7 +129,8 @@ class Array:
         if self.out.suffix != ".npz":
             about = PngImagePlugin.PngInfo()
             about.add_text(MARK, mark)
-            grid(self.held(), self.job.labels, classes).save(to, format="PNG", pnginfo=about)
+            told = caption(self.config, self.job, self.identity["step"]) if "step" in self.identity else ""
+            grid(self.held(), self.job.labels, classes, told).save(to, format="PNG", pnginfo=about)
             return
         labels = np.array(self.job.labels, dtype=np.int64)
         with zipfile.ZipFile(to, "w") as file:

@@ -94,7 +94,7 @@ def sheet(config: Config, state: TrainState, data: DataSet, run: Path, tick: Tic
     path.parent.mkdir(exist_ok=True)  # without parents: a run whose folder was taken away must not come back half
     try:
         with averaged(config, state, "drawing samples", tick) as net:
-            draw_sheet(config, net, state.device, data, path)
+            draw_sheet(config, net, state.device, data, path, state.step)
     except Interrupted:
         return "none of this step: the run is to stop"
     except UserError as e:  # images that are not finite are no reason to end a run: its gradients will tell
@@ -114,14 +114,15 @@ def sheet_seconds(config: Config, state: TrainState, data: DataSet, tick: Tick) 
             raise Interrupted
 
     with suppress(Interrupted), averaged(config, state, "timing samples", tick) as net:
-        draw_sheet(config, net, state.device, data, Path(), stop)
+        draw_sheet(config, net, state.device, data, Path(), state.step, stop)
     calls = 1 if config.task.inputs else len(list(processes.rounds(len(sheets.preview(config).seeds), BATCH)))
     return float(processes.same((times[-1] - times[-2]) * steps * calls if len(times) > 1 else 0.0))
 
 
 def draw_sheet(
-    config: Config, net: Network, device: torch.device, data: DataSet, path: Path, tick: Callable[[], None] = lambda: None
-) -> None:
+    config: Config, net: Network, device: torch.device, data: DataSet, path: Path, step: int,
+    tick: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """The run's usual samples; of a model that is given images, what it makes of the first ones of the data, beside them.
 
     `tick` is called after each step of the solver.
@@ -130,7 +131,7 @@ def draw_sheet(
     if not config.task.inputs:
         job = sheets.preview(config)
         drawn = np.concatenate(list(images([paint], job)))
-        sheets.save_picture(sheets.grid(drawn, job.labels, config.data.classes), path)
+        sheets.save_picture(sheets.grid(drawn, job.labels, config.data.classes, sheets.caption(config, job, step)), path)
         return
     first = np.arange(min(8, len(data)))  # by number, not by the data order: every sheet shows the same images
     labels = [-1] * len(first) if data.labels is None else data.labels[first].tolist()
