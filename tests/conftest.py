@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ TINY = dict(
     num_heads=2, diffusion_steps=20, noise_schedule="cosine", learn_sigma=True, batch_size=6, lr=1e-3, sampling_steps="5",
     ema_rate="0.9,0.99", steps=4, save_interval=100, sample_interval=0, log_interval=1, device="cpu", precision="fp32",
 )  # fmt: skip
+
+
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # of a test's values those that `make test-slow` alone tries
 
 
 @pytest.fixture(scope="session")

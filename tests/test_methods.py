@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY, flags
+from conftest import SLOW, TINY, flags
 from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config, Model, fields_of
@@ -223,7 +223,7 @@ def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures
     assert 0.5 < json.loads(out.read_text())["bits_per_dim"] < 60
 
 
-@pytest.mark.parametrize(("name", "by"), [("flow", "found_path"), ("v", "found_bound"), ("v, continuous", "found_path")])
+@pytest.mark.parametrize(("name", "by"), [SLOW("flow", "found_path"), ("v", "found_bound"), SLOW("v, continuous", "found_path")])
 def test_a_grid_that_was_found_is_kept_and_drawn_with(trained, name, by, tmp_path, capsys):
     command = ["sample", str(trained / name / "parted"), "--device", "cpu", "--grid", by]
     drawn = [*command, "--solver", "ddim", "--num_samples", "2", "--out", str(tmp_path / "x.npz"), "--sampling_steps"]
@@ -252,8 +252,8 @@ def test_a_bound_needs_no_steps_for_a_solver_and_says_its_grid(trained, pictures
 
 
 @pytest.mark.parametrize(("name", "line"), [
-    ("flow", []), ("edm", ["--grid", "karras", "--trace", "hutchinson"]), ("v", ["--dequantization", "uniform"]),
-    ("iddpm hybrid", []),
+    ("edm", ["--grid", "karras", "--trace", "hutchinson"]), SLOW("flow", []), SLOW("v", ["--dequantization", "uniform"]),
+    SLOW("iddpm hybrid", []),
 ])  # fmt: skip
 def test_the_likelihood_by_the_ode_says_how_it_was_found(trained, name, line, pictures, tmp_path, capsys):
     out = tmp_path / "ode.json"
@@ -266,7 +266,7 @@ def test_the_likelihood_by_the_ode_says_how_it_was_found(trained, name, line, pi
     assert main([*command, "--trace", "exact"]) == 2 and main([*command, "--ode", "True", "--curve", "5,8"]) == 2
 
 
-@pytest.mark.parametrize("name", ["flow", "edm"])
+@pytest.mark.parametrize("name", ["flow", SLOW("edm")])
 def test_two_processes_train_what_one_does(trained, name, pictures, tmp_path):
     with Launcher() as launcher:
         line = flags(**settings(name))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import flags, start
+from conftest import SLOW, flags, start
 from iddpm.cli.main import main
 from iddpm.config.choices import ADDED
 from iddpm.measure import features, figures
@@ -267,7 +267,7 @@ def whole(run, pictures, tmp_path_factory) -> dict[str, float]:
     return values(folder / "m.json")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, SLOW(3)])
 def test_any_number_of_processes_finds_the_figures_of_one(launcher, run, pictures, tmp_path, whole, processes):
     import shutil
 

@@ -122,6 +122,7 @@ def test_the_second_of_two_runs_goes_on_where_it_was_too(monkeypatch, run, confi
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_odes_likelihood_broken_off_goes_on_to_the_very_same_numbers(monkeypatch, run, pictures, tmp_path, capsys):
     from iddpm.measure import bound, ode
 

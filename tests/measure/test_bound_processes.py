@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import SLOW
 from iddpm.cli.main import main
 
 STEPS = 60
@@ -63,6 +64,7 @@ def done(partial):
         return int(file["done"].sum())
 
 
+@pytest.mark.slow  # as that of a curve below
 def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tmp_path, undisturbed, capsys):
     line, partial, began = command(long_run, pictures, tmp_path), tmp_path / "n.json.partial", time.monotonic()
     with subprocess.Popen([sys.executable, "-c", SAVING_EVERY_TERM, *line], env=ENV, stderr=subprocess.PIPE) as process:
@@ -76,7 +78,7 @@ def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tm
     assert numbers(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, SLOW(3)])
 def test_several_processes_find_the_same_numbers(long_run, pictures, tmp_path, undisturbed, processes):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "iddpm"]
     out = subprocess.run(
@@ -112,6 +114,7 @@ def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_r
     assert figures[-1]["machine"].startswith("2 processes, each ")
 
 
+@pytest.mark.slow  # the bound's is the same machinery
 def test_the_odes_likelihood_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
     def line(folder):
         settings = dict(ode=True, trace="hutchinson", sampling_steps="10", batch_size=2, device="cpu", out=folder / "o.json")

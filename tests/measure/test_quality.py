@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, flags, torchrun
+from conftest import SLOW, TINY, flags, torchrun
 from iddpm.cli.main import main
 from iddpm.config import Config, check
 from iddpm.data import Images
@@ -141,7 +141,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("where", ["name_best", "prune"])
+@pytest.mark.parametrize("where", ["name_best", SLOW("prune")])
 def test_a_run_killed_when_its_best_is_saved_ends_as_one_that_was_not(pictures, whole, tmp_path, where):
     """The kill comes when the best checkpoint is in its place: before best.json names it, or before the others are pruned."""
     run, flat = tmp_path / "r", {k: v for k, v in SETTINGS.items() if k not in ("num_classes", "classes")}
@@ -239,7 +239,7 @@ def test_measuring_and_drawing_give_signs_of_life_at_each_step(pictures, tmp_pat
     assert told.count((3, "drawing samples")) == 4
 
 
-@pytest.mark.parametrize(("shard", "batch"), [(0, 64), (-1, 3)])
+@pytest.mark.parametrize(("shard", "batch"), [SLOW(0, 64), (-1, 3)])
 def test_two_processes_measure_what_one_does(pictures, tmp_path, shard, batch):
     """Of a batch of 64 the second process gets none; of 3 at a time, 1 and none in the last round."""
     settings = dict(TINY, class_cond=True, steps=4, eval_every=2, eval_samples=7, sampling_steps="4", eval_batch=batch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import start
+from conftest import SLOW, start
 from iddpm.cli.main import main
 from iddpm.errors import UserError
 from iddpm.sampling.draw import images as images_of
@@ -93,7 +93,7 @@ def test_a_grid_has_a_separated_row_for_each_class():
     assert all((margin[band] < 100).any() for band in np.array_split(np.arange(len(sheet)), 3)), "each row has its name"
 
 
-@pytest.mark.parametrize("out", ["killed.npz", "killed"])
+@pytest.mark.parametrize("out", ["killed.npz", SLOW("killed")])
 def test_a_killed_job_goes_on_and_ends_with_exactly_its_images(run, tmp_path, out):
     command = ["sample", run, "--seeds", "0-39", "--batch_size", "1", "--sampling_steps", "20", "--device", "cpu", "--out"]
     process, deadline = start(*command, tmp_path / out), time.monotonic() + 60

@@ -112,6 +112,7 @@ def run(pictures, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_the_same_snapshots(run, pictures, tmp_path):
     again = tmp_path / "again"
     command = [

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import campaign
-from conftest import TINY, flags
+from conftest import SLOW, TINY, flags
 from iddpm.parallel import processes
 from iddpm.store.log import read_rows
 
@@ -120,7 +120,7 @@ def there(out) -> int:
     return sum(len(np.load(part)) for part in out.with_name(f"{out.name}.partial").glob("[0-9]*.npy"))
 
 
-@pytest.mark.parametrize("name", ["drawn.npz", "drawn"])
+@pytest.mark.parametrize("name", ["drawn.npz", SLOW("drawn")])
 def test_a_sample_job_killed_twice_and_shared_anew_draws_each_image_once(launcher, long_run, images, tmp_path, name):
     """Two processes, of which one is killed; then one, which is killed; then three to the end."""
     out, said = tmp_path / name, tmp_path / "said"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, flags, start
+from conftest import SLOW, TINY, flags, start
 from iddpm.data import Order
 from iddpm.data.batches import make_batch
 from iddpm.errors import UserError
@@ -72,10 +72,10 @@ def assert_same_checkpoint(a, b):
     "settings",
     [
         dict(dropout=0.2, random_flip=True),
-        dict(objective="vlb", schedule_sampler="loss-second-moment", diffusion_steps=4, sampling_steps="4", steps=30),
+        SLOW(dict(objective="vlb", schedule_sampler="loss-second-moment", diffusion_steps=4, sampling_steps="4", steps=30)),
         dict(precision="bf16", microbatch=4, schedule_sampler="stratified"),
-        dict(FLOW, schedule_sampler="logit-normal"),
-        dict(EDM, schedule_sampler="lognormal", solver="dpmpp_2m"),
+        SLOW(dict(FLOW, schedule_sampler="logit-normal")),
+        SLOW(dict(EDM, schedule_sampler="lognormal", solver="dpmpp_2m")),
         dict(FLOW, schedule_sampler="loss-second-moment"),
         dict(EDM, schedule_sampler="lognormal", weighting="uncertainty", solver="dpmpp_2m"),
     ],

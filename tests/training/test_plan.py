@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import SLOW
 from iddpm import build
 from iddpm.cli import main as cli
 from iddpm.cli.plan import VERB
@@ -82,7 +83,7 @@ def planned(config: Config, processes: int = 1) -> int:
 # ---- memory
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [SLOW(kind) if "recomputed" in kind else kind for kind in KINDS])
 def test_planned_memory_is_what_training_allocates(kind):
     config = Config().updated(KINDS[kind])
     real = allocated(config, config.train.batch_size)
@@ -98,7 +99,7 @@ def test_with_shards_it_is_what_one_of_four_processes_allocates():
     assert planned(config.updated({"shard": 0}), 4) > 1.3 * real  # so the test can tell
 
 
-@pytest.mark.parametrize("micro", [-1, 2])
+@pytest.mark.parametrize("micro", [SLOW(-1), 2])
 def test_with_ddp_it_counts_buckets_and_the_gradients_outside_of_them(micro):
     config = Config().updated(SMALL | dict(num_channels=64, batch_size=6, microbatch=micro, ema_rate="0.9"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -140,6 +141,7 @@ def test_cuda_keeps_norms_in_float32_under_autocast_and_masks_in_bytes():
     assert kept(False, dropout=0.1) - kept(True, dropout=0.1) == (4 - 1) * elements
 
 
+@pytest.mark.slow
 def test_a_thousand_processes_are_planned_in_seconds_and_allocate_nothing(capsys):
     planning.plan(Config().updated(SMALL | dict(shard=2)), 4)  # what is imported on the way
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -210,7 +212,7 @@ def test_fsdp_gathers_stages_twice_and_the_root_once_in_whole_rows():
     assert share == ("all-reduce", 52, 52 * 2 * 1 // 2)  # a quarter of it, between two copies
 
 
-@pytest.mark.parametrize(("processes", "shard"), [(48, 48), (6, 2)])
+@pytest.mark.parametrize(("processes", "shard"), [SLOW(48, 48), (6, 2)])
 def test_communication_is_what_fsdp_asks_of_the_process_group(processes, shard):
     config = Config().updated(SMALL | dict(batch_size=48, shard=shard))
     groups, passes = watch(config, Layout(processes, shard), cuda=False)
