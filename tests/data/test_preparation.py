@@ -17,7 +17,7 @@ from iddpm import rng
 from iddpm.cli.main import main
 from iddpm.config import Config, check
 from iddpm.data import Images, Order, prepare
-from iddpm.data.batches import make_batch, open_data, order_of
+from iddpm.data.batches import make_batch, open_data, order_of, require_used
 from iddpm.data.check import check as check_data
 from iddpm.data.decode import decode_deep
 from iddpm.data.order import Balanced
@@ -51,6 +51,12 @@ def saved(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def opened(**settings: object) -> None:
+    """As training opens its images."""
+    config = Config().updated(settings)
+    require_used(config, open_data(config)[0])
 
 
 # ---- how images fit
@@ -192,7 +198,7 @@ def test_floats_of_unknown_span_are_refused_with_what_to_say(tmp_path):
         Images.open(tmp_path / "x.npy", (4, 4), on_broken="fail", how=Preparation(floats="signed"))
     saved(tmp_path / "a" / "a.png", noise(8, 8))
     with pytest.raises(UserError, match="--floats has no effect"):
-        open_data(Config().updated(dict(path=str(tmp_path / "a"), floats="unit", labels="none")))
+        opened(path=str(tmp_path / "a"), floats="unit", labels="none")
 
 
 # ---- channels
@@ -261,12 +267,13 @@ def test_some_classes_alone_are_read_and_numbered_anew(tmp_path):
     assert Images.open(held_out, (8, 8), 1, classes=data.classes, how=data.how).labels.tolist() == [1]
 
 
-def test_a_run_of_some_classes_is_measured_on_these(tmp_path, capsys):
+@pytest.mark.parametrize("class_cond", [True, False])
+def test_a_run_of_some_classes_is_measured_on_these(tmp_path, class_cond: bool):
     path = zoo(tmp_path, bird=4, cat=4, dog=4)
-    settings = TINY | dict(class_cond=True, only_classes="dog,bird", balance=True)
+    settings = TINY | dict(class_cond=class_cond, only_classes="dog,bird", balance=True)
     assert main(["train", str(path), "--run", str(tmp_path / "r"), *flags(**settings)]) == 0
     config = Config.from_json((tmp_path / "r" / "config.json").read_text())
-    assert config.data.classes == ("bird", "dog") and config.data.balance
+    assert config.data.classes == (("bird", "dog") if class_cond else ()) and config.data.balance
     assert main(["nll", str(tmp_path / "r"), str(path), "--sampling_steps", "2"]) == 0
     assert json.loads((tmp_path / "r" / "nll.json").read_text())["images"] == 8
 
@@ -321,7 +328,7 @@ def test_what_has_no_effect_is_refused(tmp_path):
     (flat / "cat").rmdir()
     for settings in (dict(balance=True), dict(only_classes="cat")):
         with pytest.raises(UserError, match="has no classes"):
-            open_data(Config().updated(dict(path=str(flat), image_size="8") | settings))
+            opened(path=str(flat), image_size="8", **settings)
 
 
 CELEBA = {"list_attr_celeba.txt": "3\nMale Smiling\na.jpg  1 -1\nb.jpg -1 -1\nc.jpg  1  1\n",

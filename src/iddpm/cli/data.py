@@ -42,11 +42,7 @@ def _parser(parser: Parser) -> None:
     parser.add_argument("--source", default="", metavar="FILE", help="cifar10: the official archive, where you have it")
     parser.add_argument("--image_size", default="", metavar="SIZE", help="pack: pixels, or HEIGHTxWIDTH [64]")
     parser.add_argument(
-        "--image_channels",
-        type=int,
-        default=0,
-        metavar="N",
-        help="pack: 1 grey, 3 colour, 4 with transparency, or as arrays have [3]",
+        "--image_channels", type=int, default=0, metavar="N", help="pack: 1 grey, 3 colour, 4 with transparency; or of arrays [3]"
     )
     parser.add_argument("--labels", default="", metavar="RULE", help="check, pack: where classes come from, as of train [auto]")
     parser.add_argument("--only_classes", default="", metavar="A,B", help="check, pack: images of these classes alone")

@@ -59,10 +59,6 @@ def open_data(
             how=how,
         )
     )
-    if how.floats and not images.floats:
-        raise UserError(f"--floats has no effect: {config.data.path or 'the data set'} holds no floats whose span must be said")
-    if config.data.balance and images.labels is None:
-        raise UserError(f"--balance: {config.data.path or 'the data set'} has no classes{images.rule.removeprefix('none')}")
     if not m.class_cond:
         return images, config
     if images.labels is None:
@@ -91,6 +87,15 @@ class Batch(NamedTuple):
     x0: Tensor  # (b, C, H, W) in [-1, 1]
     eps: Tensor  # (b, C, H, W)
     cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, given (b, G, h, w) ...
+
+
+def require_used(config: Config, images: DataSet) -> None:
+    """UserError where a setting has no effect on a run's training images."""
+    where = config.data.path or "the data set"
+    if config.data.floats and not images.floats:
+        raise UserError(f"--floats has no effect: {where} holds no floats whose span must be said")
+    if config.data.balance and images.labels is None:
+        raise UserError(f"--balance: {where} has no classes{images.rule.removeprefix('none')}")
 
 
 def order_of(config: Config, data: DataSet) -> Order:

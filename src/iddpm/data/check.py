@@ -131,7 +131,7 @@ def _sizes(looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:
     advice.append(text + f"; {many(small, 'image')} would be enlarged" * bool(small))
     if long := sum(max(look.size) > 2 * min(look.size) for look in looks.values()):
         advice.append(
-            f"{many(long, 'image')} are more than twice as long as wide: the centre is trained on; crop, or --image_size HxW"
+            f"{many(long, 'image')} are more than twice as long as wide: the centre is trained on; --fit or --image_size HxW"
         )
     if np.median(sides) > 2 * fit:
         advice.append("iddpm data pack PATH OUT --image_size N decodes large images once, not in every epoch")
@@ -161,9 +161,7 @@ def _classes(data: Images, lines: list[str], advice: list[str]) -> None:
     lines.append(f"classes: {len(counts)}, from {data.rule}: {', '.join(some)}")
     advice.append(f"--class_cond True learns the {len(counts)} classes; --labels none forgets them")
     if many_ > 10 * few:
-        advice.append(
-            f"{shown[-1]} has less than a tenth of the images of {shown[0]}, so it is learned worse; --labels RULE reads others"
-        )
+        advice.append(f"{shown[-1]} has less than a tenth of the images of {shown[0]}; --balance draws all classes equally often")
 
 
 def _doubles(data: Images, looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:

@@ -50,7 +50,7 @@ def decode(source: str | Path | BinaryIO, channels: int, say: Say = lambda note:
         raise UserError(f"{channels} channels are not supported: use 1 (grey), 3 (RGB) or 4 (RGBA)")
     name = source if isinstance(source, (str, PurePath)) else getattr(source, "name", "an image")
     with readable(name, "is not a readable image"), opened_image(source) as image:
-        if image.mode == "RGB" and ";16" in str(getattr(image, "tile", "")):
+        if raw_of(image):
             say("colours of 16 bits cut to 8")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's previews are no frames
             say("the first of several frames")
@@ -68,11 +68,12 @@ def decode_deep(source: BinaryIO, channels: int, say: Say = lambda note: None, f
     with readable(name, "is not a readable image"), opened_image(source) as image:
         raw, profile = raw_of(image), image.info.get("icc_profile")
         grey = image.mode[0] in "IF"
-        eight = decode(source, channels, say if not (grey or raw) else lambda note: None, floats)
         if not (grey or raw in COLOURS) or image.has_transparency_data > (image.mode == "RGBA") or _differs(image, profile, say):
             if grey or raw:
                 say("16 bits cut to 8, for transparency or a colour profile")
-            return np.asarray(levels(np.asarray(eight), Preparation(bits=16), say)).reshape(eight.height, eight.width, -1)
+            told = say if not (grey or raw) else lambda note: None  # which was told already
+            eight = np.asarray(decode(source, channels, told, floats))
+            return levels(eight.reshape(*eight.shape[:2], -1), Preparation(bits=16), told)
         if grey:
             found = np.asarray(_upright(image))
             held = np.rint(_spanned(found, image.mode, floats, 65535)[0]).astype(np.uint16)[..., None]

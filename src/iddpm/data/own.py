@@ -17,7 +17,8 @@ from iddpm.errors import UserError
 class Dataset(Protocol):
     """As torch.utils.data.Dataset with a length: data[k] is an image, or (image, label).
 
-    An image is a PIL.Image, uint8 (H, W, C) or (H, W), or float (C, H, W) in [-1, 1]; a label a whole number from 0.
+    An image is a PIL.Image, uint8 (H, W, C) or (H, W), with --bit_depth 16 also uint16, or float (C, H, W) in [-1, 1]; a label a
+    whole number from 0.
     """
 
     def __len__(self) -> int: ...

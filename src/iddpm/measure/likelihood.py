@@ -51,7 +51,7 @@ def open_held_out(config: Config, path: Path, given: str = "", *, name_classes: 
             return open_with("auto")
         except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
             pass
-    return open_with("none")
+    return open_with(config.data.labels if config.data.only_classes else "none")
 
 
 def in_memory(config: Config, images: np.ndarray, labels: Sequence[int] | None) -> Own:

@@ -103,15 +103,8 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     else:
         classes, rule = (classes_of.data.classes, classes_of.data.labels) if m.class_cond else (None, "none")
         # A broken file is refused: the image of another would be taken for its own.
-        data = Images.open(
-            path,
-            size,
-            channels,
-            on_broken="fail",
-            labels=rule,
-            classes=classes,
-            how=preparation(config, bits=8)._replace(only=()),
-        )
+        how = preparation(config, bits=8)._replace(only=())
+        data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes, how=how)
         if not draw.high_res and not draw.fit:
             data.require_size(size, FIT if draw.given else "larger ones are shrunk by --high_res")
         images, labels = data.batch(np.arange(len(data))), data.labels
