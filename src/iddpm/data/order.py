@@ -43,7 +43,8 @@ class Balanced(Order):
 
     def __init__(self, labels: np.ndarray, seed: int) -> None:
         super().__init__(len(labels), seed)
-        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        by_class = np.argsort(labels, kind="stable")
+        self.members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
         self.rounds = max(1, BLOCK // len(self.members))
         self._permutation = lru_cache(2 * len(self.members) + 2)(permutation.__wrapped__)  # of every class the present one
 
