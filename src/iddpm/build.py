@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iddpm.config import FOUND, Config, given_shape, image_size, is_chain
+from iddpm.config import FOUND, Config, given_shape, half_bin, image_size, is_chain
 from iddpm.config.choices import choices, make, row
 from iddpm.diffusion.denoiser import (
     Cond,
@@ -115,7 +115,7 @@ def denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -
     """The denoiser of a config around a network; `after` is done to its x0, in turn."""
     d = config.diffusion
     variance = learned_range if d.learn_sigma else fixed_small if d.sigma_small else fixed_large
-    return Denoiser(net, parametrization(config), variance, after)
+    return Denoiser(net, parametrization(config), variance, after, half_bin(config.model))
 
 
 def sampling_denoiser(config: Config, net: Network, *after: Callable[[Tensor], Tensor]) -> Denoiser:

@@ -101,7 +101,7 @@ class Model:
 
     @torch.inference_mode()
     def bits_per_dim(self, images: np.ndarray, labels: Sequence[int] | None = None, *, seed: int = 0, **how: Any) -> np.ndarray:
-        """The variational bound on -log2 p (N,) float64, in bits per dimension, of images (N, H, W, C) uint8.
+        """The variational bound on -log2 p (N,) float64, in bits/dim, of images (N, H, W, C) uint8, of a model of 16 bits uint16.
 
         On the grid of `sampling_steps` (or steps), by default every step of the chain. The noise depends on the seed and an
         image's place. UserError where the images do not fit the model, its classes are missing, or a bound is not finite.
@@ -111,10 +111,9 @@ class Model:
             raise UserError(f"{self.opened.weights.path} is no model of images alone: its likelihood needs iddpm nll")
         m, size = config.model, image_size(config.model)
         images = np.asarray(images)
-        if images.dtype != np.uint8 or images.shape[1:] != (*size, m.image_channels):
-            raise UserError(
-                f"images must be (N, {size[0]}, {size[1]}, {m.image_channels}) uint8, not {images.shape} {images.dtype}"
-            )
+        if images.dtype != (kind := f"uint{m.bit_depth}") or images.shape[1:] != (*size, m.image_channels):
+            wanted = f"(N, {size[0]}, {size[1]}, {m.image_channels}) {kind}"
+            raise UserError(f"images must be {wanted}, not {images.shape} {images.dtype}")
         if m.class_cond and (labels is None or len(labels) != len(images)):
             raise UserError("this model knows classes: give the label of each image")
         if m.class_cond and labels is not None and len(labels) and not 0 <= min(labels) <= max(labels) < trained_classes(config):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # what the numbers are for; the values are part of every run's randomness, so they never change
-NOISE, TIME, FLIP, SAMPLE, LIKELIHOOD, DROPOUT, LOW_RES, UPSAMPLE, CROP, DROP, EDIT, SCALE, AUGMENT = range(1, 14)
+NOISE, TIME, FLIP, SAMPLE, LIKELIHOOD, DROPOUT, LOW_RES, UPSAMPLE, CROP, DROP, EDIT, SCALE, AUGMENT, PLACE = range(1, 15)
 
 
 def stream(seed: int, purpose: int, step: int, index: int) -> np.random.Generator:

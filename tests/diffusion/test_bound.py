@@ -12,8 +12,8 @@ from diffusion.rows import CONTINUOUS, DISCRETE, columns, evenly
 from diffusion.rows import grid as grid_of
 from golden_rules import Stub, image_tensor, noise
 from iddpm.diffusion.bound import bound_terms, discretized_log_likelihood, gaussian_kl, mean_flat, prior_term, vlb_term
-from iddpm.diffusion.denoiser import Denoiser, clip, fixed_large, fixed_small
-from iddpm.diffusion.grid import Chain
+from iddpm.diffusion.denoiser import Denoiser, Prediction, clip, fixed_large, fixed_small, wide
+from iddpm.diffusion.grid import Chain, Step
 from iddpm.diffusion.parametrization import PARAMETRIZATIONS
 from iddpm.diffusion.schedule import SCHEDULES, Cosine, Flow
 
@@ -165,3 +165,37 @@ def test_the_prior_of_flow_is_nothing_and_that_of_ve_what_is_left_of_the_image()
     kl = kl_divergence(Normal(x0.double(), 80.0), Normal(torch.tensor(0.0).double(), 80.0))
     bits = (mean_flat(kl) / math.log(2)).float()
     torch.testing.assert_close(prior_term(evenly(SCHEDULES["ve"](), 5), x0), bits, rtol=1e-3, atol=1e-7)
+
+
+def test_the_bins_of_16_bits_hold_all_mass() -> None:
+    levels = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
+    for mean, scale in ((0.2, 0.01), (-0.9999, 0.003), (1.0, 0.3)):
+        found = discretized_log_likelihood(levels, torch.tensor(mean), torch.tensor(scale).log(), 1 / 65535)
+        # the floor of 1e-12, of bins far away, adds at most 65536 times that
+        assert found.exp().sum().item() == pytest.approx(1, abs=2e-7)
+
+
+@pytest.mark.parametrize(("half_bin", "bits"), [(1 / 255, 8), (1 / 65535, 16)])
+def test_noise_of_all_levels_costs_as_many_bits_as_it_has(half_bin: float, bits: int) -> None:
+    """Of uniform noise x0 given x_t is a normal cut at -1 and 1, of known mean and variance; no model is shorter than noise."""
+    chain = Chain(SCHEDULES["linear"](1000))
+    draw = torch.Generator().manual_seed(0)
+    x0 = torch.randint(0, 2**bits, (16, 1, 16, 16), generator=draw) * 2 * half_bin - 1
+
+    def denoise(x: Tensor, step: Any) -> Prediction:
+        mean, spread = x.double() / step.alpha, step.sigma / step.alpha
+        low, high = (-1 - mean) / spread, (1 - mean) / spread
+        at_low, at_high = (torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) for z in (low, high))
+        inside = (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-30)
+        shift = (at_low - at_high) / inside
+        share = (1 + (low * at_low - high * at_high) / inside - shift**2).clamp(min=1e-4)  # of the variance that is left
+        best, s = (mean + spread * shift).clamp(-1, 1), Step(*wide(step, x))
+        variance = (1 - s.last) * s.log_min.exp() + s.coef_x0**2 * spread**2 * share
+        return Prediction(best.float(), None, best.float(), s.coef_x0 * best.float() + s.coef_xt * x, variance.log().float())
+
+    def drawn(k: int) -> Tensor:
+        return torch.randn(x0.shape, generator=draw)
+
+    terms = sum(term.vb.double() for term in bound_terms(denoise, x0.float(), chain, drawn, half_bin))
+    found = (terms + prior_term(chain, x0.float())).mean().item()
+    assert bits <= found < bits + 0.1

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from diffusion.rows import CONTINUOUS, chain, evenly
+from iddpm.diffusion.bound import HALF_BIN as BIN
 from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import GRIDS, Grid, walk
-from iddpm.diffusion.ode import BIN, log_density, truncated_normal, uniform
+from iddpm.diffusion.ode import log_density, truncated_normal, uniform
 from iddpm.diffusion.schedule import SCHEDULES, Flow
 
 M, S = 0.1, torch.linspace(0.2, 0.8, 12, dtype=torch.float64).reshape(1, 3, 2, 2)

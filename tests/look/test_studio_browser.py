@@ -126,7 +126,7 @@ def test_a_mask_is_painted_and_a_broken_file_named(visit):
     field(page, "file").set_input_files(dict(name="x.png", mimeType="image/png", buffer=b"no picture"))
     page.get_by_role("alert").filter(has_text="of no known format").wait_for()
     field(page, "file").set_input_files(png(np.full((16, 24), 200, np.uint8)))
-    page.get_by_role("status").filter(has_text="24x16 pixels, scaled and cut to 8x8").wait_for()
+    page.get_by_role("status").filter(has_text="24x16 pixels, scaled, and cut to 8x8").wait_for()
     field(page, "brush").fill("40")
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()

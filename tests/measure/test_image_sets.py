@@ -95,7 +95,7 @@ def bad(folder, pixels, what):
         return folder / "f.npz", "holds float32 9 x 12 x 10 x 3; uint8 images"
     if what == "shape":
         np.savez(folder / "f.npz", pixels[..., :2])
-        return folder / "f.npz", r"holds uint8 9 x 12 x 10 x 2; uint8 images N x H x W x C \(1, 3 or 4"
+        return folder / "f.npz", "holds images of 2 channels: metrics see 1, 3 or 4"
     if what == "name":
         np.savez(folder / "f.npz", images=pixels)
         return folder / "f.npz", "holds no arr_0 but images"

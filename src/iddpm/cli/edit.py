@@ -88,13 +88,15 @@ def _free(folder: Path, name: str) -> Path:
 def _read(path: str, config: "Config") -> "np.ndarray":
     """An image (H, W, C) uint8 at the model's size."""
     from iddpm.data import Images
+    from iddpm.data.preparation import SCALED, preparation
 
-    data = Images.open(path, image_size(config.model), config.model.image_channels, on_broken="fail", labels="none")
+    size, how = image_size(config.model), preparation(config, bits=8)._replace(only=())
+    data = Images.open(path, size, config.model.image_channels, on_broken="fail", labels="none", how=how)
     if len(data) != 1:
         raise UserError(f"{path} holds {len(data)} images: give image files")
-    (width, height), (h, w) = data.picture(0).size, data.image_size
+    (height, width), (h, w) = data.size(0), data.image_size
     if (height, width) != (h, w):
-        print(f"{path} has {height}x{width} pixels: scaled, and cut to {h}x{w}, which the model draws")
+        print(f"{path} has {height}x{width} pixels: {SCALED[how.fit]} to {h}x{w}, which the model draws")
     pixels: np.ndarray = data.batch([0])[0].transpose(1, 2, 0)
     return pixels
 

@@ -119,8 +119,10 @@ def _require_same_images(runs: "list[Opened]", given: str) -> None:
         if opened.config.task.translates != bool(given):
             fix = "--given has no effect" if given else "of images given which? --given FOLDER, with the names of DATA"
             raise UserError(f"{opened.weights.path} is {opened.config.task.help}: {fix}")
-        height, width = image_size(opened.config.model)
-        shapes.append(f"{height}x{width} with {opened.config.model.image_channels} channels")
+        m, d, (height, width) = opened.config.model, opened.config.data, image_size(opened.config.model)
+        fit = ", whole in white" * (d.fit == "contain")
+        of = f", of the classes {d.only_classes}" * bool(d.only_classes)
+        shapes.append(f"{height}x{width} with {m.image_channels} channels{' of 16 bits' * (m.bit_depth == '16')}{fit}{of}")
     if shapes[0] != shapes[-1]:
         raise UserError(f"--against: {runs[1].weights.path} models images of {shapes[1]}, and the run {shapes[0]}")
 

@@ -21,8 +21,10 @@ from iddpm.config.parse import (
     ema_rates,
     ema_widths,
     given_shape,
+    half_bin,
     image_size,
     is_chain,
+    names,
     numbers,
     seconds_of,
     seed_list,
@@ -35,6 +37,7 @@ from iddpm.config.run import Config, every_field
 
 __all__ = [
     "ENDLESS", "ENDS", "FOUND", "Config", "Data", "Diffusion", "Draw", "Edit", "Evaluate", "Measure", "Model", "Sample",
-    "Train", "Which", "check", "ema_rates", "ema_widths", "every_field", "fields_of", "given_shape", "image_size", "is_chain",
-    "make", "numbers", "own_numbers", "seconds_of", "seed_list", "settings_of", "share", "small_size", "total_steps", "whole",
+    "Train", "Which", "check", "ema_rates", "ema_widths", "every_field", "fields_of", "given_shape", "half_bin", "image_size",
+    "is_chain", "make", "names", "numbers", "own_numbers", "seconds_of", "seed_list", "settings_of", "share", "small_size",
+    "total_steps", "whole",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from iddpm.config.fields import check_groups, fields_of, unmet
 from iddpm.config.groups import ENDS, Train
-from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, numbers, seconds_of, share, small_size, whole
+from iddpm.config.parse import ema_rates, ema_widths, image_size, is_chain, names, numbers, seconds_of, share, small_size, whole
 from iddpm.config.run import Config
 from iddpm.errors import UserError
 
@@ -33,6 +33,13 @@ def check(config: Config) -> Config:
         raise UserError(f"--ema_rate {bad[0]}: rates lie in [0, 1), as 0.999 or 0.999,0.9999")
     if bad := [w for w in ema_widths(train) if not 0.01 <= w <= 0.25]:
         raise UserError(f"--ema_power {bad[0]}: relative widths lie from 0.01 to 0.25, as 0.05,0.10")
+    for name in ("only_classes", "balance"):
+        if data.labels == "none" and now[name]:
+            raise UserError(f"--{name} has no effect with --labels none, which reads no classes")
+    if data.only_classes and not names(data.only_classes):
+        raise UserError(f"--only_classes {data.only_classes!r} names none: give them as cat,dog")
+    if data.labels.startswith("attributes:") and not names(data.labels.removeprefix("attributes:")):
+        raise UserError("--labels attributes: which? Name columns of the table, as attributes:Male,Smiling")
     if data.validation and data.validation == data.path:
         raise UserError(f"--validation {data.validation} is what the run is trained on: give held-out images")
     if data.validation and not share(data.validation) and config.task.translates and not data.validation_given:

@@ -44,6 +44,7 @@ class Field(NamedTuple):
     high: float | None = None
     choices: tuple[str, ...] = ()  # with a kind: names allowed beside its rows
     kind: str = ""  # the kind of choice whose rows are allowed
+    begins: tuple[str, ...] = ()  # with which a value may begin that is none of the choices
     many: bool = False  # several of them, comma-separated
     fixed: bool = False  # a resumed run cannot change it
     flag: bool = True  # a user may set it

@@ -108,7 +108,7 @@ def _check(name: str, value: Any, f: Field) -> None:
     check_range(name, value, f)
     if allowed := f.allowed():
         for part in f.chosen(value):
-            if part not in allowed:
+            if part not in allowed and not (f.begins and part.startswith(f.begins)):
                 hint = f" (that is now --task {TASK_OF[part]})" if name == "network" and part in TASK_OF else ""
                 raise UserError(f"--{name} {part!r} is not one of: {', '.join(allowed)}{hint}")
 

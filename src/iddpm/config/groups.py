@@ -34,7 +34,10 @@ class Model:
     given_dropout: float = _translate(
         0.0, "share of images trained without the one given (by zeros), so that --guidance can be used; 0.1 is usual", 0, 0.9
     )
-    image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency", 1, 4)
+    image_channels: int = _fixed(3, "1 grey, 3 colour, 4 with transparency; of arrays any number", 1, 1024)
+    bit_depth: str = _draws(
+        "8", "bits of each channel that it learns; 16 keeps those of PNG, TIFF and arrays", choices=("8", "16")
+    )
     num_channels: int = _unet(128, "channels of the first level", 1, 65536)
     num_res_blocks: int = _unet(2, "residual blocks per level", 1, 64)
     channel_mult: str = _unet("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
@@ -107,9 +110,17 @@ class Data:
     """The images."""
 
     labels: str = opt(
-        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if all have one, else folder",
-        choices=("auto", "file", "beside", "folder", "prefix", "original", "none"),
+        "auto", "where classes come from; beside: a .cls or .json of each image; original: prefix if all have one, else folder; "
+        "attributes:Male,Smiling: columns of list_attr_celeba.txt, .csv or attributes.csv",
+        choices=("auto", "file", "beside", "folder", "prefix", "original", "none"), begins=("attributes:",),
     )  # fmt: skip
+    only_classes: str = opt("", "read images of these classes alone, comma-separated, as cat,dog")
+    balance: bool = opt(False, "draw every class equally often, however many images it has")
+    fit: str = opt(
+        "cover", "how images of another shape fit: cover (the centre), contain (whole, in white), anywhere (a part along the "
+        "longer side, another each time; the centre in measuring)", choices=("cover", "contain", "anywhere"),
+    )  # fmt: skip
+    floats: str = opt("", "what floats in arrays and TIFF span: unit, 0 to 1; signed, -1 to 1", choices=("", "unit", "signed"))
     given: str = opt("", "the images it is given: a folder or archive, whose names are those of DATA", only="task=translate")
     validation: str = opt(
         "", "held-out images, or a share of DATA (5%), on which the loss is measured every --validation_interval steps"

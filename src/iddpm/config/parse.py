@@ -1,5 +1,6 @@
 """What flags say in words: numbers, sizes, seeds, ends."""
 
+import csv
 import math
 import re
 from typing import Any
@@ -25,6 +26,11 @@ def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UserError(f"--{name} {text!r}: give numbers separated by commas") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The comma-separated names of a flag; one that holds a comma stands in quotation marks."""
+    return tuple(part.strip() for part in next(csv.reader([text], skipinitialspace=True), []) if part.strip())
 
 
 def share(validation: str) -> float:
@@ -66,6 +72,11 @@ def _size(text: str, name: str, low: int) -> tuple[int, int]:
     if not len(sides) == len(parts) <= 2:
         raise UserError(f"--{name} {text!r}: give pixels from {low} to 1024, as 64 or (height x width) 64x96")
     return sides[0], sides[-1]
+
+
+def half_bin(model: Model) -> float:
+    """Half the width of a pixel's bin, in units of [-1, 1]: what a likelihood is of depends on it."""
+    return 1 / 255 if model.bit_depth == "8" else 1 / 65535
 
 
 def is_chain(d: Diffusion) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
+MOST = 1024  # channels
+
 
 class Arrays(NamedTuple):
     """What an .npz of images holds."""
@@ -22,8 +24,8 @@ class Arrays(NamedTuple):
     classes: tuple[str, ...]  # names by label; empty where the file has none
 
 
-def open_npz(path: Path) -> Arrays:
-    """The images, labels and classes of an .npz; UserError where they are of another type or shape.
+def open_npz(path: Path, any_kind: bool = False) -> Arrays:
+    """The images, labels and classes of an .npz; UserError where they are of another type or shape (`require_images`).
 
     Images that are not compressed stay on the disk until they are indexed.
     """
@@ -34,9 +36,7 @@ def open_npz(path: Path) -> Arrays:
         names = file["classes"] if "classes" in file and labels is not None else np.array([], "U")
         there = None if remote(path) else mapped(path, "arr_0.npy")
         images = file["arr_0"] if there is None else there
-    shape = " x ".join(map(str, images.shape))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
-        raise UserError(f"{path} holds {images.dtype} {shape}; uint8 images N x H x W x C (1, 3 or 4 channels) are needed")
+    require_images(path, images, any_kind)
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
         raise UserError(f"{path}: arr_1 must hold one label from 0 for each of the {len(images)} images")
     if names.dtype.kind != "U" or names.ndim != 1 or (len(names) and labels is not None and labels.max() >= len(names)):
@@ -51,6 +51,15 @@ def read_npz(path: Path, size: tuple[int, int], channels: int) -> Arrays:
         shape, wanted = (" x ".join(map(str, s)) for s in (images.shape, (*size, channels)))
         raise UserError(f"{path} holds uint8 {shape}; uint8 images N x {wanted} are needed")
     return Arrays(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels, classes)
+
+
+def require_images(path: Path, images: np.ndarray, any_kind: bool = True) -> np.ndarray:
+    """The images themselves; UserError where they are not uint8, of `any_kind` uint16 or floats, N x H x W x C."""
+    able = images.dtype in (np.uint8, np.uint16, np.float16, np.float32, np.float64) if any_kind else images.dtype == np.uint8
+    if not able or images.ndim != 4 or not images.size or images.shape[3] > MOST:
+        kinds, shape = "uint8, uint16 or float" if any_kind else "uint8", " x ".join(map(str, images.shape))
+        raise UserError(f"{path} holds {images.dtype} {shape}; {kinds} images N x H x W x C (1 to {MOST} channels) are needed")
+    return images
 
 
 def mapped(path: Path, member: str) -> np.ndarray | None:

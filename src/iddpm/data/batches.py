@@ -15,6 +15,8 @@ from iddpm.config import Config, given_shape, image_size, share
 from iddpm.data import DataSet, Dataset, Images, Order, Own
 from iddpm.data.augment import augmented
 from iddpm.data.given import shown
+from iddpm.data.order import Balanced
+from iddpm.data.preparation import preparation, signed
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 
@@ -34,11 +36,14 @@ def open_data(
             f"--task {m.task}: which images is it given? --given FOLDER, with the names of {config.data.path or 'DATA'}"
         )
     divided = share(config.data.validation)
+    how = preparation(config)
+    if how.only and own is not None:
+        raise UserError("--only_classes reads files: leave the others out of the program's data set")
     if divided and own is not None:
         raise UserError(f"--validation {config.data.validation} divides files: divide the program's data set, and give files")
     given_channels = (given_shape(m) or (0,))[0] if given else 0
     images: DataSet = (
-        Own(own, size, m.image_channels, classes, own_given, given_channels)
+        Own(own, size, m.image_channels, classes, own_given, given_channels, how)
         if own is not None
         else Images.open(
             config.data.path,
@@ -51,6 +56,7 @@ def open_data(
             given=given,
             given_channels=given_channels,
             part=(0, divided) if held_out else (divided, 1),
+            how=how,
         )
     )
     if not m.class_cond:
@@ -83,6 +89,22 @@ class Batch(NamedTuple):
     cond: dict[str, Tensor]  # what else the network sees of each image: y (b,) int64, given (b, G, h, w) ...
 
 
+def require_used(config: Config, images: DataSet) -> None:
+    """UserError where a setting has no effect on a run's training images."""
+    where = config.data.path or "the data set"
+    if config.data.floats and not images.floats:
+        raise UserError(f"--floats has no effect: {where} holds no floats whose span must be said")
+    if config.data.balance and images.labels is None:
+        raise UserError(f"--balance: {where} has no classes{images.rule.removeprefix('none')}")
+
+
+def order_of(config: Config, data: DataSet) -> Order:
+    """The order of a run's training images; with --balance every class comes equally often."""
+    if config.data.balance and data.labels is not None:
+        return Balanced(data.labels, config.train.seed)
+    return Order(len(data), config.train.seed)
+
+
 def make_batch(config: Config, data: DataSet, order: Order, step: int, position: int, train: bool = True) -> Batch:
     """The batch of a step, from the data order's position: of the global batch, this process's share.
 
@@ -92,7 +114,11 @@ def make_batch(config: Config, data: DataSet, order: Order, step: int, position:
     t, n = config.train, config.train.batch_size
     mine = processes.share(n)
     indices = order.indices(position + mine.start, len(mine))
-    pixels = torch.from_numpy(data.batch(indices)).float() / 127.5 - 1
+    if train and config.data.fit == "anywhere":
+        held = data.batch(indices, rng.uniform(t.seed, rng.PLACE, step, n)[mine.start : mine.stop])
+    else:
+        held = data.batch(indices)
+    pixels = signed(held)
     if config.data.random_crop:  # of pairs both images at once, as of one with more channels; so they are mirrored, too
         pixels = torch.stack([_cut(x, config, step, k) for x, k in zip(pixels, mine)])
     if config.data.random_flip:

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from iddpm.data.decode import decode, opened_image
+from iddpm.data.decode import MODES, decode, opened_image, raw_of
 from iddpm.data.images import PROGRESS_FROM, Images
 from iddpm.data.labels import splits
+from iddpm.data.preparation import AS_EVER, Preparation
 from iddpm.errors import UserError
 from iddpm.store.remote import Unreachable
 from iddpm.words import many
@@ -44,9 +45,12 @@ class Checked(NamedTuple):
     sheet: Image.Image
 
 
-def check(path: str | Path, labels: str = "auto") -> Checked:
+def check(path: str | Path, labels: str = "auto", how: Preparation = AS_EVER) -> Checked:
     """Read and decode every image once; UserError where there is none, or none is readable."""
-    data = Images.open(path, (CELL, CELL), cache_bytes=0, labels=labels)
+    data = Images.open(path, (CELL, CELL), cache_bytes=0, labels=labels, how=how)
+    first = data.source.pixels(data.names[0])
+    if first is not None and first.shape[2] not in MODES:
+        data.channels = data.depth = first.shape[2]
     looks, broken = dict[int, Look](), list[str]()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         quiet = None if len(data) > PROGRESS_FROM else True
@@ -60,6 +64,8 @@ def check(path: str | Path, labels: str = "auto") -> Checked:
     lines, advice = [f"{data.source.path}: {many(len(data), 'image')}"], list[str]()
     if data.source.left_out:
         lines.append(f"left out: {data.source.rest()}")
+    if how.only:
+        lines.append(data.divided.strip())
     for part in (_sizes, _modes):
         part(looks, lines, advice)
     _classes(data, lines, advice)
@@ -83,19 +89,32 @@ def check(path: str | Path, labels: str = "auto") -> Checked:
 
 def _look(data: Images, k: int) -> Look | UserError:
     try:
-        content = data.source.read(data.names[k])
+        content, held = data.source.read(data.names[k]), data.source.pixels(data.names[k])
+        if held is not None and not (held.dtype == np.uint8 and held.shape[2] in MODES):
+            found = data.load(k)
+            if isinstance(found, UserError):
+                return found
+            thumb = np.asarray(_shown(found).resize((THUMB, THUMB), Image.Resampling.BOX))
+            mode = f"{held.dtype} of {many(held.shape[2], 'channel')}"
+            return Look(mode, held.shape[1::-1], hashlib.blake2b(content, digest_size=16).digest(), thumb)
         file = io.BytesIO(content)
         file.name = str(data.files[k])
-        image = decode(file, 3)
+        image = decode(file, 3, floats=data.how.floats)
         file.seek(0)
         with opened_image(file) as header:
             mode = header.mode if header.mode == "RGBA" or not header.has_transparency_data else "RGBA"
+            mode += ";16" * bool(raw_of(header))
         thumb = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX))
         return Look(mode, image.size, hashlib.blake2b(content, digest_size=16).digest(), thumb)
     except Unreachable:  # says nothing about the file
         raise
     except UserError as error:
         return error
+
+
+def _shown(pixels: np.ndarray) -> Image.Image:
+    """An image (C, H, W) uint8 as a picture in colour: of 2, or more than 4 channels, the first alone."""
+    return Image.fromarray(pixels[:3].transpose(1, 2, 0) if len(pixels) in (3, 4) else pixels[0]).convert("RGB")
 
 
 def _sizes(looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:
@@ -112,7 +131,7 @@ def _sizes(looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:
     advice.append(text + f"; {many(small, 'image')} would be enlarged" * bool(small))
     if long := sum(max(look.size) > 2 * min(look.size) for look in looks.values()):
         advice.append(
-            f"{many(long, 'image')} are more than twice as long as wide: the centre is trained on; crop, or --image_size HxW"
+            f"{many(long, 'image')} are more than twice as long as wide: the centre is trained on; --fit or --image_size HxW"
         )
     if np.median(sides) > 2 * fit:
         advice.append("iddpm data pack PATH OUT --image_size N decodes large images once, not in every epoch")
@@ -123,7 +142,11 @@ def _modes(looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:
     lines.append("kinds: " + ", ".join(f"{mode} ({n})" for mode, n in modes.most_common()))
     if set(modes) <= set(GREY):
         advice.append("--image_channels 1: all images are grey")
-    if any(mode in ALPHA for mode in modes):
+    if any("16" in mode or mode[0] in "IF" or mode.startswith("float") for mode in modes):
+        advice.append("--bit_depth 16 keeps what is finer than 8 bits; else it is cut to these")
+    if many_channels := next((mode for mode in modes if " of " in mode), ""):
+        advice.append(f"--image_channels {many_channels.split()[-2]}: that many lie in the arrays")
+    if any(mode.removesuffix(";16") in ALPHA for mode in modes):
         advice.append("--image_channels 4 keeps transparency; else it is laid over white")
 
 
@@ -138,9 +161,7 @@ def _classes(data: Images, lines: list[str], advice: list[str]) -> None:
     lines.append(f"classes: {len(counts)}, from {data.rule}: {', '.join(some)}")
     advice.append(f"--class_cond True learns the {len(counts)} classes; --labels none forgets them")
     if many_ > 10 * few:
-        advice.append(
-            f"{shown[-1]} has less than a tenth of the images of {shown[0]}, so it is learned worse; --labels RULE reads others"
-        )
+        advice.append(f"{shown[-1]} has less than a tenth of the images of {shown[0]}; --balance draws all classes equally often")
 
 
 def _doubles(data: Images, looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:
@@ -194,5 +215,5 @@ def _sheet(data: Images, good: list[int]) -> Image.Image:
     sheet = Image.new("RGB", (CELL * max(map(len, picked)), CELL * len(picked)), "white")
     for y, row in enumerate(picked):
         for x, pixels in enumerate(data.batch(row)):
-            sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)), (CELL * x, CELL * y))
+            sheet.paste(_shown(pixels), (CELL * x, CELL * y))
     return sheet

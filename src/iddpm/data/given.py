@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from unicodedata import normalize
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from iddpm.config import Config, small_size
@@ -108,6 +110,11 @@ def _nearest(alone: Sequence[str], left: Sequence[str]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) of a picture, or of an array (H, W, C)."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
 
 
 def require_alike(name: object, size: tuple[int, int], other: object, other_size: tuple[int, int]) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from iddpm.data.decode import MODES, decode, prepare
-from iddpm.data.given import Others, Unlike, paired, require_alike
-from iddpm.data.labels import label, number, splits
+from iddpm.data.decode import MODES, decode, decode_deep, opened_image, prepare
+from iddpm.data.given import Others, Unlike, paired, require_alike, size_of
+from iddpm.data.labels import chosen, label, number, splits
+from iddpm.data.preparation import AS_EVER, Places, Preparation, levels, recoloured, require_meant
 from iddpm.data.sources import Source, open_source
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.store.remote import Unreachable, place, remote
 from iddpm.words import many
 
@@ -63,13 +64,14 @@ class Images:
         channels: int = 3,
         on_broken: str = "skip",
         others: Others | None = None,
+        how: Preparation = AS_EVER,
     ) -> None:
         self.source, self.names, self.others = source, source.names, others
         self.files: Sequence[Path] = Files(source.path, source.names)
         self.image_size = image_size
         self.channels = channels
         self.depth = channels + (others.channels if others else 0)  # channels of all that `batch` gives
-        self.on_broken = on_broken
+        self.on_broken, self.how = on_broken, how
         self.labels: np.ndarray | None = None
         self.classes: tuple[str, ...] = ()
         self.rule = "none"
@@ -94,12 +96,14 @@ class Images:
         given: str | Path = "",
         given_channels: int = 0,
         part: tuple[float, float] = (0, 1),
+        how: Preparation = AS_EVER,
     ) -> "Images":
         """Find the images under `path`, a folder or an archive, label them, and decode them all if they fit in `cache_bytes`.
 
         `labels` is 'auto', 'none' or a rule of `labels.RULES`; labels are mapped onto `classes` if given. `given` is a folder or
         archive of other images, one for each, of the same name, which are read with `given_channels`. Of all images
         those are kept whose content, as a number from 0 to 1, lies in `part`: equal files are in one part, whatever their names.
+        `how` is what is done to each, and of which classes they are.
         Raises UserError for a missing, unreadable or empty folder, a broken file if `on_broken` is 'fail',
         labels that cannot be had by the rule, labels that `classes` does not hold, and images without a partner.
         """
@@ -109,13 +113,19 @@ class Images:
         if given and given_channels not in MODES:
             raise UserError(f"--given_channels {given_channels}: files have 1 (grey), 3 (colour) or 4 (with transparency)")
         others = paired(source, open_source(place(given)), given_channels) if given else None
-        data = cls(source, image_size, channels, on_broken, others)
+        data = cls(source, image_size, channels, on_broken, others, how)
+        require_meant(source.pixels(source.names[0]), how, source.path)
         found, data.rule = label(source, labels, classes)
+        if how.only:
+            found, kept = chosen(found, how.only, source, data.rule, strict=classes is None)
+            data.divided = f"\n{len(kept):,} of {many(len(data), 'image')}: those of --only_classes {', '.join(how.only)}"
+            data._keep(kept)
         if found is not None and len(found):
             data.labels, data.classes = number(found, classes)
         if part != (0, 1):
             data._divide(part)
-        keep = len(data) * data.depth * math.prod(image_size) <= cache_bytes
+        size = len(data) * data.depth * math.prod(image_size) * (how.bits // 8)
+        keep = size <= cache_bytes and how.fit != "anywhere"  # which is cut anew in every epoch
         if keep or on_broken == "leave":
             data._decode_all(keep)
         elif others:  # pairs that do not match are refused now, as far as some tell
@@ -125,23 +135,24 @@ class Images:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`: uint8 (n, C, H, W); a broken file raises UserError or has a stand-in.
+    def batch(self, indices: Sequence[int] | np.ndarray, at: Places = None) -> np.ndarray:
+        """The images at `indices`: (n, C, H, W) uint8, or uint16 of 16 bits; a broken file raises UserError or has a stand-in.
 
-        Of pairs the other's channels follow behind the image's.
+        Of pairs the other's channels follow behind the image's. `at` (n), from 0 to 1, is where each is cut, by --fit anywhere.
         """
         if self._cache is not None:
             return self._cache[np.asarray(indices, np.int64)]
         wanted = [self._stand_in.get(int(i), int(i)) for i in indices]
-        out = np.empty((len(wanted), self.depth, *self.image_size), np.uint8)
-        for row, pixels in enumerate(self._read(wanted)):
-            out[row] = self._replace(wanted[row], pixels) if isinstance(pixels, UserError) else pixels
+        out = np.empty((len(wanted), self.depth, *self.image_size), self.how.dtype)
+        places = self.how.places(at, len(wanted))
+        for row, pixels in enumerate(self._read(wanted, places)):
+            out[row] = self._replace(wanted[row], pixels, places[row]) if isinstance(pixels, UserError) else pixels
         return out
 
     def require_size(self, size: tuple[int, int], fix: str) -> None:
         """UserError, with what to do about it, for the first file that is not `size` (H, W) pixels as it lies there."""
         for k, file in enumerate(self.files):
-            found = self.picture(k).size[::-1]
+            found = self.size(k)
             if found != size:
                 raise UserError(f"{file} has {found[0]}x{found[1]} pixels: {size[0]}x{size[1]} are needed; {fix}")
 
@@ -149,7 +160,8 @@ class Images:
         """Lines to print: how many images, what labels, what is left out, taken otherwise or broken."""
         height, width = self.image_size
         shown = self.classes if len(self.classes) <= 6 else (*self.classes[:4], "...", self.classes[-1])
-        text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels; labels: {self.rule}"
+        deep = " of 16 bits" if self.how.bits == 16 else ""
+        text = f"{many(len(self), 'image')} at {height}x{width}, {self.channels} channels{deep}; labels: {self.rule}"
         if self.labels is not None:
             text += f", {len(self.classes)} classes ({', '.join(shown)})"
         text += self.divided
@@ -157,7 +169,7 @@ class Images:
             text += f"\n{self.others.describe()}"
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
-        text += self._told()
+        text += self.told()
         if parts := [] if self.source.rows else splits(self.names):
             names = " and ".join(parts)
             text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
@@ -188,20 +200,42 @@ class Images:
         return {"count": str(len(self)), **{part: digest.hexdigest() for part, digest in digests.items()}}
 
     def picture(self, index: int) -> Image.Image:
-        """An image as it lies there, in the channels asked for; UserError where it cannot be read."""
-        return self._picture(index, self.source, self.names[index], self.channels)
+        """An image as it lies there, in the channels asked for and 8 bits; UserError where it cannot be read."""
+        content = io.BytesIO(self.source.read(self.names[index]))
+        content.name = str(self.files[index])  # which `decode` tells
+        return decode(content, self.channels, floats=self.how.floats)
 
-    def _picture(self, index: int, source: Source, name: str, channels: int) -> Image.Image:
-        content = io.BytesIO(source.read(name))
-        content.name = str(source.path / name)  # which `decode` tells
+    @property
+    def floats(self) -> bool:
+        """Whether the first image is of floats, of which somebody must say what they span."""
+        if (held := self.source.pixels(self.names[0])) is not None:
+            return held.dtype.kind == "f"
+        with readable(self.files[0]), self.source.open_file(self.names[0]) as file, opened_image(file) as header:
+            return header.mode == "F"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image as it lies there; UserError where it cannot be read."""
+        held = self.source.pixels(self.names[index])
+        return held.shape[:2] if held is not None else self.picture(index).size[::-1]
+
+    def _held(self, index: int, source: Source, name: str, channels: int) -> Image.Image | np.ndarray:
+        """An image in the channels and at the depth asked for, of its own size."""
 
         def say(note: str) -> None:
             with self._guard:  # threads read at once
                 self._notes[note].add(index)
 
-        return decode(content, channels, say)
+        array = source.pixels(name)
+        plain = array is None or (array.dtype == np.uint8 and array.shape[2] in MODES)
+        if array is not None and not (plain and self.how.bits == 8 and channels in MODES):
+            with readable(source.path / name):
+                require_meant(array, self.how, source.path)
+                return recoloured(levels(array, self.how, say), channels, say)
+        content = io.BytesIO(source.read(name))
+        content.name = str(source.path / name)  # which `decode` tells
+        return (decode if self.how.bits == 8 else decode_deep)(content, channels, say, self.how.floats)
 
-    def _told(self) -> str:
+    def told(self) -> str:
         """A line on the images that are taken otherwise than they lie there; of many that are not kept, some are looked at."""
         few = self._few()
         if self._cache is None:
@@ -215,38 +249,40 @@ class Images:
         few: list[int] = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).round().astype(int).tolist()
         return few
 
-    def load(self, index: int) -> np.ndarray | UserError:
-        """An image, uint8 (C, H, W); or why it cannot be read."""
+    def load(self, index: int, at: float = 0.5) -> np.ndarray | UserError:
+        """An image (C, H, W) uint8, or uint16 of 16 bits, cut out `at` a place between both ends; or why it cannot be read."""
         held = None if self.others else self.source.pixels(self.names[index])
-        if held is not None and held.shape == (*self.image_size, self.channels):  # what preparing it would leave as it is
+        as_it_lies = held is not None and held.dtype == self.how.dtype and held.shape == (*self.image_size, self.channels)
+        if held is not None and as_it_lies:  # what preparing it would leave as it is
             return np.ascontiguousarray(held.transpose(2, 0, 1))
         try:
-            image = self.picture(index)
+            image = self._held(index, self.source, self.names[index], self.channels)
             if not self.others:
-                return prepare(image, *self.image_size)
+                return prepare(image, *self.image_size, self.how.fit, at)
             source, name = self.others.source, self.others.names[self.names[index]]
-            other = self._picture(index, source, name, self.others.channels)
-            require_alike(self.files[index], image.size, source.path / name, other.size)
-            return np.concatenate([prepare(each, *self.image_size) for each in (image, other)])
+            other = self._held(index, source, name, self.others.channels)
+            require_alike(self.files[index], size_of(image), source.path / name, size_of(other))
+            return np.concatenate([prepare(each, *self.image_size, self.how.fit, at) for each in (image, other)])
         except (Unreachable, Unlike):  # no answer is no broken file, and no other pair stands in for one that does not match
             raise
         except UserError as error:
             return error
 
-    def _read(self, indices: Sequence[int]) -> Generator[np.ndarray | UserError, None, None]:
+    def _read(self, indices: Sequence[int], places: Sequence[float] = ()) -> Generator[np.ndarray | UserError, None, None]:
+        places = places or [0.5] * len(indices)
         if len(indices) and self.source.pixels(self.names[indices[0]]) is not None:  # to begin threads would cost more
-            yield from map(self.load, indices)
+            yield from map(self.load, indices, places)
             return
         threads = REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1
         size = max(1, min(64, len(indices) // (2 * threads)))  # in blocks: small images cost less than a task
-        blocks = [indices[k : k + size] for k in range(0, len(indices), size)]
+        blocks = [range(k, min(k + size, len(indices))) for k in range(0, len(indices), size)]
         with ThreadPoolExecutor(threads) as pool:
-            for block in pool.map(lambda wanted: [self.load(k) for k in wanted], blocks):
+            for block in pool.map(lambda wanted: [self.load(indices[k], places[k]) for k in wanted], blocks):
                 yield from block
 
     def _decode_all(self, keep: bool) -> None:
         """Decode all images, to keep them or only to know the broken ones: others stand in for these, or they are left out."""
-        cache = np.empty((len(self) if keep else 0, self.depth, *self.image_size), np.uint8)
+        cache = np.empty((len(self) if keep else 0, self.depth, *self.image_size), self.how.dtype)
         quiet = None if len(self) > PROGRESS_FROM else True  # None: a bar on a terminal only
         with closing(self._read(range(len(self)))) as read:  # so that an error stops the threads at once
             for index, pixels in enumerate(tqdm(read, "images", len(self), disable=quiet)):
@@ -273,7 +309,7 @@ class Images:
         with ThreadPoolExecutor(REMOTE_THREADS if remote(self.source.path) else os.cpu_count() or 1) as pool:
             places = np.fromiter(pool.map(self._place, self.names), float, n)
         kept = np.flatnonzero((part[0] <= places) & (places < part[1]))
-        self.divided = f"\n{len(kept):,} of {many(n, 'image')}: {part[1] - part[0]:.2%} of them, by their content"
+        self.divided += f"\n{len(kept):,} of {many(n, 'image')}: {part[1] - part[0]:.2%} of them, by their content"
         if not len(kept):
             raise UserError(
                 f"--validation: of {many(n, 'image')} none are in the part of {part[1] - part[0]:.2%}; give another share"
@@ -307,12 +343,12 @@ class Images:
     def _none(self) -> UserError:
         return UserError(f"none of the {len(self)} images is readable; the first problem: {self.broken[0][1]}")
 
-    def _replace(self, index: int, error: UserError) -> np.ndarray:
+    def _replace(self, index: int, error: UserError, at: float) -> np.ndarray:
         if index not in self._stand_in:  # else met before in this very batch
             self._note(index, error)
             other = self._find_stand_in(index)
             warnings.warn(f"{error}; {self.files[other]} stands in for it", stacklevel=3)
-        pixels = self.load(self._stand_in[index])
+        pixels = self.load(self._stand_in[index], at)
         assert isinstance(pixels, np.ndarray)
         return pixels
 

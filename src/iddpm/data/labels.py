@@ -1,6 +1,7 @@
 """Which class each image belongs to: from a label file, from folders, or from file names."""
 
 import csv
+import difflib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from unicodedata import normalize
 
 import numpy as np
 
-from iddpm.data.sources.source import LABEL_FILES, Ranked, Source, is_image
+from iddpm.config import names
+from iddpm.data.sources.source import ATTRIBUTE_FILES, LABEL_FILES, Ranked, Source, is_image
 from iddpm.errors import UserError
 from iddpm.records import decode
 
@@ -18,6 +20,7 @@ Label = str | int
 Found = tuple[list[Label] | Ranked | None, str]  # a label per image, or None where the rule does not apply; in words
 
 KEYS = ("label", "cls", "class", "class_name")  # of a .json beside an image, in this order
+ATTRIBUTES = "attributes:"  # before the names of columns, in the place of a rule
 AUTO = ("file", "beside", "folder", "prefix")  # in this order
 SPLITS = set("train training test testing val valid validation dev eval holdout held_out heldout".split())
 CAMERAS = set(
@@ -33,8 +36,10 @@ def label(source: Source, rule: str, classes: Sequence[str] | None = None) -> Fo
     """
     if rule == "none":
         return None, "none"
+    if rule.startswith(ATTRIBUTES):
+        return from_attributes(source, names(rule.removeprefix(ATTRIBUTES)))
     if rule not in ("auto", "any", *RULES):
-        raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, none")
+        raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, {ATTRIBUTES}NAME, none")
     if source.rows and rule in ("auto", "any", "file"):
         return source.labelled, "the table's own" if source.labelled else "none"
     below = "" if rule == "folder" else wrapper(source, classes, rule == "any")
@@ -115,6 +120,37 @@ def from_file(source: Source, below: str) -> Found:
         raise UserError(f"{path} has no label for {missing[0]} ({len(missing)} such): add or remove them")
     extra = len(table.keys() - set(wanted))
     return [table[name] for name in wanted], path.name + (f" ({extra} of its entries have no image)" if extra else "")
+
+
+def from_attributes(source: Source, wanted: Sequence[str]) -> Found:
+    """Some columns of a table of attributes as classes, of CelebA's form: "Male" where it is 1, "not_Male" where it is -1 or 0.
+
+    Several are joined, as "Male+not_Smiling"; other values than these are classes of their own, as "Male=unsure".
+    """
+    folders = ["", *(source.names[0][: k + 1] for k, letter in enumerate(source.names[0]) if letter == "/")]
+    file = next((folder + name for folder in folders for name in ATTRIBUTE_FILES if source.has(folder + name)), "")
+    if not file:
+        raise UserError(f"{source.path} holds no {' or '.join(ATTRIBUTE_FILES)}: put it beside the images, or give its folder")
+    text, path = source.read(file).decode("utf-8-sig", "surrogateescape"), source.path / file
+    rows = list(csv.reader(io.StringIO(text))) if file.endswith(".csv") else [line.split() for line in text.splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows if row]
+    rows = rows[1:] if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() else rows  # CelebA's .txt begins with their number
+    if len(rows) < 2 or len({len(row) for row in rows[1:]}) > 1 or not 0 <= len(rows[1]) - len(rows[0]) <= 1:
+        raise UserError(f"{path} is no table: write a line of names, and for each image its name and a value for each")
+    head = rows[0][len(rows[0]) - len(rows[1]) + 1 :]  # CelebA's .txt names no first column
+    if unknown := next((name for name in wanted if name not in head), ""):
+        near = difflib.get_close_matches(unknown, head, n=3, cutoff=0.4) or head[:10]
+        raise UserError(f"{path} has no attribute {unknown!r}; near it are {', '.join(near)}")
+    columns = [(name, 1 + head.index(name)) for name in wanted]
+    words = {"1": "{}", "-1": "not_{}", "0": "not_{}"}
+    table = {_plain(row[0]): "+".join(words.get(row[k], "{}=" + row[k]).format(name) for name, k in columns) for row in rows[1:]}
+    folder, found = file[: file.rfind("/") + 1], list[Label]()
+    for name in map(_plain, source.names):
+        value = table.get(name[len(folder) :], table.get(name.rpartition("/")[2]))
+        if value is None:
+            raise UserError(f"{path} says nothing of {name}: add it, or take the image out")
+        found.append(value)
+    return found, f"{path.name}, {', '.join(wanted)}"
 
 
 def _plain(name: str) -> str:
@@ -215,6 +251,27 @@ def number(found: list[Label] | Ranked, classes: Sequence[str] | None) -> tuple[
         shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise UserError(f"class {unknown[0]!r} is not among the run's classes ({shown}): rename or remove it")
     return np.array([rank[own[value]] for value in found], np.int64), known
+
+
+def chosen(
+    found: list[Label] | Ranked | None, wanted: Sequence[str], source: Source, rule: str, strict: bool
+) -> tuple[Ranked, np.ndarray]:
+    """The labels of the wanted classes alone, and which images have them (n,); `strict`: each of the classes must be there."""
+    if found is None or not len(found.ranks if isinstance(found, Ranked) else found):
+        raise UserError(f"--only_classes: {source.path} has no classes ({rule}): put each in a sub-folder, or add labels.csv")
+    values = found.values if isinstance(found, Ranked) else list(dict.fromkeys(found))
+    rank = {value: k for k, value in enumerate(values)}
+    ranks = found.ranks if isinstance(found, Ranked) else np.array([rank[v] for v in found])
+    known = [normalize("NFC", str(value)) for value in values]
+    forms = [normalize("NFC", name) for name in wanted]
+    absent = [name for name in forms if name not in known]
+    if absent and (strict or len(absent) == len(forms)):
+        near = difflib.get_close_matches(absent[0], known, n=3, cutoff=0.5) or sorted(known)[:10]
+        more = ", ..." if len(near) == 10 < len(known) else ""
+        raise UserError(f"--only_classes {absent[0]}: {source.path} has no such class; there are {', '.join(near)}{more}")
+    places = [k for k, name in enumerate(known) if name in forms]
+    kept = np.flatnonzero(np.isin(ranks, places))
+    return Ranked(np.searchsorted(places, ranks[kept]), [values[k] for k in places]), kept
 
 
 RULES: dict[str, Callable[[Source, str], Found]] = {

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
+BLOCK = 4096  # positions, about, in which classes come equally often
 ORDER_KEY = int.from_bytes(b"order", "big")  # keeps these draws apart from every other use of the same seed
 
 
@@ -33,8 +34,33 @@ class Order:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+class Balanced(Order):
+    """As `Order`, but every class comes equally often: of K classes m times in each K m positions, m = BLOCK // K.
+
+    A number below K m stands for a class and its next image; they come in an order drawn for every K m positions. The images of
+    a class come in an order of their own, drawn anew when all have come. `labels` are (n,) int64.
+    """
+
+    def __init__(self, labels: np.ndarray, seed: int) -> None:
+        super().__init__(len(labels), seed)
+        by_class = np.argsort(labels, kind="stable")
+        self.members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+        self.rounds = max(1, BLOCK // len(self.members))
+        self._permutation = lru_cache(2 * len(self.members) + 2)(permutation.__wrapped__)  # of every class the present one
+
+    def indices(self, position: int, count: int) -> np.ndarray:
+        k, out = len(self.members), np.empty(count, np.int64)
+        for row in range(count):
+            block, place = divmod(position + row, k * self.rounds)
+            times, which = divmod(int(permutation(k * self.rounds, self.seed, block, 1)[place]), k)
+            own = self.members[which]
+            epoch, nth = divmod(block * self.rounds + times, len(own))
+            out[row] = own[self._permutation(len(own), self.seed, epoch, 2 + which)[nth]]
+        return out
+
+
 @lru_cache(maxsize=4)  # a batch seldom touches more than two epochs; safe to share among threads
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n images in an epoch, (n,) int64: a permutation of 0 .. n-1."""
-    key, counter = np.array([seed, ORDER_KEY], np.uint64), np.array([0, 0, 0, epoch], np.uint64)
+def permutation(n: int, seed: int, epoch: int, what: int = 0) -> np.ndarray:
+    """The order of n images in an epoch, (n,) int64: a permutation of 0 .. n-1. Another for `what` else is put in order."""
+    key, counter = np.array([seed, ORDER_KEY], np.uint64), np.array([0, 0, what, epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(n).astype(np.int64)

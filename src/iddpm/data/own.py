@@ -10,13 +10,15 @@ from PIL import Image
 
 from iddpm.data.decode import MODES, prepare
 from iddpm.data.given import require_alike
+from iddpm.data.preparation import AS_EVER, Places, Preparation, levels
 from iddpm.errors import UserError
 
 
 class Dataset(Protocol):
     """As torch.utils.data.Dataset with a length: data[k] is an image, or (image, label).
 
-    An image is a PIL.Image, uint8 (H, W, C) or (H, W), or float (C, H, W) in [-1, 1]; a label a whole number from 0.
+    An image is a PIL.Image, uint8 (H, W, C) or (H, W), with --bit_depth 16 also uint16, or float (C, H, W) in [-1, 1]; a label a
+    whole number from 0.
     """
 
     def __len__(self) -> int: ...
@@ -38,8 +40,9 @@ class Own:
         classes: Sequence[str] | None = None,
         given: Dataset | None = None,
         given_channels: int = 0,
+        how: Preparation = AS_EVER,
     ):
-        self.labels = labels_of(data)
+        self.labels, self.how, self.floats = labels_of(data), how, False  # whose span its protocol says
         if given is not None and len(given) != len(data):
             raise UserError(f"{len(data)} images and {len(given)} given with them: image k is given with image k, one for each")
         self.given, self.given_channels = given, given_channels
@@ -50,14 +53,15 @@ class Own:
             self.classes = tuple(classes or map(str, range(int(self.labels.max()) + 1)))
             if self.labels.max() >= len(self.classes):
                 raise UserError(f"the data set has the label {self.labels.max()}; the run knows {len(self.classes)} classes")
-        self._pair(0, data[0])  # what cannot be read is told before a run is begun
+        self._pair(0, data[0], 0.5)  # what cannot be read is told before a run is begun
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`: uint8 (n, C, H, W); of pairs the other's channels follow behind the image's."""
-        return np.stack([self._pair(int(k), self.data[int(k)]) for k in indices])
+    def batch(self, indices: Sequence[int] | np.ndarray, at: Places = None) -> np.ndarray:
+        """The images at `indices`, as `Images.batch`."""
+        places = self.how.places(at, len(indices))
+        return np.stack([self._pair(int(k), self.data[int(k)], place) for k, place in zip(indices, places)])
 
     def describe(self) -> str:
         """A line to print: how many images, and what labels."""
@@ -68,44 +72,46 @@ class Own:
     def identity(self) -> dict[str, str]:
         """What tells it from another, part by part, as `Images.identity`: the length, the first image, the labels."""
         labels = b"" if self.labels is None else self.labels.tobytes()
-        parts = dict(contents=self._pair(0, self.data[0]).tobytes(), labels=labels)
+        parts = dict(contents=self._pair(0, self.data[0], 0.5).tobytes(), labels=labels)
         return {"count": str(len(self)), **{k: hashlib.blake2b(part, digest_size=8).hexdigest() for k, part in parts.items()}}
 
-    def _pair(self, k: int, item: Any) -> np.ndarray:
-        """An image, with the one given with it where there are such: (C, H, W) uint8."""
+    def _pair(self, k: int, item: Any, at: float) -> np.ndarray:
+        """An image, with the one given with it where there are such: (C, H, W) uint8, or uint16 of 16 bits."""
         image = image_of(item)
-        pixels = self._pixels(k, image, self.channels)
+        pixels = self._pixels(k, image, self.channels, at)
         if self.given is None:
             return pixels
         other = image_of(self.given[k])
         require_alike(f"image {k} of the data set", _size(image), f"image {k}", _size(other))
-        return np.concatenate([pixels, self._pixels(k, other, self.given_channels)])
+        return np.concatenate([pixels, self._pixels(k, other, self.given_channels, at)])
 
-    def _pixels(self, k: int, image: Any, channels: int) -> np.ndarray:
-        """An image as (C, H, W) uint8 of the run's size; one of another size is scaled and cropped as files are."""
+    def _pixels(self, k: int, image: Any, channels: int, at: float) -> np.ndarray:
+        """An image as (C, H, W) of the run's size and depth; one of another size is scaled and cropped as files are."""
+        how = self.how
         if isinstance(image, Image.Image):
             if channels not in MODES:
                 raise UserError(f"image {k} of the data set is a PIL image, and {channels} channels are asked for: give arrays")
-            return prepare(image.convert(MODES[channels]), *self.image_size)
+            image = np.asarray(image.convert(MODES[channels]))
         array = np.asarray(image)
         if array.dtype.kind == "f":
             if not (array.ndim == 3 and np.isfinite(array).all() and abs(array).max() <= 1.001):
                 raise UserError(f"image {k} of the data set: floats must be (C, H, W) in [-1, 1], not {array.shape}")
-            array = np.rint((array.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+            array = np.rint((array.transpose(1, 2, 0) + 1) * (127.5 if how.bits == 8 else 32767.5)).clip(0, 2**how.bits - 1)
+            array = array.astype(how.dtype)
         array = array[..., None] if array.ndim == 2 else array
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+        if array.dtype == np.uint8 and how.bits == 16:
+            array = levels(array, how, lambda note: None)
+        if array.dtype != (kind := np.dtype(how.dtype)) or array.ndim != 3 or array.shape[2] != channels:
             raise UserError(
-                f"image {k} of the data set is {array.dtype} {array.shape}: give PIL images, uint8 (H, W, {channels}), "
+                f"image {k} of the data set is {array.dtype} {array.shape}: give PIL images, {kind} (H, W, {channels}), "
                 f"or floats ({channels}, H, W) in [-1, 1]"
             )
         if array.shape[:2] == self.image_size:
             return np.ascontiguousarray(array.transpose(2, 0, 1))
-        if channels not in MODES:
-            height, width = self.image_size
-            raise UserError(
-                f"image {k} of the data set is {array.shape}: of {channels} channels it must have {height}x{width} pixels"
-            )
-        return prepare(Image.fromarray(array[..., 0] if channels == 1 else array), *self.image_size)
+        if how.bits == 8 and channels in MODES:
+            picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+            return prepare(picture, *self.image_size, how.fit, at)
+        return prepare(array, *self.image_size, how.fit, at)
 
 
 def labels_of(data: Dataset) -> np.ndarray | None:

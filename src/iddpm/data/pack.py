@@ -1,7 +1,8 @@
 """`iddpm data pack`: images decoded and resized once, as arrays that training maps into memory.
 
-OUT/part-00000.npy (n, H, W, C) uint8, ...; part-00000.json, which images they are of; labels.npy (N) int64; pack.json, the index,
-written last. The bytes are those of any number of processes, and of a run that was interrupted and begun again.
+OUT/part-00000.npy (n, H, W, C) uint8, of 16 bits uint16, ...; part-00000.json, which images they are of; labels.npy (N) int64;
+pack.json, the index, written last. The bytes are those of any number of processes, and of a run that was interrupted and begun
+again.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from iddpm.data.images import Images
+from iddpm.data.preparation import AS_EVER, Preparation
 from iddpm.data.sources.pixels import INDEX
 from iddpm.errors import UserError, readable
 from iddpm.records import decode
@@ -35,19 +37,27 @@ class Plan(NamedTuple):
     size: tuple[int, int]
     channels: int
     labels: str
+    how: Preparation
     rows: int  # images that a part is made of
 
 
 def pack(
-    path: str | Path, out: str | Path, size: tuple[int, int], channels: int = 3, labels: str = "auto", workers: int = 1
+    path: str | Path,
+    out: str | Path,
+    size: tuple[int, int],
+    channels: int = 3,
+    labels: str = "auto",
+    workers: int = 1,
+    how: Preparation = AS_EVER,
 ) -> str:
     """Write the images of `path` into `out`, and say what came of it; what is there of the same pack is kept.
 
     UserError where `out` holds anything else. Broken images are left out, with a count.
     """
-    plan = Plan(str(path), size, channels, labels, max(1, PART // (size[0] * size[1] * channels)))
+    plan = Plan(str(path), size, channels, labels, how, max(1, PART // (size[0] * size[1] * channels * how.bits // 8)))
     images, out = _opened(plan), place(out)
-    told = json.dumps(dict(identity=images.identity(), size=size, channels=channels, classes=images.classes, rows=plan.rows))
+    about = dict(identity=images.identity(), size=size, channels=channels, classes=images.classes, rows=plan.rows)
+    told = json.dumps(about | (dict(how=how) if how != AS_EVER else {}))
     if not (out / PLAN).exists():
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} holds other files: give a new folder")
@@ -77,7 +87,8 @@ def pack(
     write_file(out / INDEX, json.dumps(index))
     lost = f"; {many(len(broken), 'broken image')} left out, the first: {broken[0]}" if broken else ""
     classes = f", {len(images.classes)} classes" if images.classes else ""
-    return f"{out}: {many(len(kept), 'image')} of {size[0]}x{size[1]}, {many(channels, 'channel')}{classes}{lost}"
+    told = images.told().replace("\n", "; ")
+    return f"{out}: {many(len(kept), 'image')} of {size[0]}x{size[1]}, {many(channels, 'channel')}{classes}{lost}{told}"
 
 
 def _made(make: "partial[None]", todo: list[int], workers: int) -> Iterator[None]:
@@ -91,14 +102,14 @@ def _made(make: "partial[None]", todo: list[int], workers: int) -> Iterator[None
 
 @lru_cache(maxsize=1)  # of a process that makes several parts
 def _opened(plan: Plan) -> Images:
-    return Images.open(plan.path, plan.size, plan.channels, cache_bytes=0, labels=plan.labels)
+    return Images.open(plan.path, plan.size, plan.channels, cache_bytes=0, labels=plan.labels, how=plan.how)
 
 
 def _part(plan: Plan, out: Path, k: int) -> None:
     """Write one part; its record comes last, so that a part without one is made again."""
     images = _opened(plan)
     here = range(k * plan.rows, min((k + 1) * plan.rows, len(images)))
-    pixels, kept, broken = np.empty((len(here), *plan.size, plan.channels), np.uint8), list[int](), list[str]()
+    pixels, kept, broken = np.empty((len(here), *plan.size, plan.channels), plan.how.dtype), list[int](), list[str]()
     for index in here:
         found = images.load(index)
         if isinstance(found, UserError):

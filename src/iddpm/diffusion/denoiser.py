@@ -107,6 +107,7 @@ class Denoiser:
     parametrization: Callable[[Any], Scalings]
     variance: Variance = fixed_large
     after: tuple[Callable[[Tensor], Tensor], ...] = ()
+    half_bin: float = 1 / 255  # half the width of a pixel's bin, in units of [-1, 1], of which the bound is
 
     def __call__(self, x: Tensor, level: Level | Step, cond: Cond = {}) -> Prediction:
         """Predict from x_t (B, C, H, W) at a level, or a step, whose entries are (B,) or 0-dim."""

@@ -53,7 +53,7 @@ def vlb_unscaled(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor
     step = schedule(u)
     alpha, sigma = wide((step.alpha, step.sigma), x0)
     xt = alpha * x0 + sigma * eps
-    return {"loss": vlb_term(denoiser(xt, step, cond), x0, xt, step)}
+    return {"loss": vlb_term(denoiser(xt, step, cond), x0, xt, step, denoiser.half_bin)}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _squared_error(
     step = as_step(level, "a learned variance")
     assert p.mean is not None  # as every denoiser gives it at a step
     frozen = p._replace(mean=p.mean.detach())  # the bound must not pull at the mean: its gradient is far noisier
-    vb = vb_scale * vlb_term(frozen, x0, xt, step)
+    vb = vb_scale * vlb_term(frozen, x0, xt, step, denoiser.half_bin)
     return {"loss": loss + vb, "mse": mse, "vb": vb}
 
 

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm.diffusion.bound import HALF_BIN
 from iddpm.diffusion.denoiser import Denoise
 from iddpm.diffusion.grid import Grid, Step
 from iddpm.diffusion.schedule import Level
 from iddpm.diffusion.solvers import velocity
-
-BIN = 1 / 255  # half of an 8-bit pixel's width, in units of [-1, 1]
 
 
 class Dequantized(NamedTuple):
@@ -26,21 +25,21 @@ class Dequantized(NamedTuple):
     log_q: Tensor
 
 
-def uniform(x0: Tensor, u: Tensor, level: Level | Step) -> Dequantized:
+def uniform(x0: Tensor, u: Tensor, level: Level | Step, half_bin: float = HALF_BIN) -> Dequantized:
     """Anywhere in the bin alike; u (B, C, H, W) uniform in [0, 1) (Theis et al. 2016)."""
-    return Dequantized(x0 + (2 * u - 1) * BIN, torch.full((len(x0),), -math.log(2 * BIN), dtype=torch.float64))
+    return Dequantized(x0 + (2 * u - 1) * half_bin, torch.full((len(x0),), -math.log(2 * half_bin), dtype=torch.float64))
 
 
-def truncated_normal(x0: Tensor, u: Tensor, level: Level | Step) -> Dequantized:
+def truncated_normal(x0: Tensor, u: Tensor, level: Level | Step, half_bin: float = HALF_BIN) -> Dequantized:
     """As the noise of the level itself, cut at the bin: what the network was trained on (Zheng et al. 2023, i-DODE, 4.2)."""
     scale = float(level.sigma / level.alpha)
-    inside = math.erf(BIN / scale / math.sqrt(2))  # of a normal of that deviation, the share within the bin
+    inside = math.erf(half_bin / scale / math.sqrt(2))  # of a normal of that deviation, the share within the bin
     n = math.sqrt(2) * torch.erfinv(inside * (2 * u.double() - 1).clamp(-1 + 1e-12, 1 - 1e-12))
     log_q = -(n**2 / 2).flatten(1).mean(1) - math.log(scale * math.sqrt(2 * math.pi) * inside)
     return Dequantized(x0 + scale * n.to(x0), log_q)
 
 
-DEQUANTIZATIONS: dict[str, Callable[[Tensor, Tensor, Level | Step], Dequantized]] = {
+DEQUANTIZATIONS: dict[str, Callable[[Tensor, Tensor, Level | Step, float], Dequantized]] = {
     "uniform": uniform,
     "truncated_normal": truncated_normal,
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from iddpm.config import Config, image_size
 from iddpm.data import Images
+from iddpm.data.preparation import Preparation, preparation
 from iddpm.errors import UserError
 from iddpm.store.remote import place, remote
 
@@ -36,12 +37,12 @@ def see(config: Config) -> Seen:
     d, m = config.data, config.model
     if not d.path or remote(place(d.path)):
         raise UserError(f"{d.path or 'its place is unknown'}: only images on this machine are looked at")
-    return _see(d.path, image_size(m), m.image_channels, d.labels, d.classes)
+    return _see(d.path, image_size(m), m.image_channels, d.labels, d.classes, preparation(config, bits=8))
 
 
 @cache  # a run in training makes its page again and again
-def _see(path: str, size: tuple[int, int], channels: int, labels: str, classes: tuple[str, ...]) -> Seen:
-    data = Images.open(path, size, channels, cache_bytes=0, labels=labels, classes=classes or None)
+def _see(path: str, size: tuple[int, int], channels: int, labels: str, classes: tuple[str, ...], how: Preparation) -> Seen:
+    data = Images.open(path, size, channels, cache_bytes=0, labels=labels, classes=classes or None, how=how)
     most = max(8, min(SOME, BYTES // (channels * size[0] * size[1])))
     order = np.random.default_rng(0).permutation(len(data))[:most]  # so that the first k of them are a fair sample, too
     began, parts = time.monotonic(), []

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from iddpm import build, fit, rng
-from iddpm.config import Config
+from iddpm.config import Config, half_bin
 from iddpm.data import DataSet, Order
 from iddpm.data.given import shown
+from iddpm.data.preparation import signed
 from iddpm.diffusion.bound import Term, bound_terms, prior_term
 from iddpm.diffusion.denoiser import Denoise, Network
 from iddpm.diffusion.grid import Chain, Grid
@@ -195,7 +196,7 @@ def bits_per_dim(
         if first == 0:
             prior = processes.gather(prior_term(grid, x0)[: len(r.mine)].cpu()).double().numpy()
             progress.prior[images] = progress.total[images] = prior
-        terms = _terms(partial(denoiser, cond=cond), x0, grid, noise, first)
+        terms = _terms(partial(denoiser, cond=cond), x0, grid, noise, first, half_bin(config.model))
         while columns := [torch.stack(term[1:], dim=1) for term in islice(terms, stride)]:
             progress.add(images, processes.gather(torch.stack(columns, dim=2)[: len(r.mine)].cpu()).numpy())
             _require_finite(progress.total[images], data, chosen[images])
@@ -230,7 +231,7 @@ def rounds_left(done: np.ndarray, steps: int, batch_size: int) -> Iterator[proce
 def batch_of(config: Config, data: DataSet, indices: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """The images (B, C, H, W) in [-1, 1], and what else the network sees of them: class, and the image given, without noise."""
     m, cond = config.model, {}
-    x0, given = shown(config, torch.from_numpy(data.batch(indices)).to(device).float() / 127.5 - 1)
+    x0, given = shown(config, signed(data.batch(indices), device))
     if m.class_cond and data.labels is not None:
         cond["y"] = torch.from_numpy(data.labels[indices]).to(device)
     if given is not None:
@@ -240,11 +241,13 @@ def batch_of(config: Config, data: DataSet, indices: np.ndarray, device: torch.d
     return x0, cond
 
 
-def _terms(denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tensor], first: int) -> Iterator[Term]:
+def _terms(
+    denoise: Denoise, x0: Tensor, grid: Grid, noise: Callable[[int], Tensor], first: int, half_bin: float
+) -> Iterator[Term]:
     """The bound's terms but the first ones; the noise of each is drawn while the device works on the one before."""
     nearer = grid.only(slice(grid.steps - first))  # the steps that are left
     drawn = ahead(noise, range(first, grid.steps))
-    return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device))
+    return bound_terms(denoise, x0, nearer, lambda k: next(drawn).to(x0.device), half_bin)
 
 
 def _require_finite(total: np.ndarray, data: DataSet, indices: np.ndarray) -> None:

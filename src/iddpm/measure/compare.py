@@ -10,6 +10,7 @@ import torch
 from iddpm.config import Evaluate, Sample, own_numbers, settings_of
 from iddpm.config.choices import choices, make
 from iddpm.data import Order
+from iddpm.data.decode import MODES
 from iddpm.errors import UserError
 from iddpm.measure import extractors, statistics
 from iddpm.measure.extractors import Extractor
@@ -105,20 +106,28 @@ def _conversions(samples: ImageSet, real: ImageSet, labels: str) -> list[str]:
     lines = []
     if labels:
         lines.append(f"the samples are of the classes {labels} alone, and are compared with all images of {real.name}")
+    if only := samples.how.only:
+        which = "those of these classes" if real.how.only else "all, since they say no such classes,"
+        lines.append(f"the run learned --only_classes {', '.join(only)}: of the images of {real.name} {which} are compared")
     if real.kind != samples.kind:
         how = f"are read as {samples.kind}" if real.channels == samples.channels else "are compared as colour"
         lines.append(f"the samples are {samples.kind}, and the images of {real.name}, which are {real.kind}, {how}")
     if real.native and real.native != real.size:
         sizes = [f"{h}x{w}" for h, w in (real.native, real.size)]
         found = f"of several sizes (the first {sizes[0]})" if real.mixed else sizes[0]
-        lines.append(f"the images of {real.name} are {found}, and are scaled and cropped to the samples' {sizes[1]}")
+        lines.append(f"the images of {real.name} are {found}, and are {SCALED[real.how.fit]} to the samples' {sizes[1]}")
     return lines
+
+
+SCALED = {"cover": "scaled and cropped", "anywhere": "scaled and cropped", "contain": "scaled whole"}  # by --fit
 
 
 def _features(images: ImageSet, extractor: Extractor, block: int, n: int, seed: int) -> Features:
     """The features of all images, or of n of them, in an order drawn by the seed; those of a run in their own."""
     if images.n < 2:
         raise UserError(f"{images.name} holds {many(images.n, 'image')}: metrics need at least 2, and mean little below 1,000")
+    if images.channels not in MODES:
+        raise UserError(f"{images.name} has {images.channels} channels: metrics see 1, 3 or 4; take iddpm nll")
     if n > images.n:
         raise UserError(f"{images.name} holds {many(images.n, 'image')}: {n} cannot be compared")
     if n == 1:

@@ -13,6 +13,7 @@ from iddpm import build
 from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
 from iddpm.data.decode import opened_image
+from iddpm.data.preparation import Preparation, preparation
 from iddpm.data.sources import ENDINGS, Source, open_source
 from iddpm.errors import UserError, readable
 from iddpm.sampling.draw import painter
@@ -30,6 +31,7 @@ class Like(NamedTuple):
     name: str
     size: tuple[int, int]
     channels: int
+    how: Preparation = Preparation()
 
 
 class ImageSet(NamedTuple):
@@ -49,9 +51,10 @@ class ImageSet(NamedTuple):
     kind: str = "colour"  # what they are as they lie there: grey, colour or transparent; mixed ones are what most says
     native: tuple[int, int] | None = None  # (H, W) of the first as it lies there; None for images that are drawn
     mixed: bool = False  # whether others are of other sizes
+    how: Preparation = Preparation()  # what is done to others to be like them; of their classes are those that these are of
 
     def like(self) -> Like:
-        return Like(self.name, self.size, self.channels)
+        return Like(self.name, self.size, self.channels, self.how)
 
 
 KINDS = {1: "grey", 3: "colour", 4: "transparent"}
@@ -76,6 +79,8 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
 def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
     images, labels, classes = open_npz(path)
     n, height, width, channels = images.shape
+    if channels not in KINDS:
+        raise UserError(f"{name} holds images of {channels} channels: metrics see 1, 3 or 4")
     if like and like.size != (height, width):
         raise UserError(
             f"{name} holds images of {height}x{width}, and {like.name} of {like.size[0]}x{like.size[1]}: give equal sizes"
@@ -105,8 +110,11 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
         for k, header in headers.items():
             _require(str(source.path / k), header.size, size, str(source.path / first))
 
+    how = like.how if like else Preparation()
+
     def labelled(rule: str) -> Images:
-        return Images.open(path, size, channels, on_broken="leave", cache_bytes=0, labels=rule)
+        only = how if rule == "auto" else how._replace(only=())
+        return Images.open(path, size, channels, on_broken="leave", cache_bytes=0, labels=rule, how=only)
 
     try:
         data = labelled("auto")
@@ -118,7 +126,8 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
 
     return ImageSet(
         name, len(data), size, channels, data.batch, digest, source.home, data.labels, data.classes, data.names.__getitem__,
-        kind=KINDS[most], native=native, mixed=len({header.size for header in headers.values()}) > 1,
+        kind=KINDS.get(most, f"of {most} channels"), native=native, how=data.how,
+        mixed=len({header.size for header in headers.values()}) > 1,
     )  # fmt: skip
 
 
@@ -149,7 +158,8 @@ def drawn(model: Opened, job: Job) -> ImageSet:
     labels = np.array(job.labels, np.int64) if m.class_cond else None
     return ImageSet(
         str(home), len(job.seeds), image_size(m), m.image_channels, take, digest, home, labels, config.data.classes,
-        lambda k: f"seed {job.seeds[k]}", about, KINDS[m.image_channels],
+        lambda k: f"seed {job.seeds[k]}", about,
+        KINDS.get(m.image_channels, f"of {m.image_channels} channels"), how=preparation(config, bits=8),
     )  # fmt: skip
 
 
@@ -169,6 +179,8 @@ class Header(NamedTuple):
 
 def _header(source: Source, name: str) -> Header | UserError:
     """What a file's header tells, or what is wrong with it: such a file is left out, and told, when the images are read."""
+    if (held := source.pixels(name)) is not None:
+        return Header((held.shape[0], held.shape[1]), held.shape[2])
     try:
         with (
             readable(source.path / name, "is not a readable image"),

@@ -10,6 +10,7 @@ import numpy as np
 from iddpm import build
 from iddpm.config import Config, Measure, check, given_shape, image_size
 from iddpm.data import Images, Own
+from iddpm.data.preparation import preparation
 from iddpm.diffusion.grid import Grid
 from iddpm.errors import UserError
 from iddpm.measure.bound import Bound, bits_per_dim
@@ -35,7 +36,7 @@ def open_held_out(config: Config, path: Path, given: str = "", *, name_classes: 
         size, channels, others = image_size(m), m.image_channels, given_shape(m) if given else None
         return Images.open(
             path, size, channels, on_broken="leave", cache_bytes=cache, labels=labels, classes=classes,
-            given=given, given_channels=others[0] if others else 0,
+            given=given, given_channels=others[0] if others else 0, how=preparation(config),
         )  # fmt: skip
 
     if m.class_cond:
@@ -50,14 +51,14 @@ def open_held_out(config: Config, path: Path, given: str = "", *, name_classes: 
             return open_with("auto")
         except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
             pass
-    return open_with("none")
+    return open_with(config.data.labels if config.data.only_classes else "none")
 
 
 def in_memory(config: Config, images: np.ndarray, labels: Sequence[int] | None) -> Own:
-    """Images (N, H, W, C) uint8 of the model's size, at least one, and their classes by number, as a data set."""
+    """Images (N, H, W, C) of the model's size and depth, at least one, and their classes by number, as a data set."""
     m = config.model
     held = images if labels is None else list(zip(images, labels))
-    return Own(held, image_size(m), m.image_channels, [str(k) for k in range(m.num_classes)])
+    return Own(held, image_size(m), m.image_channels, [str(k) for k in range(m.num_classes)], how=preparation(config))
 
 
 def _by_number(names: tuple[str, ...], known: int, path: Path) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def _by_number(names: tuple[str, ...], known: int, path: Path) -> tuple[str, ...
 
 def describe(images: Images) -> str:
     """What they are; and a remark where the first has not the model's size, so that the bits/dim are of what was made of it."""
-    (width, height), (h, w) = images.picture(0).size, images.image_size
+    (height, width), (h, w) = images.size(0), images.image_size
     if (height, width) == (h, w):
         return images.describe()
     scaled = f"the first has {height}x{width} pixels, scaled to {h}x{w}: the bits/dim are those of the scaled images"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from iddpm import build, fit, rng
-from iddpm.config import Measure
+from iddpm.config import Measure, half_bin
 from iddpm.data import Images, Order
 from iddpm.diffusion.ode import DEQUANTIZATIONS, log_density
 from iddpm.errors import UserError
@@ -69,7 +69,7 @@ def bits_by_ode(
             x0, cond = x0.clone(), {name: value.clone() for name, value in cond.items()}
         draw = partial(rng.normal, measure.seed, rng.LIKELIHOOD, indices=r.call, shape=x0.shape[1:])
         u = torch.special.ndtr(draw(0).double()).to(x0)  # uniform, of each image's own stream
-        x, log_q = DEQUANTIZATIONS[measure.dequantization](x0, u, next(iter(reversed(list(grid)))))
+        x, log_q = DEQUANTIZATIONS[measure.dequantization](x0, u, next(iter(reversed(list(grid)))), half_bin(config.model))
         probe = None if exact else draw(1).sign().to(x0)
         pair = [log_density(partial(denoiser, cond=cond), x, g, probe).cpu() for g in (grid, coarse)]
         rows = torch.stack([-(log_p - log_q) / math.log(2) for log_p in pair], dim=1)

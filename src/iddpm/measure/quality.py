@@ -11,6 +11,7 @@ import torch
 
 from iddpm.config import Config, ema_rates, image_size, share
 from iddpm.data import Order
+from iddpm.data.preparation import preparation
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.measure import extractors, figures
@@ -37,7 +38,7 @@ class Quality:
         figures.read(self.out)  # what cannot be written to is refused before the work
         validation = config.data.validation
         path = settings.eval_reference or (not share(validation) and validation) or config.data.path
-        images = open_images(path, Like("the run", image_size(m), m.image_channels))
+        images = open_images(path, Like("the run", image_size(m), m.image_channels, preparation(config, bits=8)))
         if images.n < LEAST:
             raise UserError(f"--eval_every: {path} holds fewer than the {LEAST} images it needs: give others by --eval_reference")
         chosen = Order(images.n, settings.seed).indices(0, min(REFERENCE, images.n))

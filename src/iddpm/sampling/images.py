@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.data.preparation import signed
+
 Watch = Callable[[Tensor, Tensor], object]  # looks on as x and the guess x0, (B, C, H, W) both, change from step to step
 
 
@@ -19,5 +21,5 @@ def as_uint8(x: Tensor) -> Tensor:
 
 
 def as_float(images: np.ndarray) -> Tensor:
-    """Images (B, H, W, C) uint8 as (B, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Images (B, H, W, C) uint8, or uint16 of 16 bits, as (B, C, H, W) in [-1, 1]."""
+    return signed(images).permute(0, 3, 1, 2)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
-import torch
 
 from iddpm.config import Config, Draw, given_shape, image_size, seed_list, small_size, whole
 from iddpm.data import Images, read_npz
+from iddpm.data.preparation import preparation, signed
 from iddpm.data.super_res import bicubic, shrink
 from iddpm.errors import UserError
 from iddpm.sampling.images import as_float, as_uint8
@@ -103,7 +103,8 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     else:
         classes, rule = (classes_of.data.classes, classes_of.data.labels) if m.class_cond else (None, "none")
         # A broken file is refused: the image of another would be taken for its own.
-        data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes)
+        how = preparation(config, bits=8)._replace(only=())
+        data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes, how=how)
         if not draw.high_res and not draw.fit:
             data.require_size(size, FIT if draw.given else "larger ones are shrunk by --high_res")
         images, labels = data.batch(np.arange(len(data))), data.labels
@@ -134,7 +135,7 @@ def asked(draw: Draw, classes_of: Config, given: Inputs | None) -> Job:
 
 def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:
     """The small images (N, h, w, C) uint8 that a super-resolution model makes of originals (N, C, H, W) uint8."""
-    return as_uint8(shrink(torch.from_numpy(originals).float() / 127.5 - 1, small_size(config.model))).numpy()
+    return as_uint8(shrink(signed(originals), small_size(config.model))).numpy()
 
 
 def enlarged(config: Config, small: np.ndarray) -> np.ndarray:

@@ -209,6 +209,8 @@ def writer(out: Path, config: Config, job: Job, identity: Identity) -> Writer:
         raise UserError(f"--out {out} is a folder: give another name")
     if out.suffix == ".png" and len(job.seeds) > 1024:
         raise UserError(f"--out {out}: a grid holds at most 1024 images; take .npz or a folder for {len(job.seeds)}")
+    if not out.suffix and config.model.image_channels not in (1, 3, 4):
+        raise UserError(f"--out {out}: a PNG has 1, 3 or 4 channels, not {config.model.image_channels}: end it in .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     return (Array if out.suffix else Folder)(out, config, job, identity)
 

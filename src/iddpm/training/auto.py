@@ -10,9 +10,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm import build
-from iddpm.config import Config, Diffusion, auto, every_field, fields_of, seconds_of
+from iddpm.config import Config, Diffusion, auto, every_field, fields_of, names, seconds_of
 from iddpm.data import Images
+from iddpm.data.decode import MODES
 from iddpm.data.own import Dataset, image_of, labels_of
+from iddpm.data.preparation import Preparation
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.training import precision, trial
@@ -53,11 +55,14 @@ def _look(path: str, given: Mapping[str, Any], own: Dataset | None) -> dict[str,
         count, labels = len(own), labels_of(own)
         looked_at = [_seen(image_of(own[k])) for k in _few(count)]
     else:
-        found = Images.open(path, (8, 8), on_broken="skip", cache_bytes=0, labels=given.get("labels", "auto"))
+        how = Preparation(floats=given.get("floats", ""), only=names(given.get("only_classes", "")))
+        found = Images.open(path, (8, 8), on_broken="skip", cache_bytes=0, labels=given.get("labels", "auto"), how=how)
         count, labels, looked_at, broken = len(found), found.labels, [], ""
         for k in _few(count):
             try:
-                looked_at.append(_seen(found.picture(k)))
+                held = found.source.pixels(found.names[k])
+                plain = held is None or (held.dtype == np.uint8 and held.shape[2] in MODES)
+                looked_at.append(_seen(found.picture(k)) if held is None or plain else (held.shape[:2], held.shape[2]))
             except UserError as e:  # of a broken one is told when all are read
                 broken = broken or str(e)
         if not looked_at:

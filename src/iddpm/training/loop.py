@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from iddpm import build, saying
 from iddpm.config import ENDLESS, Config
-from iddpm.data import DataSet, Order
-from iddpm.data.batches import Batch, ahead
+from iddpm.data import DataSet
+from iddpm.data.batches import Batch, ahead, order_of
 from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
@@ -121,7 +121,7 @@ def train(
         logged, then = first, time.monotonic()  # when step `logged` was
         told = 0.0  # when something was last said of the steps
         # Threads prepare batches a few steps ahead: what they hold in memory is not part of the state, and is prepared again.
-        batches = ahead(config, data, Order(len(data), settings.seed), first, state.images, state.stop)
+        batches = ahead(config, data, order_of(config, data), first, state.images, state.stop)
         while True:
             # The next batch, None at the end. Reading may fail on one process alone, so all agree on whether to go on.
             tell(state.step, "reading data")

@@ -17,6 +17,7 @@ from iddpm.config import Config
 from iddpm.data import DataSet, Order
 from iddpm.data.batches import make_batch, whole
 from iddpm.data.given import shown
+from iddpm.data.preparation import signed
 from iddpm.diffusion.denoiser import Network
 from iddpm.errors import UserError
 from iddpm.measure.quality import Quality
@@ -135,7 +136,7 @@ def draw_sheet(
         return
     first = np.arange(min(8, len(data)))  # by number, not by the data order: every sheet shows the same images
     labels = [-1] * len(first) if data.labels is None else data.labels[first].tolist()
-    pixels = whole(config, torch.from_numpy(data.batch(first)).float() / 127.5 - 1)
+    pixels = whole(config, signed(data.batch(first)))
     x0, other = shown(config, pixels)
     assert other is not None
     originals, given = as_uint8(x0).numpy(), as_uint8(other).numpy()

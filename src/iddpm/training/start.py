@@ -18,7 +18,7 @@ from iddpm.config.choices import row
 from iddpm.config.fields import check_groups, unmet
 from iddpm.config.presets import recipes
 from iddpm.data import DataSet
-from iddpm.data.batches import open_data, open_validation
+from iddpm.data.batches import open_data, open_validation, require_used
 from iddpm.data.own import Dataset
 from iddpm.errors import UserError
 from iddpm.parallel import processes
@@ -76,6 +76,7 @@ def start(
         total_steps(config.train)
         # Whatever may be refused comes before the lock and the first file.
         images, config = open_data(config, own, own_given)
+        require_used(config, images)
         held_out = open_validation(config)
         if held_out:
             _require_held_out(config, images, held_out)

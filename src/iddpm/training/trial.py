@@ -10,8 +10,8 @@ import torch
 
 from iddpm import build
 from iddpm.config import Config, given_shape, image_size, is_chain, seconds_of, total_steps
-from iddpm.data import DataSet, Order
-from iddpm.data.batches import Batch, make_batch
+from iddpm.data import DataSet
+from iddpm.data.batches import Batch, make_batch, order_of
 from iddpm.parallel import processes
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState
@@ -85,7 +85,7 @@ def speed(config: Config, device: torch.device, most: int) -> Speed:
 def dry_run(config: Config, data: DataSet, say: Callable[[str], None] = print) -> None:
     """Say what the run would be: its config, shapes, and the time and memory of a step. Writes nothing."""
     device, end, n = build.device(config.train.device), total_steps(config.train), config.train.batch_size
-    order = Order(len(data), config.train.seed)
+    order = order_of(config, data)
 
     def steps_of(images: int, count: int = STEPS) -> tuple[TrainState, float]:
         part = config if images == n else config.updated(dict(batch_size=images, microbatch=-1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iddpm.data.arrays import Arrays, mapped, open_npz
+from iddpm.data.arrays import Arrays, mapped, open_npz, require_images
 from iddpm.data.sources.rows import Rows, ranked
 from iddpm.data.sources.source import Ranked
 from iddpm.errors import UserError, readable
@@ -19,7 +19,7 @@ INDEX = "pack.json"  # of a packed set, written last
 
 
 class Pixels(Rows):
-    """Arrays (N, H, W, C) uint8, one behind the other; they stay on the disk where they are not compressed."""
+    """Arrays (N, H, W, C) uint8, uint16 or float, one behind the other; they stay on the disk where they are not compressed."""
 
     def __init__(self, path: Path, parts: Sequence[np.ndarray], labelled: Ranked | None, sealed: str = "") -> None:
         self._parts, self._ends = parts, np.cumsum([len(part) for part in parts]).tolist()
@@ -34,10 +34,13 @@ class Pixels(Rows):
     def row(self, k: int) -> bytes:
         pixels = np.ascontiguousarray(self.pixels(self.names[k]))
         height, width, channels = pixels.shape
-        if channels in (1, 3):
+        if channels in (1, 3) and pixels.dtype == np.uint8:
             return b"P%d %d %d 255\n" % (6 if channels == 3 else 5, width, height) + pixels.tobytes()
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "TIFF")
+        if channels == 4 and pixels.dtype == np.uint8:
+            Image.fromarray(pixels).save(file, "TIFF")
+        else:  # what no picture holds: `Images` takes `pixels`, and these bytes only tell it from others
+            np.save(file, pixels)
         return file.getvalue()
 
     def size(self, name: str) -> int:
@@ -45,16 +48,16 @@ class Pixels(Rows):
 
 
 def arrays(path: Path) -> Pixels:
-    """An .npz as samples are written, a batch of ImageNet-64, or an .npy of (N, H, W, C) uint8."""
+    """An .npz as samples are written, a batch of ImageNet-64, or an .npy of (N, H, W, C)."""
     if path.suffix.lower() == ".npy":
         with readable(path, "is not a readable .npy"), opened(path) as file:
             images = np.load(file, allow_pickle=False) if remote(path) else np.load(path, mmap_mode="r", allow_pickle=False)
-        return Pixels(path, [_require_images(path, images)], None)
+        return Pixels(path, [require_images(path, images)], None)
     with readable(path, "is not a readable .npz"), opened(path) as file, np.load(file) as held:
         kinds = set(held.files)
     if "arr_0" not in kinds and {"data", "labels"} <= kinds:
         return batches(path, [path])
-    found: Arrays = open_npz(path)
+    found: Arrays = open_npz(path, any_kind=True)
     return Pixels(path, [found.images], None if found.labels is None else ranked(path, found.labels, found.classes))
 
 
@@ -85,7 +88,7 @@ def packed(path: Path) -> Pixels:
             part = np.load(io.BytesIO(file.read_bytes())) if remote(path) else np.load(file, mmap_mode="r", allow_pickle=False)
             if part.shape != (rows, *shape):
                 raise UserError(f"{file} holds {part.shape}, and {INDEX} says {(rows, *shape)}: pack the set again")
-            parts.append(_require_images(file, part))
+            parts.append(require_images(file, part))
         labelled = None
         if index["classes"]:
             with opened(path / "labels.npy") as numbers:
@@ -96,9 +99,3 @@ def packed(path: Path) -> Pixels:
                 raise UserError(f"{path / 'labels.npy'} does not fit the images: pack the set again")
             labelled = Ranked(ranks, classes)
     return Pixels(path, parts, labelled, str(index["sealed"]))
-
-
-def _require_images(path: Path, images: np.ndarray) -> np.ndarray:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not images.size:
-        raise UserError(f"{path} holds {images.dtype} {images.shape}; uint8 N x H x W x C (1, 3 or 4 channels) are needed")
-    return images

@@ -12,6 +12,7 @@ from iddpm.data.decode import EXTENSIONS
 from iddpm.errors import UserError
 
 LABEL_FILES = ("labels.json", "labels.csv", "dataset.json")  # beside the images; the last is EDM's name
+ATTRIBUTE_FILES = ("list_attr_celeba.txt", "list_attr_celeba.csv", "attributes.csv")
 # What programs and systems keep beside images: previews, deleted files, attributes.
 TOOLS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 LARGEST = 1 << 29  # bytes of a file that are taken into memory; an archive of 20 kB can promise any number
@@ -45,7 +46,7 @@ class Source:
                 continue
             if is_image(name):
                 names.append(name)
-            elif name.rpartition("/")[2] not in LABEL_FILES and not name.endswith(".cls"):
+            elif name.rpartition("/")[2] not in LABEL_FILES + ATTRIBUTE_FILES and not name.endswith(".cls"):
                 self.left_out[PurePath(name).suffix[1:].lower() or "without an ending"] += 1
         self.names: Sequence[str] = names
         if not names:
@@ -57,7 +58,7 @@ class Source:
         raise NotImplementedError
 
     def pixels(self, name: str) -> np.ndarray | None:
-        """An image (H, W, C) uint8 where it lies so; else None, and it is to be read and decoded."""
+        """An image (H, W, C) uint8, uint16 or float where it lies so; else None, and it is to be read and decoded."""
         return None
 
     def open_file(self, name: str) -> BinaryIO:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 LARGEST = 1 << 16  # bytes of a request, where pictures do not come with it
+MOST = 1 << 28  # bytes of one that is too large that are still read, and thrown away, before it is told so
 COOKIE = "iddpm_token"  # in which a browser keeps the token that it came with
 
 
@@ -46,6 +47,9 @@ class Guard:
             await found(scope, receive, send)
             return
         code, why = self._fault(request)
+        if code == 413:  # who still sends would see a broken connection in the place of the answer
+            while taken < MOST and (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                taken += len(message["body"])
         if code:
             await JSONResponse({"error": why}, code, self.headers)(scope, receive, send)
             return

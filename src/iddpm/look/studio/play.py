@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from iddpm import build, fit
+from iddpm import build
+from iddpm import fit as fitness
 from iddpm.config import Config, Which, ema_rates, given_shape, image_size, seed_list
 from iddpm.config.choices import choices
 from iddpm.data import decode, prepare
 from iddpm.data.decode import opened_image
+from iddpm.data.preparation import SCALED
 from iddpm.errors import UserError
 from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.sampling import edit
@@ -127,10 +129,10 @@ def fitted(text: str, config: Config, channels: int = 0) -> tuple[np.ndarray, st
         raise UserError(f"the picture cannot be read: {e}") from None
     file.seek(0)
     notes: list[str] = []
-    image = decode(file, channels or shape[0], notes.append)
+    image, fit = decode(file, channels or shape[0], notes.append), config.data.fit
     if image.size != (shape[2], shape[1]):
-        notes.insert(0, f"{image.width}x{image.height} pixels, scaled and cut to {shape[2]}x{shape[1]}, which the model takes")
-    return prepare(image, shape[1], shape[2]).transpose(1, 2, 0), "; ".join(notes)
+        notes.insert(0, f"{image.width}x{image.height} pixels, {SCALED[fit]} to {shape[2]}x{shape[1]}, which the model takes")
+    return prepare(image, shape[1], shape[2], fit).transpose(1, 2, 0), "; ".join(notes)
 
 
 def address(images: np.ndarray, columns: int = 0) -> str:
@@ -199,7 +201,7 @@ def _given(wish: Wish, watch: Watch) -> Iterator[np.ndarray]:
 KINDS: dict[str, tuple[Callable[[Config], bool], Callable[[Wish, Watch], Iterator[np.ndarray]]]] = {
     "draw": (lambda config: config.task.draws, _draw),
     "edit": (lambda config: config.task.draws, _edit),
-    "between": (lambda config: config.task.draws and not fit.leaps(config), _between),
+    "between": (lambda config: config.task.draws and not fitness.leaps(config), _between),
     "given": (lambda config: bool(config.task.inputs), _given),
 }
 
