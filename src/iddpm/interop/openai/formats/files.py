@@ -10,11 +10,9 @@ user renamed them to: there the count comes from the optimizer's state.
 
 import errno
 import json
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict
 
@@ -52,7 +50,8 @@ def load(path: Path) -> Any:
     if not start:
         raise UserError(f"{path} is empty")
     if not start.startswith(ZIP) and start != OLD[: len(start)]:
-        raise UserError(f"{path} is no file of torch.save{edm(path)}")
+        fix = ": it is a pickle; iddpm import reads those of EDM" if start[:1] == OLD[:1] else ""
+        raise UserError(f"{path} is no file of torch.save{fix}")
     if start.startswith(ZIP) and not zipfile.is_zipfile(path):  # its table of contents is at the end
         raise UserError(f"{path} is cut short")
     try:
@@ -89,20 +88,6 @@ def bare(names: Iterable[Any]) -> dict[Any, str]:
     while wrapper := next((w for w in WRAPPERS if all(short.startswith(w) for short in kept.values())), ""):
         kept = {name: short.removeprefix(wrapper) for name, short in kept.items()}
     return kept
-
-
-EDM = {"EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "SongUNet", "DhariwalUNet", "UNet"}
-
-
-def edm(path: Path) -> str:
-    """The end of a sentence on a pickle of EDM's or EDM2's: its classes, by the texts in it, none of which is executed."""
-    texts = set[str]()
-    with open(path, "rb") as file, suppress(Exception):  # pickletools raises many kinds where it is no pickle, or cut short
-        texts.update(text for _, text, _ in pickletools.genops(file) if isinstance(text, str))
-    if not any("torch_utils.persistence" in text for text in texts):
-        return ""
-    found = ", ".join(sorted(EDM & texts)) or "of no known class"
-    return f": it is a pickle of EDM's kind ({found}), which holds code, is not read, and whose networks iddpm does not have"
 
 
 def read(path: Path) -> dict[str, Tensor]:
