@@ -96,7 +96,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "collections.OrderedDict": _empty,
-    "builtins.set": _set,
+    **{f"{builtins}.set": _set for builtins in ("builtins", "__builtin__")},
     **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
     **{f"{module}.{name}": call for (module, name), call in ALLOWED.items()},
 }

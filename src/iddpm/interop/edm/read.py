@@ -166,7 +166,10 @@ def _config(net: Record, found: Any, path: Path) -> tuple[Config, Kind, list[str
         settings["augment"] = share if isinstance(share, float) and 0 < share <= 1 else 0.12
     elif inner["augment_dim"]:
         told = ["what it knew of changed images is left out: drawing is not touched, training on begins without"]
-    return fit.require_fit(check(Config().updated(settings))), kind, told
+    try:
+        return fit.require_fit(check(Config().updated(settings))), kind, told
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
 
 
 # ---- weights
