@@ -25,7 +25,7 @@ import iddpm
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError, reason
 from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
-from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of, whose
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved
@@ -74,6 +74,8 @@ def unwrapped(found: Any, path: Path) -> Any:
     """The weights in what others keep beside them, as {epoch, state_dict}; UserError where there are several sets of weights."""
     sets = [k for k, v in found.items() if isinstance(v, dict) and v and all(isinstance(t, Tensor) for t in v.values())]
     if len(sets) > 1:
+        if kind := whose(str(name) for k in sets for name in found[k]):
+            raise UserError(f"{path} is of {kind}")
         raise UserError(
             f"{path} holds several sets of weights, {', '.join(map(repr, sets))}: save the one to take by itself, "
             f"torch.save(torch.load(FILE)[{sets[-1]!r}], NEW)"
@@ -105,10 +107,20 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
             + (mend if isinstance(found[odd], dict) else "")
         )
-    if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
-        raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
     named = {short: found[name] for name, short in bare(found).items()}
-    return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
+    if odd := next((name for name in named if len(name) > 200 or not name.isprintable()), None):
+        raise UserError(f"{path} holds weights of a name that none has, {odd[:40]!a}: it is damaged, or no network's")
+    if odd := next((name for name, t in named.items() if not _plain(t)), None):
+        raise UserError(
+            f"{path}: {odd!r} is sparse, quantised, complex, of whole numbers or empty, as no network of the original is"
+        )
+    return {name: t.float() for name, t in named.items()}
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor holds its numbers, one by one, and no whole ones."""
+    held = t.layout == torch.strided and not (t.is_nested or t.is_quantized or t.is_meta)
+    return held and t.is_floating_point() and t.numel() > 0
 
 
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:
