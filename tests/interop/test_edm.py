@@ -22,7 +22,7 @@ import torch
 
 from golden_rules import load, noise
 from iddpm import build
-from iddpm.cli.main import main
+from iddpm.cli.main import main, parser_of
 from iddpm.config import Config
 from iddpm.diffusion.schedule import Level
 from iddpm.diffusion.solvers import run as walk
@@ -375,3 +375,23 @@ def test_an_array_that_only_claims_its_size_takes_no_memory(tmp_path):
 def test_plain_values_come_back_as_they_were(tmp_path):
     content = {"a": [1, 2.5, None, True, "text", b"bytes", (1, (2,))], "b": {3: {"x"}}, "c": np.float32(0.5)}
     assert unpickle(written(tmp_path / "x.pkl", content)) == content
+
+
+# ---- the recipe
+
+
+def test_the_recipes_commands_are_understood(tmp_path):
+    """Each with its flags, as far as they are those of the verb, and its solver with its numbers."""
+    recipe = (Path(__file__).parents[2] / "recipes" / "edm_cifar10.sh").read_text()
+    rows = [line.split()[2:] for line in recipe.splitlines() if line.startswith("fid ")]
+    assert len(rows) == 6
+    _, config, _ = imported(written(tmp_path / "edm.pkl", edm("ddpmpp")))
+    command = next(line for line in recipe.splitlines() if "iddpm sample" in line).split()
+    for row in rows:
+        words = [w for w in command[2:] if w not in ("$run", '"$@"')]
+        given = parser_of("sample").read(["RUN", *words, *row])
+        build.solver(
+            config.updated({k: given[k] for k in ("solver", "sampling_steps", "grid", "order", "S_churn") if k in given})
+        )
+    words = next(line for line in recipe.splitlines() if "iddpm evaluate" in line).split()[2:]
+    assert parser_of("evaluate").read(words)["extractor"] == "inception"

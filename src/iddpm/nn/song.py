@@ -13,15 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm.nn.layers import (
-    AttentionBlock,
-    GroupNorm,
-    ResBlock,
-    Stage,
-    conv3x3,
-    timestep_embedding,
-    zeroed,
-)
+from iddpm.nn.layers import AttentionBlock, GroupNorm, ResBlock, Stage, conv3x3, timestep_embedding, zeroed
 from iddpm.nn.unet import CHANGES
 
 ROOT_HALF = 0.5**0.5  # times a sum of two of equal variance: that variance
@@ -42,18 +34,15 @@ def smoothed(x: Tensor, padding: int) -> Tensor:
     return F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding), 2, 1)
 
 
-class SmoothDown(nn.Module):
-    """Half the height and width, through the filter."""
+class Smooth(nn.Module):
+    """Twice the height and width, or half of them, through the filter."""
+
+    def __init__(self, up: bool):
+        super().__init__()
+        self.up = up
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(smoothed(x, 1), 2)  # b c h/2 w/2
-
-
-class SmoothUp(nn.Module):
-    """Twice the height and width, through the filter."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return smoothed(F.interpolate(x, scale_factor=2, mode="nearest"), 1)  # b c 2h 2w
+        return smoothed(F.interpolate(x, scale_factor=2), 1) if self.up else F.avg_pool2d(smoothed(x, 1), 2)
 
 
 class Block(ResBlock):
@@ -113,12 +102,12 @@ class SongUNet(nn.Module):
             self.augment_embed = zeroed(nn.Linear(CHANGES, width, bias=False))
 
         stage, block = partial(Stage, recompute=use_checkpoint), partial(Block, emb=emb, dropout=dropout)
-        down, up = (SmoothDown, SmoothUp) if smooth else (partial(nn.AvgPool2d, 2), partial(nn.Upsample, scale_factor=2))
+        down, up = (Smooth(False), Smooth(True)) if smooth else (nn.AvgPool2d(2), nn.Upsample(scale_factor=2))  # without weights
         ch, seen = num_channels, in_channels
         stages, widths, images = [stage(conv3x3(in_channels, ch))], [ch], list[nn.Module]()
         for level, mult in enumerate(channel_mult):
             if level:
-                stages.append(stage(block(ch, ch, resize=down())))
+                stages.append(stage(block(ch, ch, resize=down)))
                 widths.append(ch)
                 if smooth:
                     images.append(nn.Conv2d(seen, seen := ch, 3, padding=2))
@@ -137,7 +126,7 @@ class SongUNet(nn.Module):
                 if i == num_res_blocks and 2**level in attention:
                     layers.append(Attention(ch))
                 if i == num_res_blocks and level:
-                    layers.append(block(ch, ch, resize=up()))
+                    layers.append(block(ch, ch, resize=up))
                 stages.append(stage(*layers))
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(norm(ch), nn.SiLU(), zeroed(conv3x3(ch, out_channels)))
@@ -149,11 +138,10 @@ class SongUNet(nn.Module):
         if self.freqs is None:
             half = self.num_channels // 2
             cosines, sines = timestep_embedding(t, 2 * half, 10_000 ** (half / (half - 1))).chunk(2, dim=1)
-            emb = torch.cat([sines, cosines], dim=1)  # b width
         else:
             angles = 2 * math.pi * t.float()[:, None] * self.freqs.float()
-            emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # b width
-        emb = emb.to(self.dtype)
+            sines, cosines = angles.sin(), angles.cos()
+        emb = torch.cat([sines, cosines], dim=1).to(self.dtype)  # b width
         if y is not None:
             emb = emb + self.label_emb(y)
         if augment is not None:

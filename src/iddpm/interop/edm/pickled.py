@@ -8,7 +8,7 @@ import io
 import math
 import mmap
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,10 +65,6 @@ def _tensor(flat: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     return torch.as_strided(flat, size, stride, offset)  # refuses what lies outside
 
 
-def _parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
 def _number(kind: Any, raw: Any) -> float | int:
     """A number of numpy's, such as EDM's square root of a half."""
     found: float | int = np.frombuffer(raw, kind.dtype)[0].item()
@@ -76,26 +72,21 @@ def _number(kind: Any, raw: Any) -> float | int:
 
 
 def _set(items: Any = ()) -> set[str]:
-    return set(_plain(items))
+    return set(_plain(list(items)))
 
 
-def _empty() -> dict[str, Any]:
-    return {}
-
-
-def _plain(keys: Iterable[Any]) -> list[Any]:
+def _plain(keys: list[Any]) -> list[Any]:
     """Keys, if plain: Python's own hash of tuples in tuples ends the process where they are deep enough."""
-    kept = list(keys)
-    if odd := next((key for key in kept if type(key) not in (str, int)), None):
-        raise pickle.UnpicklingError(f"it has a {type(odd).__name__} where a name belongs")
-    return kept
+    if not {type(key) for key in keys} <= {str, int}:
+        raise pickle.UnpicklingError("it has something else where a name belongs")
+    return keys
 
 
 CALLS: dict[str, Callable[..., Any]] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _empty,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "collections.OrderedDict": lambda: {},  # noqa: PIE807  (dict would take, and hash, what it is given)
     **{f"{builtins}.set": _set for builtins in ("builtins", "__builtin__")},
     **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
     **{f"{module}.{name}": call for (module, name), call in ALLOWED.items()},
@@ -103,10 +94,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 STORAGE = "torch.storage._load_from_bytes"
 NEW: dict[str, Callable[[], Any]] = {  # made empty, and filled by the words that follow
     "dnnlib.util.EasyDict": dict,
-    **{
-        f"torch.nn.modules.container.{name}": lambda name=name: Record(name, {})  # type: ignore[misc]
-        for name in ("ModuleDict", "ModuleList", "Sequential")
-    },
+    "torch.nn.modules.container.ModuleDict": lambda: Record("ModuleDict", {}),
 }
 
 
@@ -154,14 +142,11 @@ class _Reader(pickle._Unpickler):
 
     def items(self) -> None:
         pairs = self.pop_mark()
-        self.set(pairs[::2], pairs[1::2])
+        _dict(self.stack[-1]).update(zip(_plain(pairs[::2]), pairs[1::2], strict=True))
 
     def item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.set([key], [value])
-
-    def set(self, keys: list[Any], values: list[Any]) -> None:
-        _dict(self.stack[-1]).update(zip(_plain(keys), values, strict=True))
+        _dict(self.stack[-1])[_plain([key])[0]] = value
 
     def members(self) -> None:
         found = self.pop_mark()
