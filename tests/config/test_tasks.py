@@ -51,7 +51,19 @@ def test_a_comparison_would_be_found():
 
 
 def test_the_names_are_those_that_users_know():
-    assert {"images", "enlarge", "translate", "classify", "unet", "unet_ddpm", "dit", "super_res", "classifier"} == NAMES
+    assert {
+        "images",
+        "enlarge",
+        "translate",
+        "classify",
+        "unet",
+        "unet_ddpm",
+        "ddpmpp",
+        "ncsnpp",
+        "dit",
+        "super_res",
+        "classifier",
+    } == NAMES
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -19,7 +19,9 @@ NOT_HERE = (  # of the original's flags: what belongs to a command that trains, 
 
 
 def _import_parser(parser: Parser) -> None:
-    text = "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; or the folder of diffusers' UNet2DModel"
+    text = (
+        "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; a .pkl of EDM's; the folder of diffusers' UNet2DModel"
+    )
     parser.add_argument("file", help=text)
     parser.add_argument("--run", default="", metavar="DIR", help="the folder to make of it [runs/NAME]")
     parser.add_argument("--published", default="", metavar="NAME", help="it is this published file: take its flags")
@@ -45,15 +47,18 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     path, folder = Path(file), place(run or f"runs/{Path(file).stem}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
-    if path.is_dir() and (published or alone):
-        raise UserError(f"--{'published' if published else 'alone'} is for files of the original, and {path} is a folder")
     from iddpm.interop.diffusers import read
+    from iddpm.interop.edm import read as edm
     from iddpm.interop.openai.formats import convert
     from iddpm.store import checkpoint
     from iddpm.training.start import write_config
 
-    if path.is_dir():
-        saved, config, notes = read.imported(path, given, classes)
+    pickled = path.is_file() and edm.is_pickle(path)
+    if (path.is_dir() or pickled) and (published or alone):
+        what = "a pickle of EDM's kind" if pickled else "a folder"
+        raise UserError(f"--{'published' if published else 'alone'} is for files of the original, and {path} is {what}")
+    if path.is_dir() or pickled:
+        saved, config, notes = (edm if pickled else read).imported(path, given, classes)
     else:
         saved, config, notes = convert.imported(path, given, published, classes, alone)
     step = checkpoint.save(folder, config, saved)
@@ -69,7 +74,7 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     print(f"next: {use}; {new if lone else f'to train on, iddpm train DATA --run {folder} --steps N'}")
 
 
-IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion, or of diffusers")
+IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion, of EDM, or of diffusers")
 
 # ---- export
 

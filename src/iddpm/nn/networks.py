@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.dit import DiT
 from iddpm.nn.layers import Downsample, GroupNorm
+from iddpm.nn.song import SongUNet
 from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
 
@@ -39,21 +40,11 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
     `settings` has the fields of `config.Model`. ValueError where sizes and channels do not fit together.
     """
     patch = settings.unet_patch
-    side = min(asked.image_size) // patch
-    mult = _numbers(settings.channel_mult) or channel_mult_for(side)
-    if bad := [s for s in asked.image_size if s % (least := patch * 2 ** (len(mult) - 1))]:
-        of = f" of patches of {patch} pixels" if patch > 1 else ""
-        raise ValueError(f"{len(mult)} levels{of} need an image size of multiples of {least}, not {bad[0]}")
-    common: dict[str, Any] = dict(
-        in_channels=asked.in_channels,
-        out_channels=asked.out_channels,
-        attention=attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult)),
-        channel_mult=mult,
-    )
-    common |= {name: getattr(settings, name) for name in SAME}
+    common = _levels(asked, settings, patch) | {name: getattr(settings, name) for name in SAME}
     if asked.logits:
         if patch > 1:
             raise ValueError("--unet_patch is for networks that make images, not for classifiers")
+        side = min(asked.image_size)
         if len(set(asked.image_size)) > 1 and settings.classifier_pool == "attention":
             raise ValueError(f"a classifier of images {asked.image_size} needs --classifier_pool adaptive")
         return Classifier(**common, image_size=side, pool=settings.classifier_pool)
@@ -61,6 +52,17 @@ def unet(asked: Asked, settings: Any) -> UNet | Classifier:
     if not asked.given:
         return UNet(**common, sees_augment=asked.augment)
     return GivenUNet(**common, given_channels=asked.given, sees_noise_level=asked.small_level)
+
+
+def _levels(asked: Asked, settings: Any, patch: int = 1) -> dict[str, Any]:
+    """The channels at both ends, the levels' widths, the rates of those with attention; ValueError where the sizes do not fit."""
+    side = min(asked.image_size) // patch
+    mult = _numbers(settings.channel_mult) or channel_mult_for(side)
+    if bad := [s for s in asked.image_size if s % (least := patch * 2 ** (len(mult) - 1))]:
+        of = f" of patches of {patch} pixels" if patch > 1 else ""
+        raise ValueError(f"{len(mult)} levels{of} need an image size of multiples of {least}, not {bad[0]}")
+    rates = attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult))
+    return dict(in_channels=asked.in_channels, out_channels=asked.out_channels, channel_mult=mult, attention=rates)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -101,6 +103,28 @@ class DdpmUnet:
         return net
 
 
+def ddpmpp(asked: Asked, settings: Any, smooth: bool = False) -> SongUNet:
+    """DDPM++ of Song et al. 2021, as EDM trained it (Karras et al. 2022): its published weights "vp"
+
+    `settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for.
+    """
+    if asked.logits or asked.given or asked.scale:
+        what = "is no classifier" if asked.logits else "is given no image" if asked.given else "is told no --trained_guidance"
+        raise ValueError(f"this network {what}: take --network unet")
+    same = {name: getattr(settings, name) for name in ("num_channels", "num_res_blocks", "dropout", "use_checkpoint")}
+    return SongUNet(
+        **_levels(asked, settings), **same, num_classes=asked.classes, sees_augment=asked.augment, smooth=smooth
+    )  # fmt: skip
+
+
+def ncsnpp(asked: Asked, settings: Any) -> SongUNet:
+    """NCSN++ of Song et al. 2021, as EDM trained it: its published weights "ve"
+
+    As `ddpmpp`.
+    """
+    return ddpmpp(asked, settings, smooth=True)
+
+
 @dataclass(frozen=True)
 class Dit:
     """A transformer on patches: adaLN-Zero, rotary positions, gated layers (Peebles & Xie 2023; Li & He 2025)"""
@@ -121,4 +145,10 @@ class Dit:
         )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[..., Any]] = {"unet": unet, "unet_ddpm": DdpmUnet, "dit": Dit}
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "unet": unet,
+    "unet_ddpm": DdpmUnet,
+    "ddpmpp": ddpmpp,
+    "ncsnpp": ncsnpp,
+    "dit": Dit,
+}

@@ -16,7 +16,7 @@ from iddpm.interop.openai.formats.flags import KINDS, NETWORKS, from_config, lin
 from iddpm.interop.openai.formats.weights import check_fit, network_shapes, row_of, settle, shapes_of
 from iddpm.store import checkpoint
 from iddpm.store.checkpoint import Saved
-from iddpm.store.weights import Weights
+from iddpm.store.weights import Weights, require_finite
 
 # ---- import
 
@@ -55,6 +55,7 @@ def imported(
     averages = {f"average {rate}": average for rate, average in saved.averages.items()}
     for part, tensors in {(kin.model if kin else path).name: saved.weights, **averages}.items():
         check_fit(shapes_of(tensors), config, f"{path.parent / part}")
+        require_finite(tensors, path.parent / part)
     return saved, named(config, classes), notes
 
 

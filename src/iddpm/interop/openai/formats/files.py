@@ -10,11 +10,9 @@ user renamed them to: there the count comes from the optimizer's state.
 
 import errno
 import json
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict
 
@@ -27,7 +25,7 @@ import iddpm
 from iddpm.config import Config, ema_rates
 from iddpm.errors import UserError, reason
 from iddpm.interop.openai.formats.optimizer import optimizer_file, slots_of
-from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of
+from iddpm.interop.openai.formats.weights import Shapes, check_fit, network_shapes, shapes_of, whose
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.store.checkpoint import RunState, Saved
@@ -52,7 +50,8 @@ def load(path: Path) -> Any:
     if not start:
         raise UserError(f"{path} is empty")
     if not start.startswith(ZIP) and start != OLD[: len(start)]:
-        raise UserError(f"{path} is no file of torch.save{edm(path)}")
+        fix = ": it is a pickle; iddpm import reads those of EDM" if start[:1] == OLD[:1] else ""
+        raise UserError(f"{path} is no file of torch.save{fix}")
     if start.startswith(ZIP) and not zipfile.is_zipfile(path):  # its table of contents is at the end
         raise UserError(f"{path} is cut short")
     try:
@@ -75,6 +74,8 @@ def unwrapped(found: Any, path: Path) -> Any:
     """The weights in what others keep beside them, as {epoch, state_dict}; UserError where there are several sets of weights."""
     sets = [k for k, v in found.items() if isinstance(v, dict) and v and all(isinstance(t, Tensor) for t in v.values())]
     if len(sets) > 1:
+        if kind := whose(str(name) for k in sets for name in found[k]):
+            raise UserError(f"{path} is of {kind}")
         raise UserError(
             f"{path} holds several sets of weights, {', '.join(map(repr, sets))}: save the one to take by itself, "
             f"torch.save(torch.load(FILE)[{sets[-1]!r}], NEW)"
@@ -89,20 +90,6 @@ def bare(names: Iterable[Any]) -> dict[Any, str]:
     while wrapper := next((w for w in WRAPPERS if all(short.startswith(w) for short in kept.values())), ""):
         kept = {name: short.removeprefix(wrapper) for name, short in kept.items()}
     return kept
-
-
-EDM = {"EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "SongUNet", "DhariwalUNet", "UNet"}
-
-
-def edm(path: Path) -> str:
-    """The end of a sentence on a pickle of EDM's or EDM2's: its classes, by the texts in it, none of which is executed."""
-    texts = set[str]()
-    with open(path, "rb") as file, suppress(Exception):  # pickletools raises many kinds where it is no pickle, or cut short
-        texts.update(text for _, text, _ in pickletools.genops(file) if isinstance(text, str))
-    if not any("torch_utils.persistence" in text for text in texts):
-        return ""
-    found = ", ".join(sorted(EDM & texts)) or "of no known class"
-    return f": it is a pickle of EDM's kind ({found}), which holds code, is not read, and whose networks iddpm does not have"
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -120,10 +107,20 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
             + (mend if isinstance(found[odd], dict) else "")
         )
-    if odd := next((k for k, t in found.items() if t.layout != torch.strided or t.is_quantized or t.is_complex()), None):
-        raise UserError(f"{path}: {odd!r} is sparse, quantised or complex, as no network of the original has it")
     named = {short: found[name] for name, short in bare(found).items()}
-    return {name: t.float() if t.is_floating_point() else t for name, t in named.items()}
+    if odd := next((name for name in named if len(name) > 200 or not name.isprintable()), None):
+        raise UserError(f"{path} holds weights of a name that none has, {odd[:40]!a}: it is damaged, or no network's")
+    if odd := next((name for name, t in named.items() if not _plain(t)), None):
+        raise UserError(
+            f"{path}: {odd!r} is sparse, quantised, complex, of whole numbers or empty, as no network of the original is"
+        )
+    return {name: t.float() for name, t in named.items()}
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor holds its numbers, one by one, and no whole ones."""
+    held = t.layout == torch.strided and not (t.is_nested or t.is_quantized or t.is_meta)
+    return held and t.is_floating_point() and t.numel() > 0
 
 
 def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, Tensor], int]:

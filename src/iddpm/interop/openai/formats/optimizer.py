@@ -5,14 +5,15 @@ the first of what has one dimension, the second of the rest.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from iddpm.config import Config
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.interop.openai.formats.weights import Shapes
+from iddpm.records import fits
 from iddpm.store.checkpoint import Saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,24 +37,54 @@ def layout_of(config: Config) -> str:
     return "guided" if guided else "flat"
 
 
+class Group(TypedDict):
+    """The parameters of a group, by number."""
+
+    params: list[int]
+
+
+class File(TypedDict):
+    """What is read of an opt file."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[Group]
+
+
 def slots_of(found: Any, shapes: Shapes, source: str) -> tuple[dict[str, Tensor], int]:
     """What an opt file holds, as NAME.SLOT of parameters of these shapes, and how many updates were made.
 
-    However it lies there: by parameter, or flat as under fp16. UserError where it is of other parameters.
+    However it lies there: by parameter, or flat as under fp16. UserError where it is of other parameters, or damaged.
     """
     if not isinstance(found, dict) or not {"state", "param_groups"} <= set(found):
         raise UserError(f"{source} holds no optimizer's state")
+    with readable(source, "holds no optimizer's state", "bring it back from a copy, or --alone imports the weights without it"):
+        file: File = fits(found, File)
+        steps = [_count(slots["step"]) for slots in file["state"].values()]
     # Numbers run through all groups in order; a parameter that never had a gradient has no state.
-    order = [p for group in found["param_groups"] for p in group["params"]]
-    state = {k: found["state"][p] for k, p in enumerate(order) if p in found["state"]}
+    order = [p for group in file["param_groups"] for p in group["params"]]
+    state = {k: file["state"][p] for k, p in enumerate(order) if p in file["state"]}
     layout = {1: "flat", 2: "guided", len(shapes): "each"}.get(len(order))
     if layout is None:
         raise UserError(f"{source} is of {len(order)} parameters, the network has {len(shapes)}: they do not belong together")
     for k, names in enumerate(groups(shapes, layout)):
         want = sum(torch.Size(shapes[name]).numel() for name in names)
-        if k in state and not all(isinstance(state[k].get(s), Tensor) and state[k][s].numel() == want for s in MOMENTS):
-            raise UserError(f"{source} is of another network: it does not fit {names[0]}")
-    return unflatten(state, shapes, layout), max((int(s["step"]) for s in state.values()), default=0)
+        if k in state and not all(_is_moment(state[k].get(s), want) for s in MOMENTS):
+            raise UserError(f"{source} is of another network, or damaged: it does not fit {names[0]}")
+    return unflatten(state, shapes, layout), max(steps, default=0)
+
+
+def _count(step: Any) -> int:
+    """A number of updates, kept as a number or as a tensor of one; ValueError for another."""
+    count = int(float(step))
+    if not 0 <= count < 2**53:
+        raise ValueError(f"{count} updates")
+    return count
+
+
+def _is_moment(value: Any, count: int) -> bool:
+    """Whether this is a tensor of so many finite numbers."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point() and not value.is_meta
+    return plain and value.numel() == count and bool(torch.isfinite(value.sum()) or torch.isfinite(value).all())
 
 
 def flatten(slots: Mapping[str, Tensor], shapes: Shapes, layout: str) -> dict[int, dict[str, Tensor]]:

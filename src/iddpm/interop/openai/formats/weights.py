@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,19 @@ def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 OTHERS = {  # parts of names by which the networks of others are known
     "down_blocks.": "diffusers: give its folder, with config.json",
-    "inner_model.": "k-diffusion, whose networks iddpm does not have",
-    "init_conv.": "denoising-diffusion-pytorch, whose networks iddpm does not have",
-    "map_layer0.": "EDM, whose networks iddpm does not have",
+    **dict.fromkeys(
+        ("inner_model.", "u_net.d_blocks.", "patch_in.proj."),
+        "k-diffusion, whose U-Net and transformers are of other layers than any network of iddpm",
+    ),
+    "init_conv.": "denoising-diffusion-pytorch, whose U-Net attends linearly and to learned tokens, as no network of iddpm does",
+    "map_layer0.": "EDM: give its .pkl, which holds the settings besides the weights",
 }
+
+
+def whose(names: Iterable[str]) -> str:
+    """Of which other program's network these are the names, and what to do about it; "" where that is not known."""
+    text = "\n".join(names)
+    return next((kind for sign, kind in OTHERS.items() if sign in text), "")
 
 
 class Told(NamedTuple):
@@ -54,14 +63,20 @@ class Told(NamedTuple):
         return [side for side in (32, 64, 128, 256, 512) if channel_mult_for(side) == self.mult]
 
 
+FIRST = (
+    "time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight", "input_blocks.1.0.emb_layers.1.weight",
+    "input_blocks.1.0.in_layers.2.weight",
+)  # fmt: skip
+
+
 def tell(shapes: Shapes, source: str) -> Told:
     """Read a network off its shapes; UserError where they are not those of one of the original's.
 
     Not to be seen are the number of heads, the order of attention's channels, and anything of the process.
     """
-    for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight"):
-        if name not in shapes:
-            kind = next((f": it is of {kind}" for sign, kind in OTHERS.items() if any(sign in k for k in shapes)), "")
+    for name, rank in dict(zip(FIRST, (2, 4, 3, 2, 4))).items():
+        if len(shapes.get(name, ())) != rank or not all(shapes[name]):
+            kind = f": it is of {kind}" if (kind := whose(shapes)) else f" of {rank} dimensions" * (name in shapes)
             raise UserError(f"{source} holds no network of improved- or guided-diffusion: it has no {name}{kind}")
     # The time is embedded in as many numbers as the first level has channels; all other widths are multiples of that.
     width, first = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
