@@ -1,5 +1,6 @@
 """Shards, tables and arrays of the same images are those images, with the same labels."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -55,6 +56,15 @@ def webdataset_of_json(root: Path) -> Path:
 
 def webdataset_of_same_names(root: Path) -> Path:
     tars(root, lambda k: ("cls", CLASSES[LABELS[k]].encode()), same_names=True)
+    return root
+
+
+def webdataset_packed(root: Path) -> Path:
+    """A folder of shards packed by gzip."""
+    webdataset(root)
+    for shard in root.glob("*.tar"):
+        shard.with_name(f"{shard.name}.gz").write_bytes(gzip.compress(shard.read_bytes()))
+        shard.unlink()
     return root
 
 
@@ -120,7 +130,7 @@ def a_pack(root: Path) -> Path:
     return root / "pack"
 
 
-NAMED = [webdataset, webdataset_of_json, webdataset_of_same_names, parquet, one_parquet, datasets_folder, npz]
+NAMED = [webdataset, webdataset_packed, webdataset_of_json, webdataset_of_same_names, parquet, one_parquet, datasets_folder, npz]
 FORMS = [*NAMED, imagenet, lsun, npy, a_pack]
 ROWS = {form: np.arange(12) for form in FORMS}
 ROWS[webdataset_of_same_names] = np.arange(12).reshape(3, 4).T.ravel()  # by name: 0000~0, 0000~1, ...

@@ -48,5 +48,5 @@ FILES: dict[str, Callable[[Path], Source]] = {
 }  # fmt: skip
 FOLDERS: dict[str, Callable[[Path], Source]] = {INDEX: packed, "state.json": Arrow, "data.mdb": Lmdb}  # by a file in them
 SEVERAL: dict[str, Callable[[Path, list[Path]], Source]] = {
-    "*.tar": Shards, "*.parquet": Parquet, "train_data_batch_*.npz": batches,
+    "*.tar": Shards, "*.tar.gz": Shards, "*.tgz": Shards, "*.parquet": Parquet, "train_data_batch_*.npz": batches,
 }  # fmt: skip

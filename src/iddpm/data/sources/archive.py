@@ -45,7 +45,7 @@ class Archive(Source):
             zipped = path.suffix.lower() == ".zip"
             file = stack.enter_context(opened(path))
             if not zipped:
-                file = stack.enter_context(_plain(file, path))
+                file = stack.enter_context(plain(file, path))
             held = (_zipped if zipped else _tarred)(file)
             weakref.finalize(self, stack.pop_all().close)
         self._members = {name: member for name in held if (member := _followed(held, name))}
@@ -109,7 +109,7 @@ def _followed(held: dict[str, Member], name: str) -> Member | None:
     return None
 
 
-def _plain(file: BinaryIO, path: Path) -> BinaryIO:
+def plain(file: BinaryIO, path: Path) -> BinaryIO:
     """The file itself, or what it unpacks to where it is one of gzip's."""
     gzipped = file.read(2) == b"\x1f\x8b"
     most = (1 << 30) + UNPACKED * file.seek(0, io.SEEK_END)

@@ -1,27 +1,41 @@
 """WebDataset's layout: several .tar files that are one set, each image with a .cls or .json of its name."""
 
+import os
 import re
 import tarfile
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import BinaryIO
 
-from iddpm.data.sources.archive import clean
+from iddpm.data.sources.archive import clean, plain
 from iddpm.data.sources.source import Source, require_small
 from iddpm.errors import UserError, readable
 from iddpm.store.remote import opened, remote
 
 MOST = 100_000  # shards that a pattern may name
+PACKED = 500  # of them packed by gzip: each stays open
 
 
 class Shards(Source):
     """The files of several .tar archives by name. Where each lies is kept, so that they are read in any order, and no archive
-    stays open. Where two shards hold one name, all names get the number of their shard: "a.jpg" of shard 3 is "a~3.jpg"."""
+    stays open; those packed by gzip are unpacked once, into scratch files. Where two shards hold one name, all names get the
+    number of their shard: "a.jpg" of shard 3 is "a~3.jpg"."""
 
     def __init__(self, path: Path, shards: Sequence[Path]) -> None:
-        self._shards, found = shards, list[tuple[str, int, int, int]]()
+        self._shards, self._unpacked, found = shards, dict[int, BinaryIO](), list[tuple[str, int, int, int]]()
+        weakref.finalize(self, _close, self._unpacked)
         for k, shard in enumerate(shards):
-            with readable(shard, "is not a readable .tar"), opened(shard) as raw, tarfile.open(fileobj=raw, mode="r:") as held:
+            with readable(shard, "is not a readable .tar"), opened(shard) as raw:
+                file = plain(raw, shard)
+                if file is not raw:
+                    self._unpacked[k] = file
+                    if len(self._unpacked) > PACKED:
+                        raise UserError(
+                            f"{path} has more than {PACKED} packed shards: unpack them (gunzip), or iddpm data pack some"
+                        )
+                held = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
                 for info in held:
                     name = clean(info.name)
                     if info.isreg() and not name.startswith("../"):
@@ -36,7 +50,9 @@ class Shards(Source):
         k, begin, size = self._at[name]
         shard = self._shards[k]
         with readable(shard / name):
-            if remote(shard):
+            if k in self._unpacked:
+                content = os.pread(self._unpacked[k].fileno(), size, begin)
+            elif remote(shard):
                 content = shard.read_bytes(begin, begin + size)
             else:
                 with open(shard, "rb") as file:
@@ -51,6 +67,11 @@ class Shards(Source):
 
     def size(self, name: str) -> int:
         return self._at[name][2]
+
+
+def _close(files: dict[int, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def _numbered(name: str, k: int) -> str:
