@@ -40,3 +40,18 @@ def test_torch_takes_it_unless_the_user_has_said_otherwise(given, expected):
     env["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
     line = [sys.executable, "-c", f"{code}; import torch; print(threads.os.environ['OMP_NUM_THREADS'], torch.get_num_threads())"]
     assert subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout.startswith(expected)
+
+
+def test_a_flag_wins_on_every_verb(tmp_path):
+    code = "import sys; from iddpm.cli.main import main; main(sys.argv[1:]); import torch; print(torch.get_num_threads())"
+    env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-c", code, "data", "digits", str(tmp_path / "d"), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
+
+
+def test_no_threads_are_refused(capsys):
+    from iddpm.cli.main import main
+
+    assert main(["data", "digits", "nowhere", "--threads", "0"]) == 2
+    assert "--threads 0: 1 or more" in capsys.readouterr().err

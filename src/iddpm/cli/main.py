@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = parser_of(argv[0])
         given = parser.read(argv[1:])
         json, quiet = given.pop("json", False), given.pop("quiet", False)
+        if "threads" in given:
+            threads.take(given.pop("threads"))
         if json and quiet:
             raise UserError("--json and --quiet: give one")
         with speaking(json, quiet), _signals():
@@ -119,7 +121,9 @@ def parser_of(name: str) -> Parser:
     parser.epilog = f"{parser.epilog}\n\n{CODES}" if parser.epilog else CODES
     if name not in original.VERBS:
         for flag, text in (("json", "say all as JSON, an object a line"), ("quiet", "say nothing but errors and warnings")):
-            parser.add_flag(flag, bool, text, "How it speaks", default=False)
+            parser.add_flag(flag, bool, text, "How it speaks and computes", default=False)
+        count = "threads that compute, of each process [one a core, in a container as many as its limit allows]"
+        parser.add_flag("threads", int, count, "How it speaks and computes")
     return parser
 
 

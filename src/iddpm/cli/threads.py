@@ -2,7 +2,10 @@
 
 import math
 import os
+import sys
 from pathlib import Path
+
+from iddpm.errors import UserError
 
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -16,6 +19,15 @@ def settle() -> None:
     if (cores := allowed()) < (os.cpu_count() or 1):
         # torch counts the machine's cores: 64 threads that share 2 are many times slower than 2.
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def take(count: int) -> None:
+    """So many threads compute, whatever else was settled; UserError for none or fewer."""
+    if count < 1:
+        raise UserError(f"--threads {count}: 1 or more")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if torch := sys.modules.get("torch"):  # of a program that calls `main`, which has read that variable already
+        torch.set_num_threads(count)
 
 
 def allowed(groups: Path = GROUPS) -> int:
