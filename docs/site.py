@@ -12,15 +12,18 @@ import sys
 from pathlib import Path
 
 import iddpm
-from iddpm.cli import original
+from iddpm.cli import flags, original
 from iddpm.cli.main import VERBS, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
+
+WIDTH = 82  # letters of a line of help that a page shows without scrolling
 
 
 def verbs() -> str:
     """A page of the help of every verb."""
     parts = ["# Every verb\n\n`iddpm VERB --help` says the same.\n"]
+    flags.WIDTH = WIDTH
     for title, ours in (("Its own verbs", True), ("The commands of the original", False)):
         parts.append(f"\n## {title}\n")
         for name in VERBS:
