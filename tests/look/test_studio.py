@@ -24,10 +24,12 @@ HOW = dict(sampling_steps="3", solver="ddim")
 
 @pytest.fixture(scope="module")
 def home(run, tmp_path_factory) -> Path:
-    """A folder of runs: a good one, its twin of another name, one that is empty, and one that is damaged."""
+    """A folder of runs: a good one, its twin of another name, one that is empty, one that is damaged, two of other tasks."""
     folder = tmp_path_factory.mktemp("home")
     for name in ("good", "twin"):
         shutil.copytree(run, folder / name)
+    for name in ("enlarge", "judge"):
+        shutil.copytree(Path(__file__).parents[1] / "earlier" / name, folder / name)
     (folder / "damaged").mkdir()
     (folder / "damaged" / "config.json").write_text("{")
     (folder / "empty").mkdir()
@@ -63,7 +65,7 @@ def pixels(address: str) -> np.ndarray:
 
 def test_the_runs_are_listed_whatever_state_they_are_in(server):
     rows = {row["name"]: row for row in got(server, "/api/listing")["runs"]}
-    assert rows.keys() == {"good", "twin", "damaged", "empty"}
+    assert rows.keys() == {"good", "twin", "damaged", "empty", "enlarge", "judge"}
     assert rows["good"]["progress"] == "step 4 of 4, finished" and rows["good"]["draws"]
     assert "config.json" in rows["damaged"]["fault"] and not rows["empty"]["draws"]
 
@@ -108,6 +110,18 @@ def test_an_edit_keeps_what_the_mask_does_not_cover(server):
     assert len(told[-1]["images"]) == 4 and pixels(told[-1]["sheet"]).shape == (8, 32)
 
 
+def test_an_uploaded_picture_is_enlarged(server):
+    about = got(server, "/api/model?run=enlarge")
+    assert about["kinds"] == ["given"] and about["task"] == "enlarge"
+    _, *small = about["given"]
+    image = np.random.default_rng(0).integers(0, 256, (*small, 3), np.uint8)
+    labels = dict(labels=about["classes"][0]) if about["classes"] else {}
+    asked = dict(kind="given", model="enlarge", seeds="0-1", image=png(image), sampling_steps="2", **labels)
+    told = events(ask(server, "/api/draw", asked)[1])
+    drawn = [pixels(one) for one in told[-1]["images"]]
+    assert len(drawn) == 2 and drawn[0].shape[:2] == tuple(about["size"]) and (drawn[0] != drawn[1]).any()
+
+
 def test_a_large_photo_is_fitted_and_told(server):
     found = got(server, "/api/picture", dict(model="good", image=png(np.zeros((300, 500, 3), np.uint8))))
     assert pixels(found["image"]).shape == (8, 8) and "500x300 pixels, scaled, and cut to 8x8" in found["note"]
@@ -138,6 +152,8 @@ def bomb() -> bytes:
         ("/api/draw", b"[", "no JSON"),
         ("/api/view?run=nobody", None, "there is no run 'nobody'"),
         ("/api/view", None, "choose 1 to 8 runs"),
+        ("/api/model?run=judge", None, "is a classifier"),
+        ("/api/draw", dict(kind="draw", model="enlarge"), "cannot do this"),
         ("/api/model?run=damaged", None, "no complete checkpoint"),
         ("/api/train", dict(action="begin", run="../x", data="pictures0"), "letters, digits"),
         ("/api/train", dict(action="begin", run="x", data="/etc"), "are not among those given"),
