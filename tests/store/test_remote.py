@@ -14,6 +14,7 @@ from PIL import Image
 
 import s3
 from conftest import TINY, flags, start
+from data import test_tables as forms
 from iddpm.cli import main as cli
 from iddpm.config import Config
 from iddpm.data import Images
@@ -482,3 +483,26 @@ def test_a_holder_gives_signs_of_life_and_says_when_it_has_lost_the_lock(bucket,
             time.sleep(0.1)
             err += capfd.readouterr().err
     assert json.loads((bucket / ".lock").read_text()) == other
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("form", [f for f in forms.FORMS if f not in (forms.lsun, forms.datasets_folder)])
+def test_every_form_is_read_from_there_as_from_this_machine(bucket, tmp_path, form):
+    local = form(tmp_path)
+    put(tmp_path, bucket / "set")
+    there = bucket / "set" if local == tmp_path else bucket / "set" / local.relative_to(tmp_path).as_posix()
+    ours, theirs = Images.open(local, forms.SIZE, cache_bytes=0), Images.open(there, forms.SIZE, cache_bytes=0)
+    order = np.random.default_rng(0).permutation(len(ours))
+    assert (theirs.batch(order) == ours.batch(order)).all()
+    assert theirs.classes == ours.classes
+    assert (theirs.labels is None and ours.labels is None) or (theirs.labels == ours.labels).all()
+
+
+@pytest.mark.parametrize("form", [forms.lsun, forms.datasets_folder])
+def test_what_is_mapped_into_memory_must_lie_on_this_machine(bucket, tmp_path, form):
+    local = form(tmp_path)
+    put(tmp_path, bucket / "set")
+    with pytest.raises(UserError, match="copy it here"):
+        Images.open(bucket / "set" if local == tmp_path else bucket / "set" / local.name, forms.SIZE)
