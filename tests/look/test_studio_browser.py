@@ -2,15 +2,17 @@
 
 import base64
 import io
+import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from look.studios import studio
+from look.studios import ask, studio
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
@@ -210,3 +212,29 @@ def test_its_texts_stand_out(visit, scheme):
     field(page, "solver").locator("option").nth(3).wait_for(state="attached")
     texts = ("[role=tab]", "[aria-selected=true]", "#about", "#wish label", "button.main", "#wish select", "#kinds button")
     assert {what: found for what in texts if (found := contrast(page, what)) < 4.5} == {}
+
+
+@pytest.mark.slow
+def test_three_visitors_draw_for_two_minutes_while_a_training_runs(visit, address):
+    """No error, and the page still answers at once."""
+    pages = [visit("#play") for _ in range(3)]
+    for page in pages:
+        field(page, "solver").locator("option").nth(3).wait_for(state="attached")
+        field(page, "model").select_option("first")
+    data = json.loads(ask(address, "/api/offered")[1])["data"][0]
+    how = dict(action="begin", run="beside", data=data, preset="auto", image_size="8", steps=100_000, num_channels=16)
+    code, said = ask(address, "/api/train", how)
+    assert code == 200, said
+    end, drawn = time.monotonic() + 120, 0
+    while time.monotonic() < end:
+        for k, page in enumerate(pages):
+            draw(page, seeds=f"{drawn + k}", sampling_steps="10")
+        for page in pages:
+            page.get_by_role("button", name="Draw", exact=True).and_(page.locator(":enabled")).wait_for()
+            assert not page.locator("#fault").is_visible()
+            drawn += 1
+    began = time.monotonic()
+    fresh = visit()
+    fresh.get_by_role("heading", name="Runs").wait_for()
+    assert time.monotonic() - began < 1.5 and drawn > 30
+    ask(address, "/api/train", dict(action="stop", run="beside"))
