@@ -10,16 +10,13 @@ file=${1:-edm-cifar10-32x32-uncond-vp.pkl} run=runs/edm_cifar10
 iddpm data cifar10 data/cifar10
 [ -d $run ] || iddpm import "$file" --run $run
 
-fid() { # NAME FLAGS: draw, and compare
-  local out=$run/$1
-  shift
-  iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --out "$out.npz" "$@"
-  iddpm evaluate "$out.npz" --reference data/cifar10/train --extractor inception --metrics fd --out "$out.json"
-}
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver edm --S_churn 0 --sampling_steps 18 --out $run/edm-35.npz
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver ipndm --order 4 --sampling_steps 10 --out $run/ipndm4-10.npz
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver unipc --order 3 --sampling_steps 10 --out $run/unipc3-10.npz
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver dpmpp_3m --sampling_steps 10 --out $run/dpmpp3m-10.npz
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver ddim --sampling_steps 10 --out $run/euler-10.npz
+iddpm sample $run --num_samples 50000 --batch_size 500 --grid karras --solver edm --S_churn 0 --sampling_steps 5 --out $run/heun-9.npz
 
-fid edm-35 --solver edm --S_churn 0 --sampling_steps 18
-fid ipndm4-10 --solver ipndm --order 4 --sampling_steps 10
-fid unipc3-10 --solver unipc --order 3 --sampling_steps 10
-fid dpmpp3m-10 --solver dpmpp_3m --sampling_steps 10
-fid euler-10 --solver ddim --sampling_steps 10
-fid heun-9 --solver edm --S_churn 0 --sampling_steps 5
+for drawn in $run/*.npz; do
+  iddpm evaluate "$drawn" --reference data/cifar10/train --extractor inception --metrics fd --out "${drawn%.npz}.json"
+done

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -43,17 +43,17 @@ def app(shelf: Shelf, trainings: Trainings, works: Works, device: str, host: str
         return Response(_file(name), media_type=FILES[name], headers={"cache-control": "no-cache"})
 
     async def listing(request: Request) -> Any:
-        return dict(runs=await to_thread.run_sync(shelf.listing), trainings=trainings.listing(), version=iddpm.__version__)
+        return dict(runs=await run_in_threadpool(shelf.listing), trainings=trainings.listing(), version=iddpm.__version__)
 
     async def view(request: Request) -> Any:
-        return await to_thread.run_sync(shelf.view, request.query_params.getlist("run"))
+        return await run_in_threadpool(shelf.view, request.query_params.getlist("run"))
 
     async def curves(request: Request) -> Any:
-        return await to_thread.run_sync(shelf.curves, request.query_params.getlist("run"))
+        return await run_in_threadpool(shelf.curves, request.query_params.getlist("run"))
 
     async def model(request: Request) -> Any:
         name = request.query_params.get("run", "")
-        return await to_thread.run_sync(lambda: play.about(name, shelf.path(name), device))
+        return await run_in_threadpool(lambda: play.about(name, shelf.path(name), device))
 
     async def picture(request: Request) -> Any:
         asked = await _body(request)
@@ -63,11 +63,11 @@ def app(shelf: Shelf, trainings: Trainings, works: Works, device: str, host: str
             image, note = play.fitted(str(asked.get("image")), config)
             return dict(image=play.address(image[None]), note=note)
 
-        return await to_thread.run_sync(fit)
+        return await run_in_threadpool(fit)
 
     async def draw(request: Request) -> Response:
         asked = await _body(request)
-        wish = await to_thread.run_sync(lambda: play.wish_of(asked, shelf.path, device))
+        wish = await run_in_threadpool(lambda: play.wish_of(asked, shelf.path, device))
         times = asked.get("frames", 8) if asked["kind"] == "between" else 1
         share = asked.get("strength", 0.5) if asked["kind"] == "edit" else 1
         steps = max(1, round(build.grid(wish.config).steps * share)) * times
