@@ -127,6 +127,15 @@ def test_a_port_in_use_is_one_line(run, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(run), "--port", str(taken.getsockname()[1]), *HOW]) == 2
     assert "give another --port" in capsys.readouterr().err
+    assert main(["serve", str(run), "--port", "70000", *HOW]) == 2
+    assert "give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"two\nlines"], ids=repr)
+def test_a_file_without_a_token_is_refused_wherever_it_listens(run, tmp_path, capsys, content):
+    (tmp_path / "token").write_bytes(content)
+    assert main(["serve", str(run), "--token_file", str(tmp_path / "token"), *HOW]) == 2
+    assert "holds no token" in capsys.readouterr().err
 
 
 def test_more_than_may_wait_is_refused_and_a_fault_is_of_its_own_orders(monkeypatch):

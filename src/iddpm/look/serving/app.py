@@ -39,7 +39,7 @@ def app(models: Mapping[str, Opened], desk: Desk, most: int, host: str, token: s
             found: Response = FORMS[form](images, order)
         except ClientDisconnect:
             found = JSONResponse({"error": "the request is too large, or was broken off"}, 413)
-        except (ValueError, UserError) as e:
+        except (ValueError, RecursionError) as e:  # a UserError is a ValueError
             found = JSONResponse({"error": str(e) if isinstance(e, UserError) else f"the body is no JSON: {e}"}, 400)
         except Full:
             found = JSONResponse({"error": "too much is waiting: ask again later"}, 429, {"retry-after": "5"})
