@@ -129,3 +129,10 @@ def test_training_holds_out_a_share(photos, tmp_path, capsys):
     assert "of 20 images: 70.00% of them, by their content" in capsys.readouterr().out
     for bad in ("0%", "100%", "200%"):
         assert main([*command[:3], str(tmp_path / "new"), *command[4:], *tiny, *last, "--validation", bad]) == 2
+
+
+def test_the_command_that_follows_a_pack_reads_it(tmp_path, capsys):
+    np.save(tmp_path / "five.npy", np.zeros((4, 8, 8, 5), np.uint16))
+    how = ["--image_size", "8", "--image_channels", "5", "--bit_depth", "16"]
+    assert main(["data", "pack", str(tmp_path / "five.npy"), str(tmp_path / "pack"), *how]) == 0
+    assert f"next: iddpm train {tmp_path / 'pack'} {' '.join(how)}" in capsys.readouterr().out

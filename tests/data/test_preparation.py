@@ -75,6 +75,8 @@ def test_what_lies_around_a_transparent_image_is_nothing():
     found = prepare(Image.new("RGBA", (8, 4), (1, 2, 3, 200)), 8, 8, "contain")
     assert found[:, 0, 0].tolist() == [255, 255, 255, 0]
     assert found[:, 4, 4].tolist() == [1, 2, 3, 200]
+    deep = prepare(np.full((4, 8, 4), 900, np.uint16), 8, 8, "contain")  # nor around one of 16 bits
+    assert deep[:, 0, 0].tolist() == [65535, 65535, 65535, 0] and deep[:, 4, 4].tolist() == [900] * 4
 
 
 @pytest.mark.parametrize(("at", "first"), [(0.0, 0), (0.5, 12), (0.999, 23)])

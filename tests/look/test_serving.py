@@ -13,6 +13,7 @@ import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from PIL import Image
 
 from conftest import flags
 from iddpm.cli.main import main
+from iddpm.config import Config
+from iddpm.errors import UserError
+from iddpm.look.serving.app import _order
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.sampling.job import Job
 
@@ -127,6 +131,15 @@ def test_a_port_in_use_is_one_line(run, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(run), "--port", str(taken.getsockname()[1]), *HOW]) == 2
     assert "give another --port" in capsys.readouterr().err
+    assert main(["serve", str(run), "--port", "70000", *HOW]) == 2
+    assert "give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"two\nlines"], ids=repr)
+def test_a_file_without_a_token_is_refused_wherever_it_listens(run, tmp_path, capsys, content):
+    (tmp_path / "token").write_bytes(content)
+    assert main(["serve", str(run), "--token_file", str(tmp_path / "token"), *HOW]) == 2
+    assert "holds no token" in capsys.readouterr().err
 
 
 def test_more_than_may_wait_is_refused_and_a_fault_is_of_its_own_orders(monkeypatch):
@@ -169,3 +182,9 @@ def test_more_than_may_wait_is_refused_and_a_fault_is_of_its_own_orders(monkeypa
         orders[1].images.result(10)
     assert batches == [[0, 1, 2, 7], [0, 1], [8, 9]]
     desk.close()
+
+
+def test_a_zip_takes_no_images_that_png_cannot_hold():
+    opened = SimpleNamespace(config=Config().updated(dict(image_channels=5)))
+    with pytest.raises(UserError, match="take npz"):
+        _order(dict(format="zip"), {"m": opened}, 4)

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from PIL import Image
 
 import iddpm
 from iddpm.config import Sample, Which, fields_of, own_numbers, settings_of
+from iddpm.data.preparation import Preparation
 from iddpm.data.sources import archive
 from iddpm.errors import UserError
-from iddpm.measure import image_sets
+from iddpm.measure import features, image_sets
 from iddpm.measure.image_sets import ImageSet, Like, drawn, open_images
 from iddpm.sampling import open as opening
 from iddpm.sampling.job import job
@@ -71,6 +73,33 @@ def test_a_reference_is_scaled_and_read_like_the_samples(forms, form):
     images = open_images(forms[form], Like("samples", (6, 6), 1))
     assert images.take([0, 1]).shape == (2, 1, 6, 6)
     assert (images.kind, images.native, images.size) == ("colour", (12, 10), (6, 6))  # the first two as they lie there
+
+
+def test_features_are_kept_for_images_read_in_one_way_alone(forms):
+    extractor = SimpleNamespace(name="e", identity="i", widths={"pool": 1})
+
+    def key(how: Preparation) -> str:
+        return features._key(open_images(forms["folder"], Like("samples", (6, 6), 3, how)), np.arange(9), extractor)
+
+    as_ever = key(Preparation())
+    assert key(Preparation(fit="contain")) != as_ever != key(Preparation(floats="unit"))
+    assert key(Preparation(fit="anywhere")) == as_ever == key(Preparation(only=("a", "b")))  # the same pixels
+
+
+def test_of_the_runs_classes_are_the_images_by_the_runs_own_rule(tmp_path, pixels):
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{k}.png")
+    lines = [f"{k}.png {1 if k < 4 else -1}" for k in range(len(pixels))]
+    (tmp_path / "list_attr_celeba.txt").write_text("\n".join([str(len(pixels)), "Male", *lines]))
+    how = Preparation(only=("Male",))
+    assert open_images(str(tmp_path), Like("samples", (6, 6), 3, how, "attributes:Male")).n == 4
+    every = open_images(str(tmp_path), Like("samples", (6, 6), 3, how))
+    assert every.n == len(pixels) and not every.how.only  # which is told
+
+
+def test_images_of_channels_that_no_metric_sees_are_refused_before_they_are_read(forms):
+    with pytest.raises(UserError, match="5 channels: metrics see 1, 3 or 4"):
+        open_images(forms["folder"], Like("the run", (6, 6), 5))
 
 
 def test_the_digest_is_of_the_content_and_the_order(forms, tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from iddpm.cli.edit import _mask
 from iddpm.cli.main import main
-from iddpm.config import Which
+from iddpm.config import Config, Which
 from iddpm.sampling.edit import noise_of, slerp, variations
 from iddpm.sampling.open import open_weights
 from iddpm.store.remote import place
@@ -116,3 +117,18 @@ def test_the_command(run, tmp_path, capsys) -> None:
 
 def _classes(run) -> str:
     return (run / "config.json").read_text()
+
+
+def test_a_mask_lies_on_the_image_as_the_image_is_fitted(tmp_path) -> None:
+    """The mask's left half, of a wide image that --fit contain shows whole; the white around it is not to be filled."""
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    Image.new("RGB", (32, 16)).save(image)
+    half = Image.new("L", (32, 16))
+    half.paste(255, (0, 0, 16, 16))
+    half.save(mask)
+    found = _mask(str(mask), [str(image)], Config().updated(dict(image_size="8", fit="contain")))
+    expected = np.zeros((8, 8), bool)
+    expected[2:6, :4] = True
+    np.testing.assert_array_equal(found, expected)
+    covered = _mask(str(mask), [str(image)], Config().updated(dict(image_size="8")))
+    assert covered[:, :4].all() and not covered[:, 4:].any()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,20 @@ def test_a_config_of_before_is_read(run):
     stored["train"].pop("log_to")
     stored["train"]["tensorboard"] = True
     assert Config.from_json(json.dumps(stored)).train.log_to == "tensorboard"
+
+
+def test_a_run_is_known_again_and_none_in_its_place_is_taken_for_it(tmp_path):
+    run = tmp_path / "r"
+    run.mkdir()
+    name = sinks.name_of(run, run)
+    assert sinks.name_of(run, run) == name and name.isalnum()
+    shutil.copytree(run, tmp_path / "copy")
+    assert sinks.name_of(tmp_path / "copy", tmp_path / "copy") != name
+    (tmp_path / "aside").mkdir()
+    assert sinks.name_of(tmp_path / "aside", run) == name  # as of a remote run, whose log is written elsewhere
+    shutil.rmtree(run)
+    run.mkdir()
+    assert sinks.name_of(run, run) != name
 
 
 SCAN = """

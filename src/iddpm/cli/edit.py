@@ -103,14 +103,21 @@ def _read(path: str, config: "Config") -> "np.ndarray":
 
 def _mask(path: str, images: list[str], config: "Config") -> "np.ndarray":
     """Where to fill (H, W) bool: the light part of a picture, which must have the size of every image."""
-    from iddpm.data import Images
+    from PIL import Image
 
-    masks = Images.open(path, image_size(config.model), 1, on_broken="fail", labels="none")
+    from iddpm.data import Images, prepare
+    from iddpm.data.preparation import Preparation
+
+    (h, w), fit = image_size(config.model), config.data.fit
+    how = Preparation(fit, floats=config.data.floats)
+    masks = Images.open(path, (h, w), 1, on_broken="fail", labels="none", how=how)
+    height, width = masks.size(0)
     for image in images:
-        size = Images.open(image, image_size(config.model), 1, labels="none").picture(0).size
-        if size != (has := masks.picture(0).size):
-            raise UserError(f"--mask {path} has {has[0]}x{has[1]} pixels, {image} {size[0]}x{size[1]}: they must be alike")
-    light: np.ndarray = masks.batch([0])[0, 0] > 127
+        size = Images.open(image, (h, w), config.model.image_channels, labels="none", cache_bytes=0, how=how).size(0)
+        if size != (height, width):
+            raise UserError(f"--mask {path} has {width}x{height} pixels, {image} {size[1]}x{size[0]}: they must be alike")
+    around: np.ndarray = prepare(Image.new("L", (width, height)), h, w, fit)[0] > 127  # the white of --fit contain stays
+    light: np.ndarray = (masks.batch([0])[0, 0] > 127) & ~around
     if light.all() or not light.any():
         raise UserError(f"--mask {path} is all {'light' if light.any() else 'dark'}: what is light is filled, what is dark stays")
     return light

@@ -30,7 +30,11 @@ def numbers(text: str, name: str, kind: type = int) -> tuple[Any, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     """The comma-separated names of a flag; one that holds a comma stands in quotation marks."""
-    return tuple(part.strip() for part in next(csv.reader([text], skipinitialspace=True), []) if part.strip())
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error:  # of several lines, or endless
+        raise UserError(f"{text[:80]!r}: give names in one line, separated by commas") from None
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def share(validation: str) -> float:

@@ -163,7 +163,7 @@ def _contained(image: Image.Image | np.ndarray, height: int, width: int) -> np.n
     h, w = max(1, min(height, round(down * scale))), max(1, min(width, round(across * scale)))
     small = prepare(image, h, w)
     whole = np.full((len(small), height, width), np.iinfo(small.dtype).max, small.dtype)
-    if isinstance(image, Image.Image) and image.mode == "RGBA":
+    if len(small) == 4:
         whole[3] = 0
     top, left = (height - h) // 2, (width - w) // 2
     whole[:, top : top + h, left : left + w] = small

@@ -208,7 +208,9 @@ def _key(images: ImageSet, chosen: np.ndarray, extractor: Extractor) -> str:
     mine = [chosen[r.mine.start : r.mine.stop].tolist() for r in processes.rounds(len(chosen), READ)]
     every = processes.every([images.digest(numbers) if numbers else "" for numbers in mine])
     digests = [digest for together in zip(*every) for digest in together if digest]
-    settings = [digests, images.size, images.channels, extractor.identity, dict(extractor.widths)]
+    settings: list[Any] = [digests, images.size, images.channels, extractor.identity, dict(extractor.widths)]
+    read = [images.how.fit == "contain", images.how.floats]  # "anywhere" measures the centre, as "cover" does
+    settings += [read] if any(read) else []  # so that what was kept before there was a choice is still found
     return f"{extractor.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
 
 

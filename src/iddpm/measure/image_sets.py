@@ -32,6 +32,7 @@ class Like(NamedTuple):
     size: tuple[int, int]
     channels: int
     how: Preparation = Preparation()
+    rule: str = "auto"  # where the classes come from that `how` names
 
 
 class ImageSet(NamedTuple):
@@ -52,9 +53,10 @@ class ImageSet(NamedTuple):
     native: tuple[int, int] | None = None  # (H, W) of the first as it lies there; None for images that are drawn
     mixed: bool = False  # whether others are of other sizes
     how: Preparation = Preparation()  # what is done to others to be like them; of their classes are those that these are of
+    rule: str = "auto"  # where others' classes come from
 
     def like(self) -> Like:
-        return Like(self.name, self.size, self.channels, self.how)
+        return Like(self.name, self.size, self.channels, self.how, self.rule)
 
 
 KINDS = {1: "grey", 3: "colour", 4: "transparent"}
@@ -67,6 +69,8 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
     Without, one image in colour makes a grey set colour, and one that is transparent makes it transparent.
     """
     path = place(name)
+    if like and like.channels not in KINDS:
+        raise UserError(f"{like.name} has images of {like.channels} channels: metrics see 1, 3 or 4; take iddpm nll")
     if not path.exists():
         raise UserError(f"{name} does not exist: give a run, an .npz of images, a folder of them, or a .zip or .tar")
     if path.suffix == ".npz":
@@ -113,11 +117,11 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
     how = like.how if like else Preparation()
 
     def labelled(rule: str) -> Images:
-        only = how if rule == "auto" else how._replace(only=())
+        only = how._replace(only=()) if rule == "none" else how
         return Images.open(path, size, channels, on_broken="leave", cache_bytes=0, labels=rule, how=only)
 
     try:
-        data = labelled("auto")
+        data = labelled(like.rule if like and how.only else "auto")
     except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
         data = labelled("none")
 
@@ -160,6 +164,7 @@ def drawn(model: Opened, job: Job) -> ImageSet:
         str(home), len(job.seeds), image_size(m), m.image_channels, take, digest, home, labels, config.data.classes,
         lambda k: f"seed {job.seeds[k]}", about,
         KINDS.get(m.image_channels, f"of {m.image_channels} channels"), how=preparation(config, bits=8),
+        rule=config.data.labels,
     )  # fmt: skip
 
 

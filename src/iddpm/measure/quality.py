@@ -38,7 +38,8 @@ class Quality:
         figures.read(self.out)  # what cannot be written to is refused before the work
         validation = config.data.validation
         path = settings.eval_reference or (not share(validation) and validation) or config.data.path
-        images = open_images(path, Like("the run", image_size(m), m.image_channels, preparation(config, bits=8)))
+        how = preparation(config, bits=8)
+        images = open_images(path, Like("the run", image_size(m), m.image_channels, how, config.data.labels))
         if images.n < LEAST:
             raise UserError(f"--eval_every: {path} holds fewer than the {LEAST} images it needs: give others by --eval_reference")
         chosen = Order(images.n, settings.seed).indices(0, min(REFERENCE, images.n))
@@ -52,7 +53,8 @@ class Quality:
         )  # fmt: skip
         self.about = self.conditions | dict(samples=str(run), reference=path, weights=None, seed=0, labels=None, draws=None)
         self.name = self.extractor.name.replace("-", "_")
-        against = f"{len(chosen)} images of {path}, {self.extractor.name}"
+        which = ", of all classes, since it says none of --only_classes" * (bool(how.only) and not images.how.only)
+        against = f"{len(chosen)} images of {path}{which}, {self.extractor.name}"
         say(f"every {settings.eval_every} steps: {n} samples against {against}")
 
     def __call__(self, net: Network) -> dict[str, float]:

@@ -1,13 +1,12 @@
 """Which images to draw: seeds, classes, and the images that the model is given."""
 
-import csv
 from collections.abc import Sequence
 from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
-from iddpm.config import Config, Draw, given_shape, image_size, seed_list, small_size, whole
+from iddpm.config import Config, Draw, given_shape, image_size, names, seed_list, small_size, whole
 from iddpm.data import Images, read_npz
 from iddpm.data.preparation import preparation, signed
 from iddpm.data.super_res import bicubic, shrink
@@ -45,7 +44,7 @@ def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
 
 def _parts(config: Config, labels: str) -> list[str]:
     """The classes of a flag, separated by commas; a name that holds one stands alone, or in quotation marks."""
-    parts = [part.strip() for part in next(csv.reader([labels], skipinitialspace=True), []) if part.strip()]
+    parts = list(names(labels))
     if labels not in config.data.classes:
         return parts
     if len(parts) > 1 and set(parts) <= set(config.data.classes):
@@ -55,16 +54,16 @@ def _parts(config: Config, labels: str) -> list[str]:
 
 def _class(config: Config, text: str) -> int:
     """The number of a class by its name, in either form of its accents; or by its number, where no name can be meant by that."""
-    names, known = config.data.classes, trained_classes(config)
-    forms = {normalize("NFC", name): k for k, name in enumerate(names)} | {name: k for k, name in enumerate(names)}
+    classes, known = config.data.classes, trained_classes(config)
+    forms = {normalize("NFC", name): k for k, name in enumerate(classes)} | {name: k for k, name in enumerate(classes)}
     found = forms.get(text, forms.get(normalize("NFC", text)))
-    numbered = not any(whole(name) is not None for name in names)
+    numbered = not any(whole(name) is not None for name in classes)
     if found is None and numbered and (number := whole(text)) is not None and number < known:
         return number
     if found is not None:
         return found
-    shown = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}{f' (or 0 to {known - 1})' if numbered else ''}"
-    raise UserError(f"--labels {text}: the model knows {shown if names else f'0 to {known - 1}'}")
+    shown = f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}{f' (or 0 to {known - 1})' if numbered else ''}"
+    raise UserError(f"--labels {text}: the model knows {shown if classes else f'0 to {known - 1}'}")
 
 
 def trained_classes(config: Config) -> int:
@@ -95,9 +94,9 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     path, (channels, *side) = draw.given or draw.low_res or draw.high_res, shape
     size = image_size(config.model) if draw.high_res else (side[0], side[1])
     if path.endswith(".npz"):
-        images, labels, names = read_npz(place(path), size, channels)
-        if labels is not None and m.class_cond and names and classes_of.data.classes:
-            labels = np.array([_class(classes_of, names[y]) for y in labels])
+        images, labels, named = read_npz(place(path), size, channels)
+        if labels is not None and m.class_cond and named and classes_of.data.classes:
+            labels = np.array([_class(classes_of, named[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
             raise UserError(f"{path} has the label {labels.max()}; the model knows 0 to {known - 1}")
     else:

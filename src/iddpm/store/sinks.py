@@ -5,6 +5,7 @@ They are told by a thread, and may be slow, unreachable or full: training never 
 
 import os
 import queue
+import secrets
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from iddpm.store import remote as places
 
 ROWS = 1000  # that wait to be told; beyond it rows are left out
 PATIENCE = 30.0  # seconds that the end of a run waits for what is not told yet
+DRAWN = "log_to.txt"  # in a run's folder
 QUIET = ("step", "time")  # of a row: no numbers of their own
 
 
@@ -50,7 +52,7 @@ class Wandb:
 
     def __init__(self, folder: Path, run: Path, step: int, config: Mapping[str, Any]):
         wandb = _module("wandb", "wandb")
-        name = name_of(run)
+        name = name_of(folder, run)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "iddpm"), name=run.name, id=name, resume="allow", dir=str(folder),
             config=dict(config), settings=wandb.Settings(silent=True),
@@ -71,7 +73,7 @@ class MLflow:
         mlflow = _module("mlflow", "mlflow")
         if not (address := os.environ.get("MLFLOW_TRACKING_URI")):
             raise UserError("--log_to mlflow: where is the server? set MLFLOW_TRACKING_URI, as http://localhost:5000")
-        self.metric, name = mlflow.entities.Metric, name_of(run)
+        self.metric, name = mlflow.entities.Metric, name_of(folder, run)
         self.client = client = mlflow.MlflowClient(address)
         wanted = os.environ.get("MLFLOW_EXPERIMENT_NAME", "iddpm")
         known = client.get_experiment_by_name(wanted)
@@ -153,12 +155,19 @@ class Sinks:
             del self.open[name]
 
 
-def name_of(run: Path) -> str:
-    """A name by which a run is known again when it goes on, of letters and digits."""
+def name_of(folder: Path, run: Path) -> str:
+    """A name by which a run is known again when it goes on, of letters and digits.
+
+    It is of the run's path, and of a number drawn once and kept in the run: runs of other machines, and those that come in the
+    place of one, have the same path, and a copy has the same number.
+    """
     import hashlib
 
     where = str(run) if places.remote(run) else str(run.resolve())
-    return hashlib.sha256(where.encode()).hexdigest()[:16]
+    kept = next((path for path in (folder / DRAWN, run / DRAWN) if path.exists()), None)
+    drawn = kept.read_bytes() if kept else secrets.token_hex(8).encode()
+    places.write_file(folder / DRAWN, drawn)
+    return hashlib.sha256(where.encode("utf-8", "surrogateescape") + drawn).hexdigest()[:16]
 
 
 def summary_writer(folder: Path, what: str, **settings: Any) -> Any:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from iddpm.config import seed_list
+from iddpm.data.decode import MODES
 from iddpm.errors import UserError
 from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.look.serving.desk import Desk, Full, Order
@@ -39,7 +40,7 @@ def app(models: Mapping[str, Opened], desk: Desk, most: int, host: str, token: s
             found: Response = FORMS[form](images, order)
         except ClientDisconnect:
             found = JSONResponse({"error": "the request is too large, or was broken off"}, 413)
-        except (ValueError, UserError) as e:
+        except (ValueError, RecursionError) as e:  # a UserError is a ValueError
             found = JSONResponse({"error": str(e) if isinstance(e, UserError) else f"the body is no JSON: {e}"}, 400)
         except Full:
             found = JSONResponse({"error": "too much is waiting: ask again later"}, 429, {"retry-after": "5"})
@@ -79,6 +80,8 @@ def _order(body: object, models: Mapping[str, Opened], most: int) -> tuple[Order
     if not 1 <= len(seeds) <= most:
         raise UserError(f"{len(seeds)} images: ask for 1 to {most} at a time")
     opened = models[name]
+    if form == "zip" and (channels := opened.config.model.image_channels) not in MODES:
+        raise UserError(f"format 'zip' holds PNGs, of 1, 3 or 4 channels, not {channels}: take npz")
     config = configured(opened.config, asked)
     return Order(opened, config, job(config, seeds, asked.get("labels", ""))), form
 

@@ -4,14 +4,19 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable, reason
 from iddpm.look.serving.guard import is_local
 from iddpm.store.remote import place
 
 
 def token_of(host: str, file: str) -> str:
     """The token in a file; UserError where others can reach the host and there is none."""
-    token = place(file).read_text().strip() if file else ""
+    token = ""
+    if file:
+        with readable(file, "holds no token", "write one line of text into it"):
+            token = place(file).read_text().strip()
+            if not (token.isascii() and token.isprintable() and token):
+                raise ValueError("one line of ASCII is needed" if token else "it is empty")
     if not (token or is_local(host)):
         raise UserError(f"--host {host} can be reached by others: give --token_file FILE, whose token they must bring")
     return token
@@ -24,9 +29,9 @@ def listening(host: str, port: int) -> tuple[socket.socket, str]:
     try:
         found.bind((host.strip("[]"), port))
         found.listen(128)  # before the address is told: who then asks waits until it is answered
-    except OSError as e:
+    except (OSError, OverflowError, UnicodeError) as e:
         found.close()
-        raise UserError(f"port {port} of {host} cannot be taken ({e.strerror}): give another --port, or 0") from None
+        raise UserError(f"port {port} of {host} cannot be taken ({reason(e)}): give another --port, or 0") from None
     return found, f"http://{host}:{found.getsockname()[1]}"
 
 

@@ -68,8 +68,8 @@ def app(shelf: Shelf, trainings: Trainings, works: Works, device: str, host: str
     async def draw(request: Request) -> Response:
         asked = await _body(request)
         wish = await run_in_threadpool(lambda: play.wish_of(asked, shelf.path, device))
-        times = asked.get("frames", 8) if asked["kind"] == "between" else 1
-        share = asked.get("strength", 0.5) if asked["kind"] == "edit" else 1
+        times = wish.frames if asked["kind"] == "between" else 1
+        share = wish.strength if asked["kind"] == "edit" else 1
         steps = max(1, round(build.grid(wish.config).steps * share)) * times
         events = works.start(steps, lambda watch: play.work(wish, watch))
         return StreamingResponse(_lines(events), media_type="application/x-ndjson")
@@ -98,19 +98,29 @@ def app(shelf: Shelf, trainings: Trainings, works: Works, device: str, host: str
     return Starlette(routes=routes, middleware=guards(host, token, LARGEST, LOADS))
 
 
+class Answer(JSONResponse):
+    """Strict JSON, whatever lies in a run: what is not finite is null, and letters of odd file names are escaped."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content)
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(json.loads(text, parse_constant=lambda name: None))
+        return text.encode()
+
+
 def _answered(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
     """What answers with JSON, or with a sentence on what is wrong."""
 
     async def asked(request: Request) -> Response:
         try:
             found = await answer(request)
-            return found if isinstance(found, Response) else JSONResponse(found)
+            return found if isinstance(found, Response) else Answer(found)
         except ClientDisconnect:
             return JSONResponse({"error": f"more than {LARGEST >> 20} MB: take a smaller picture"}, 413)
         except Full:
             return JSONResponse({"error": "others are drawing: try again in a moment"}, 429, {"retry-after": "5"})
         except (UserError, OSError) as e:
-            return JSONResponse({"error": reason(e)}, 400)
+            return Answer({"error": reason(e)}, 400)
 
     return asked
 
@@ -118,7 +128,7 @@ def _answered(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request]
 async def _body(request: Request) -> dict[str, Any]:
     try:
         found = json.loads(await request.body())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"the request is no JSON: {e}") from None
     if not isinstance(found, dict):
         raise UserError("send an object of JSON")

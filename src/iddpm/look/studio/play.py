@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from iddpm.sampling.images import Watch, as_uint8
 from iddpm.sampling.job import Job, job
 from iddpm.sampling.open import Opened, open_weights
 from iddpm.sampling.sheets import picture
-from iddpm.store.files import step_dirs
+from iddpm.store.files import BEST, step_dirs, step_of
 
 OWN = {  # of a request, beside how to draw
     "kind": str, "model": str, "step": int, "ema_rate": float, "seeds": str, "labels": str, "strength": float, "image": str,
@@ -55,6 +56,20 @@ class Wish(NamedTuple):
     def label(self) -> int | None:
         """The class to draw, of a model that knows classes."""
         return job(self.config, [0], self.asked.get("labels", "")).labels[0] if self.config.model.class_cond else None
+
+    @property
+    def strength(self) -> float:
+        """How far a picture is led back to noise."""
+        if not 0 < (found := float(self.asked.get("strength", 0.5))) <= 1:  # also false for nan
+            raise UserError("strength: above 0, to 1")
+        return found
+
+    @property
+    def frames(self) -> int:
+        """How many images lead from a seed to another."""
+        if not 2 <= (found := int(self.asked.get("frames", 8))) <= FRAMES:
+            raise UserError(f"frames: 2 to {FRAMES}")
+        return found
 
     def image(self, name: str = "image", channels: int = 0) -> np.ndarray:
         """The picture that came with it, as the model takes it: (H, W, C) uint8."""
@@ -88,22 +103,27 @@ def _solvers(config: Config) -> dict[str, str]:
     """The solvers that this model can be drawn with, and what each is."""
     found = {}
     for name, choice in choices("solver").items():
-        try:
-            configured(config, {"solver": name, "sampling_steps": "10"})
-        except UserError:
-            continue
-        found[name] = choice.help
+        for steps in ({"sampling_steps": "10"}, {}):  # its own, where ten are none of it: of a shorter chain, of a found grid
+            with suppress(UserError):
+                configured(config, {"solver": name, **steps})
+                found[name] = choice.help
+                break
     return found
 
 
 def newest(path: Path, device: str, step: int = -1, ema_rate: float = -1.0) -> Opened:
     """A model as it lies there now, from memory where it was opened before."""
     steps = step_dirs(path)
-    return _open(path, step, ema_rate, device, steps[-1].name if steps and step < 0 else "")
+    taken = [p for p in steps if step in (-1, step_of(p))]
+    # Another run may have come in the place of one of its name, or another step have become the best.
+    files = [file for file in (path / "checkpoints" / BEST, *taken[-1:]) if file.exists()]
+    return _open(path, step, ema_rate, device, tuple((s.st_ino, s.st_mtime_ns) for s in (file.stat() for file in files)))
 
 
 @lru_cache(MODELS)
-def _open(path: Path, step: int, ema_rate: float, device: str, newest: str) -> Opened:
+def _open(path: Path, step: int, ema_rate: float, device: str, files: object) -> Opened:
+    if step < -1:
+        raise UserError(f"step {step}: give that of a checkpoint, or -1 for the newest")
     return open_weights(path, Which(checkpoint_step=step, ema_rate=ema_rate, device=device))
 
 
@@ -171,24 +191,20 @@ def _draw(wish: Wish, watch: Watch) -> Iterator[np.ndarray]:
 
 
 def _edit(wish: Wish, watch: Watch) -> Iterator[np.ndarray]:
-    o, strength, mask = wish.opened, wish.asked.get("strength", 0.5), None
-    if not 0 < strength <= 1:
-        raise UserError("strength: above 0, to 1")
+    o, mask = wish.opened, None
     if wish.asked.get("mask"):
         mask = wish.image("mask", channels=1)[..., 0] > 127
         if not mask.any():
             raise UserError("paint over what is to be drawn anew, or draw all of it without a mask")
-    yield edit.variations(wish.config, o.net, o.device, wish.image(), wish.seeds, wish.label, strength, mask, watch)
+    yield edit.variations(wish.config, o.net, o.device, wish.image(), wish.seeds, wish.label, wish.strength, mask, watch)
 
 
 def _between(wish: Wish, watch: Watch) -> Iterator[np.ndarray]:
-    o, config, frames = wish.opened, wish.config, wish.asked.get("frames", 8)
-    if not 2 <= frames <= FRAMES:
-        raise UserError(f"frames: 2 to {FRAMES}")
+    o, config = wish.opened, wish.config
     if len(seeds := wish.seeds) != 2:
         raise UserError("give two seeds to go between, as 3,7")
     a, b = (edit.noise_of_seed(config, o.device, build.grid(config), seed) for seed in seeds)
-    for frame in edit.between(config, o.net, o.device, (a, b), wish.label, frames, watch):
+    for frame in edit.between(config, o.net, o.device, (a, b), wish.label, wish.frames, watch):
         yield frame[None]
 
 
@@ -215,7 +231,7 @@ def wish_of(body: object, paths: Callable[[str], Path], device: str) -> Wish:
     if not KINDS[asked["kind"]][0](opened.config):
         raise UserError(f"{asked['model']} is {opened.config.task.help}, which cannot do this")
     wish = Wish(opened, configured(opened.config, asked), asked)
-    _ = wish.seeds, wish.label  # refused now, not when it is their turn
+    _ = wish.seeds, wish.label, wish.strength, wish.frames  # refused now, not when it is their turn
     return wish
 
 

@@ -1,5 +1,6 @@
 """The runs that a studio was given, and what the page shows of them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Shelf:
         self.folders, self.read = folders, dict[Path, tuple[object, Run]]()
 
     def runs(self) -> dict[str, Path]:
-        """The folders of runs by name, those that share one with the folder above before it."""
+        """The folders of runs by name, those that share one with the folders above."""
         return by_name(list(dict.fromkeys(path for folder in self.folders for path in _runs_in(folder)))[:MOST])
 
     def path(self, name: str) -> Path:
@@ -36,11 +37,13 @@ class Shelf:
 
     def listing(self) -> list[dict[str, Any]]:
         """A row on each run, the newest first; of one that cannot be read, why."""
-        rows = []
-        for name, path in self.runs().items():
+        rows, runs = [], self.runs()
+        for gone in set(self.read) - set(runs.values()):
+            self.read.pop(gone, None)
+        for name, path in runs.items():
             try:
                 run = self._run(path)
-            except (OSError, UserError) as e:
+            except Exception as e:  # whatever is wrong with one, the others are shown
                 rows.append(dict(name=name, fault=reason(e), changed=_changed(path)))
                 continue
             share = min(1.0, run.step / run.end) if run.end else None
@@ -86,9 +89,11 @@ class Shelf:
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Paths by their last part, with the one before it where two share that."""
-    names = [path.resolve().name for path in paths]
-    return {name if names.count(name) == 1 else "/".join(path.resolve().parts[-2:]): path for name, path in zip(names, paths)}
+    """Paths by their last part, with as many before it as tell them apart; letters that are none of UTF-8 are written out."""
+    parts = [path.resolve().parts for path in paths]
+    shared = Counter(own[-n:] for own in parts for n in range(1, len(own) + 1))
+    names = [next((own[-n:] for n in range(1, len(own)) if shared[own[-n:]] == 1), own) for own in parts]
+    return {"/".join(name).encode("utf-8", "backslashreplace").decode(): path for name, path in zip(names, paths)}
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:

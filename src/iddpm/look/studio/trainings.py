@@ -9,13 +9,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iddpm.config import every_field, seconds_of
+from iddpm.config import every_field, seconds_of, share
 from iddpm.config.presets import PRESETS
-from iddpm.errors import UserError
+from iddpm.errors import UserError, reason
 from iddpm.look.serving.asked import checked
 from iddpm.look.studio.shelf import by_name
 
@@ -54,7 +55,7 @@ class Trainings:
         self.home, self.device = home, device
         self.data = by_name(data)
         self.all: dict[str, Training] = {}
-        self.changing = threading.Lock()
+        self.changing, self.closed = threading.Lock(), False
 
     def offered(self) -> dict[str, Any]:
         """What the page's form holds."""
@@ -87,6 +88,8 @@ class Trainings:
         if data not in self.data:
             offered = ", ".join(self.data) or "none: start it as iddpm studio RUNS --data FOLDER"
             raise UserError(f"images {data!r} are not among those given to the studio ({offered})")
+        if given.get("validation") and not share(given["validation"]):
+            raise UserError("validation: a share of the images, as 5%; the page reads no images but those given to the studio")
         run = self.home / name
         if run.exists():
             raise UserError(f"there is something called {name} already: give another name")
@@ -116,7 +119,9 @@ class Trainings:
 
     def close(self) -> list[str]:
         """Stop all, which saves them; returns the names of those that ran."""
-        running = [t for t in self.all.values() if t.state == "running"]
+        with self.changing:
+            self.closed = True
+            running = [t for t in self.all.values() if t.state == "running"]
         for training in running:
             training.then = []
             training.process.send_signal(signal.SIGTERM)
@@ -134,8 +139,8 @@ class Trainings:
 
     def _start(self, name: str, arguments: list[str]) -> str:
         with self.changing:
-            if name in self.all and self.all[name].state == "running":
-                raise UserError(f"{name} is being trained")
+            if self.closed or (name in self.all and self.all[name].state == "running"):
+                raise UserError("the studio ends" if self.closed else f"{name} is being trained")
             if sum(t.state == "running" for t in self.all.values()) >= MOST:
                 raise UserError(f"{MOST} trainings run already: stop one first")
             command = ["train", *arguments]
@@ -151,10 +156,7 @@ class Trainings:
     def _read(self, training: Training) -> None:
         assert training.process.stdout
         for line in training.process.stdout:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = {"event": "line", "text": line.strip()}
+            event = _event(line)
             if event["event"] in ("step", "progress"):
                 training.row = {k: v for k, v in event.items() if isinstance(v, (int, float))}
             if event["event"] == "error":
@@ -163,7 +165,19 @@ class Trainings:
         training.process.wait()
         if training.then:
             then, training.then = training.then, []
-            self._start(training.name, then)
+            try:
+                self._start(training.name, then)
+            except (UserError, OSError) as e:
+                training.error = f"it is saved, but does not finish: {reason(e)}"
+
+
+def _event(line: str) -> dict[str, Any]:
+    """What a training says with --json, or a line that something in it printed: whoever reads them must never stop."""
+    with suppress(ValueError, RecursionError):
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("event"), str) and isinstance(found.get("text"), str):
+            return found
+    return {"event": "line", "text": line.strip()}
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:

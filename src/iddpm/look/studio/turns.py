@@ -17,6 +17,7 @@ from iddpm.look.studio.play import address, uint8
 
 MOST = 8  # works at a time
 PATIENCE = 5.0  # seconds for a step, at the end
+AHEAD = 4  # pictures that wait for a visitor who is slow to read
 PAUSE = 0.12  # seconds between two pictures of one: more than this, nobody sees
 
 
@@ -71,6 +72,8 @@ class Works:
         events, loop, gone = asyncio.Queue[Any](), asyncio.get_running_loop(), threading.Event()
 
         def tell(event: Any) -> None:
+            if event and "of" in event and events.qsize() >= AHEAD:
+                return  # who does not read what was shown needs not see what comes
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         thread = threading.Thread(target=self._work, args=(steps, work, tell, gone), name="play", daemon=True)
