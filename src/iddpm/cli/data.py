@@ -109,7 +109,7 @@ def _pack(path: str, out: str, image_size: str, image_channels: int, labels: str
     size = size_of(Model(image_size=image_size or "64"))
     workers = workers or os.cpu_count() or 1
     print(pack(path, out, size, image_channels or 3, labels or "auto", workers, _preparation(**how)))
-    _next(f"iddpm train {out} --image_size {image_size or 64}" + " --bit_depth 16" * (how["bit_depth"] == "16"))
+    _next(f"iddpm train {out} --image_size {image_size or 64}" + " --bit_depth 16" * (how["bit_depth"] == "16") + " --time 1h")
 
 
 VERBS: dict[str, Callable[..., None]] = {"check": _check, "pack": _pack}
