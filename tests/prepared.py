@@ -133,7 +133,7 @@ MADE: dict[str, Callable[[Path], None] | str] = {
     "celeba": celeba,
     "data/emoji": splits,
     "data/cifar10": splits,
-    "photo.png": picture,
+    **dict.fromkeys(("photo.png", "a.png", "b.png"), picture),
     "mask.png": mask,
     "x.npz": samples,
     "samples.npz": samples,

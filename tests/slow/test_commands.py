@@ -24,7 +24,7 @@ from documented import ELSEWHERE, PAGES, ROOT, Shown, shown
 from inception_oracles import ORACLES
 from interop.test_edm import theirs  # noqa: F401  # autouse: modules by which EDM's pickles are written
 from launcher import Launcher, Started
-from prepared import FLAGS, NETWORK, bring, named
+from prepared import FLAGS, MADE, NETWORK, bring, named
 
 # ---- what is changed of a line
 
@@ -65,6 +65,7 @@ BEHIND = {
     "python -c": f"{OLD} --batch_size 2 --lr_anneal_steps 2",
     "iddpm sample runs/cifar10": f"{FEW} --sampling_steps 2",  # the published network, in its own size
     "iddpm nll runs/cifar10": f"{FEW} --sampling_steps 2",
+    "iddpm edit RUN": "--labels cat",
     "iddpm evaluate x.npz": "",
     "iddpm evaluate samples.npz": "",
     "iddpm evaluate": "--num_samples 24 --sampling_steps 3",
@@ -224,3 +225,11 @@ def test_what_a_page_shows_runs(page, world, launcher, tmp_path):
                     it.run(small(row.text))
         finally:
             it.end()
+
+
+def test_every_row_of_the_tables_belongs_to_a_line():
+    rows = [row for rows in run_by_page().values() for row in rows]
+    assert [begin for begin in BEHIND if not any(row.text.startswith(begin) for row in rows)] == []
+    needed = {name for row in rows for name in named(row.text)}
+    needed |= {name for made in MADE.values() if isinstance(made, str) for name in named(made)}
+    assert set(MADE) - needed == set()
