@@ -71,23 +71,28 @@ class Launcher:
         self.process.stdin.flush()
         return self.read()
 
-    def start(self, *args: object, said: Path, processes: int = 1) -> Started:
-        """`iddpm ARGS` on so many processes."""
-        environments: list[dict[str, str]] = [{}]
+    def start(
+        self, *args: object, said: Path, processes: int = 1, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> Started:
+        """`iddpm ARGS` on so many processes, in a folder and with variables of the environment beside the launcher's own."""
+        environments: list[dict[str, str]] = [env or {}]
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
-            environments = [common | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
+            environments = [(env or {}) | common | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
         said.write_text("")
         words = list(map(str, args))
-        return Started(self, [self.ask(args=words, env=env, said=str(said)) for env in environments], said)
+        return Started(self, [self.ask(args=words, env=e, said=str(said), cwd=str(cwd or "")) for e in environments], said)
 
 
 # ---- the launcher's own side
 
 
 def main() -> None:
+    import iddpm.look.report
+    import iddpm.sampling.open
+    import iddpm.training.start  # noqa: F401  # what verbs import when they are called, torch first of all
     from iddpm.cli import main as cli
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has but the thread that forked"
@@ -113,10 +118,11 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def child(entry: Any, args: list[str], env: dict[str, str], said: str) -> None:
+def child(entry: Any, args: list[str], env: dict[str, str], said: str, cwd: str) -> None:
     code = 1
     try:
         out = os.open(said, os.O_WRONLY | os.O_APPEND)
+        os.chdir(cwd or ".")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)

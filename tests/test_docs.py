@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import documented
 from iddpm import fit
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, parser_of
@@ -143,6 +144,43 @@ def test_every_flag_in_a_command_is_one(document):
 def test_every_link_to_a_file_leads_to_one(document):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
         assert link.startswith("http") or (document.parent / link).exists(), link
+
+
+# ---- what is shown to be typed
+
+
+SHOWN = [row for page in documented.PAGES for row in documented.shown(page)]
+COMMANDS = [row for row in SHOWN if not row.python]
+
+
+def test_every_command_is_run_by_a_test_or_has_a_reason():
+    """What is left out here, tests/slow/test_commands.py runs."""
+    assert [str(row) for row in COMMANDS if row.program not in documented.RUN and not row.excluded and row.program] == []
+    assert len(COMMANDS) > 90 and sum(not row.excluded for row in COMMANDS) > 70
+
+
+def test_every_reason_belongs_to_a_command():
+    assert [begin for begin in documented.EXCLUDED if not any(row.text.startswith(begin) for row in COMMANDS)] == []
+    text = "\n".join(page.read_text() for page in documented.PAGES)
+    assert [begin for begin in documented.SHOWN if begin not in text] == []
+
+
+def test_every_program_is_run_by_the_test_that_is_said_to():
+    """A page's programs are all run by one test; their number is looked at, so that a new one is noticed."""
+    for page, (count, test) in documented.ELSEWHERE.items():
+        assert (sum(row.page == page and row.python for row in SHOWN), page) == (count, page)
+        assert page.removeprefix("docs/") in (ROOT / test).read_text()
+
+
+def test_every_extra_and_every_target_that_a_command_names_is_there():
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("[project.")[0]
+    targets = (ROOT / "Makefile").read_text()
+    for document in DOCUMENTS:
+        for extra in re.findall(r"pip install (?:-e )?'(?:\.|iddpm)\[(\w+)\]'", document.read_text()):
+            assert re.search(rf"^{extra} = ", extras, re.M), (document, extra)
+    for row in COMMANDS:
+        if row.program == "make":
+            assert re.search(rf"^{row.text.split()[1]}:", targets, re.M), str(row)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ def contents(root: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in root.iterdir()}
 
 
+def test_the_command_that_is_proposed_after_packing_says_when_to_stop(photos, tmp_path, capsys):
+    assert main(["data", "pack", str(photos), str(tmp_path / "x"), "--image_size", "8", "--workers", "1"]) == 0
+    assert f"next: iddpm train {tmp_path / 'x'} --image_size 8 --time 1h\n" in capsys.readouterr().out
+
+
 def test_a_pack_is_the_same_images_and_bytes_however_it_came_about(photos, tmp_path, monkeypatch):
     (photos / "dog" / "broken.png").write_bytes(b"\x89PNG\r\n")
     monkeypatch.setattr("iddpm.data.pack.PART", 6 * 8 * 8 * 3)  # six images a part

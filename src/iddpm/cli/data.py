@@ -110,7 +110,8 @@ def _pack(path: str, out: str, image_size: str, image_channels: int, labels: str
     workers = workers or os.cpu_count() or 1
     print(pack(path, out, size, image_channels or 3, labels or "auto", workers, _preparation(**how)))
     channels = f" --image_channels {image_channels}" if image_channels not in (0, 3) else ""
-    _next(f"iddpm train {out} --image_size {image_size or 64}{channels}" + " --bit_depth 16" * (how["bit_depth"] == "16"))
+    deep = " --bit_depth 16" * (how["bit_depth"] == "16")
+    _next(f"iddpm train {out} --image_size {image_size or 64}{channels}{deep} --time 1h")
 
 
 VERBS: dict[str, Callable[..., None]] = {"check": _check, "pack": _pack}
