@@ -227,3 +227,23 @@ def test_pixels_that_fit_are_what_decoding_and_preparing_would_make_of_them(tmp_
         data = Images.open(tmp_path / f"{channels}.npy", SIZE, channels, cache_bytes=0)
         straight = data.batch(range(5))
         assert all((straight[k].transpose(1, 2, 0) == np.asarray(data.picture(k)).reshape(*SIZE, -1)).all() for k in range(5))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("name,Male\n0.png,1\n1.png,-1\n0.png,-1\n", "says Male and not_Male of 0.png"),
+        (f"name,Male\n0.png,{'x' * 200_000}\n", "is no table"),
+        ("name,Male\n0.png,{0.x}\n1.png,{}\n", ""),
+    ],
+    ids=["two values of one image", "an endless cell", "braces"],
+)
+def test_an_odd_table_of_attributes_is_read_as_it_is_or_refused_in_a_line(tmp_path, table, says):
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_bytes(png(k))
+    (tmp_path / "attributes.csv").write_text(table)
+    if says:
+        with pytest.raises(UserError, match=says):
+            Images.open(tmp_path, SIZE, labels="attributes:Male")
+    else:
+        assert Images.open(tmp_path, SIZE, labels="attributes:Male").classes == ("Male={0.x}", "Male={}")

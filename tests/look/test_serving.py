@@ -184,6 +184,11 @@ def test_more_than_may_wait_is_refused_and_a_fault_is_of_its_own_orders(monkeypa
     desk.close()
 
 
+def test_no_number_of_images_is_too_large_to_be_refused():
+    with pytest.raises(UserError, match="ask for 1 to 4"):
+        _order(dict(num_samples=10**30), {"m": None}, 4)
+
+
 def test_a_zip_takes_no_images_that_png_cannot_hold():
     opened = SimpleNamespace(config=Config().updated(dict(image_channels=5)))
     with pytest.raises(UserError, match="take npz"):

@@ -53,6 +53,18 @@ def test_one_run_that_cannot_be_shown_hides_no_other_and_one_that_is_gone_is_for
     assert not listed.read
 
 
+def test_a_run_begun_beside_the_one_that_is_looked_at_is_on_the_shelf_once_it_is_there(run, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        shutil.copytree(run, tmp_path / name)
+        os.utime(tmp_path / name / "log.jsonl", (1e9, 1e9 + ord(name)))
+        os.utime(tmp_path / name / "config.json", (1e9, 1e9))
+    listed = shelf.Shelf([tmp_path / "a"])
+    listed.begun += [tmp_path / "b", tmp_path / "yet to come"]
+    assert list(listed.runs()) == ["a", "b"]
+    monkeypatch.setattr(shelf, "MOST", 2)
+    assert set(shelf.Shelf([tmp_path]).runs()) == {"b", "c"}  # the newest
+
+
 def test_another_run_in_the_place_of_one_is_what_is_drawn(run, tmp_path):
     home = tmp_path / "run"
     shutil.copytree(run, home)

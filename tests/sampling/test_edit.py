@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import TINY, flags
 from iddpm.cli.edit import _mask
 from iddpm.cli.main import main
 from iddpm.config import Config, Which
@@ -132,3 +133,13 @@ def test_a_mask_lies_on_the_image_as_the_image_is_fitted(tmp_path) -> None:
     np.testing.assert_array_equal(found, expected)
     covered = _mask(str(mask), [str(image)], Config().updated(dict(image_size="8")))
     assert covered[:, :4].all() and not covered[:, 4:].any()
+
+
+def test_of_more_channels_than_a_picture_has_the_first_is_shown_and_told(tmp_path, capsys) -> None:
+    np.save(tmp_path / "five.npy", np.zeros((4, 8, 8, 5), np.uint8))
+    settings = flags(**TINY | dict(image_channels=5, steps=1))
+    assert main(["train", str(tmp_path / "five.npy"), "--run", str(tmp_path / "r"), *settings]) == 0
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8, 5), np.uint8))
+    how = flags(solver="ddim", sampling_steps=3, device="cpu", out=tmp_path / "x.png")
+    assert main(["edit", str(tmp_path / "r"), str(tmp_path / "one.npy"), *how]) == 0
+    assert "of 5 channels the first alone" in capsys.readouterr().out

@@ -41,6 +41,7 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
     if edit.between and edit.seeds:
         raise UserError("--seeds draw nothing between two images: they are brought back to noise")
     from iddpm import build, fit
+    from iddpm.data.decode import MODES
     from iddpm.parallel import processes
     from iddpm.sampling import edit as made
     from iddpm.sampling.job import job
@@ -77,7 +78,9 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
                 _save_sheet(out, inputs, found, seeds)
         if not processes.rank():
             count = edit.frames if between else len(found) * len(seeds)
-            say(f"{many(count, 'image')}: {out}", "wrote", path=out, images=count)
+            channels = config.model.image_channels
+            shown = "" if channels in MODES else f" (of {channels} channels the first alone, which is all that a picture shows)"
+            say(f"{many(count, 'image')}: {out}{shown}", "wrote", path=out, images=count)
 
 
 def _free(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 
 from iddpm.config import names
 from iddpm.data.sources.source import ATTRIBUTE_FILES, LABEL_FILES, Ranked, Source, is_image
-from iddpm.errors import UserError
+from iddpm.errors import UserError, readable
 from iddpm.records import decode
 
 Label = str | int
@@ -132,7 +132,8 @@ def from_attributes(source: Source, wanted: Sequence[str]) -> Found:
     if not file:
         raise UserError(f"{source.path} holds no {' or '.join(ATTRIBUTE_FILES)}: put it beside the images, or give its folder")
     text, path = source.read(file).decode("utf-8-sig", "surrogateescape"), source.path / file
-    rows = list(csv.reader(io.StringIO(text))) if file.endswith(".csv") else [line.split() for line in text.splitlines()]
+    with readable(path, "is no table"):
+        rows = list(csv.reader(io.StringIO(text))) if file.endswith(".csv") else [line.split() for line in text.splitlines()]
     rows = [[cell.strip() for cell in row] for row in rows if row]
     rows = rows[1:] if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() else rows  # CelebA's .txt begins with their number
     if len(rows) < 2 or len({len(row) for row in rows[1:]}) > 1 or not 0 <= len(rows[1]) - len(rows[0]) <= 1:
@@ -143,13 +144,18 @@ def from_attributes(source: Source, wanted: Sequence[str]) -> Found:
         raise UserError(f"{path} has no attribute {unknown!r}; near it are {', '.join(near)}")
     columns = [(name, 1 + head.index(name)) for name in wanted]
     words = {"1": "{}", "-1": "not_{}", "0": "not_{}"}
-    table = {_plain(row[0]): "+".join(words.get(row[k], "{}=" + row[k]).format(name) for name, k in columns) for row in rows[1:]}
+    table = dict[str, str]()
+    for row in rows[1:]:
+        parts = [words[row[k]].format(column) if row[k] in words else f"{column}={row[k]}" for column, k in columns]
+        image, value = _plain(row[0]), "+".join(parts)
+        if table.setdefault(image, value) != value:
+            raise UserError(f"{path} says {table[image]} and {value} of {image}: remove one")
     folder, found = file[: file.rfind("/") + 1], list[Label]()
     for name in map(_plain, source.names):
-        value = table.get(name[len(folder) :], table.get(name.rpartition("/")[2]))
-        if value is None:
+        told = table.get(name[len(folder) :], table.get(name.rpartition("/")[2]))
+        if told is None:
             raise UserError(f"{path} says nothing of {name}: add it, or take the image out")
-        found.append(value)
+        found.append(told)
     return found, f"{path.name}, {', '.join(wanted)}"
 
 

@@ -114,9 +114,13 @@ class Logger:
         with self._copying:
             self._copied, folder = time.monotonic(), self.path.parent
             for file in sorted(folder.rglob("*")):
-                stamp = (file.stat().st_size, file.stat().st_mtime_ns)
-                if file.is_file() and self._sent.get(file) != stamp:
-                    (self._target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+                try:
+                    stamp = (file.stat().st_size, file.stat().st_mtime_ns)
+                    content = file.read_bytes() if file.is_file() and self._sent.get(file) != stamp else None
+                except FileNotFoundError:  # of another program that is told: gone again, or a link to nothing
+                    continue
+                if content is not None:
+                    (self._target / file.relative_to(folder).as_posix()).write_bytes(content)
                     self._sent[file] = stamp
 
     def _copy_in_time(self) -> None:

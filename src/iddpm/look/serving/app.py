@@ -76,14 +76,15 @@ def _order(body: object, models: Mapping[str, Opened], most: int) -> tuple[Order
         raise UserError(f"model {name!r} is not one of: {', '.join(models)}")
     if "seeds" in asked and "num_samples" in asked:
         raise UserError("seeds and num_samples both say how many: give one")
-    seeds = seed_list(asked["seeds"]) if "seeds" in asked else range(asked.get("num_samples", 1))
-    if not 1 <= len(seeds) <= most:
-        raise UserError(f"{len(seeds)} images: ask for 1 to {most} at a time")
+    seeds = seed_list(asked["seeds"]) if "seeds" in asked else []
+    count = len(seeds) if "seeds" in asked else asked.get("num_samples", 1)
+    if not 1 <= count <= most:
+        raise UserError(f"{count} images: ask for 1 to {most} at a time")
     opened = models[name]
     if form == "zip" and (channels := opened.config.model.image_channels) not in MODES:
         raise UserError(f"format 'zip' holds PNGs, of 1, 3 or 4 channels, not {channels}: take npz")
     config = configured(opened.config, asked)
-    return Order(opened, config, job(config, seeds, asked.get("labels", ""))), form
+    return Order(opened, config, job(config, seeds or range(count), asked.get("labels", ""))), form
 
 
 # ---- the forms of an answer

@@ -81,7 +81,9 @@ def app(shelf: Shelf, trainings: Trainings, works: Works, device: str, host: str
         asked = await _body(request)
         action, name = asked.pop("action", ""), str(asked.get("run", ""))
         if action == "begin":
-            return dict(run=trainings.begin(asked))
+            name = trainings.begin(asked)
+            shelf.begun.append(trainings.home / name)
+            return dict(run=name)
         if action == "stop":
             trainings.stop(name)
         elif action == "resume":

@@ -11,7 +11,7 @@ from iddpm.look.parts import progress, what
 from iddpm.look.runs import Run, number, read_run
 from iddpm.store.files import step_dirs
 
-MOST = 500  # runs that are listed
+MOST = 500  # runs that are listed: of more the newest
 TOGETHER = 8  # that are compared: as many colours as there are
 
 
@@ -22,11 +22,14 @@ class Shelf:
     """
 
     def __init__(self, folders: Sequence[Path]):
-        self.folders, self.read = folders, dict[Path, tuple[object, Run]]()
+        self.folders, self.begun = folders, list[Path]()  # also runs that were begun from the page, wherever they lie
+        self.read = dict[Path, tuple[object, Run]]()
 
     def runs(self) -> dict[str, Path]:
         """The folders of runs by name, those that share one with the folders above."""
-        return by_name(list(dict.fromkeys(path for folder in self.folders for path in _runs_in(folder)))[:MOST])
+        found = dict.fromkeys(path for folder in self.folders for path in _runs_in(folder))
+        found |= dict.fromkeys(path for path in self.begun if (path / "config.json").exists())
+        return by_name(list(found) if len(found) <= MOST else sorted(found, key=_changed, reverse=True)[:MOST])
 
     def path(self, name: str) -> Path:
         """The folder of a run that is on the shelf; UserError for any other name."""

@@ -172,7 +172,7 @@
     options(wish.step, [[-1, "newest"], ...m.steps.reverse().map(s => [s, "step " + s.toLocaleString("en")])], -1);
     options(wish.ema_rate, [[-1, m.rates.length ? "averaged" : "raw"], ...m.rates.slice(1).map(r => [r, "averaged " + r]), ...(m.rates.length ? [[0, "raw"]] : [])], -1);
     options(wish.solver, Object.keys(m.solvers).map(s => [s, s]), m.defaults.solver);
-    options(wish.labels, [["", "all"], ...m.classes.map(c => [c.includes(",") ? JSON.stringify(c) : c, c])], "");
+    options(wish.labels, [["", "all"], ...m.classes.map(c => [/[,"]/.test(c) ? `"${c.replaceAll('"', '""')}"` : c, c])], "");
     wish.sampling_steps.value = m.defaults.solver === "ancestral" ? m.defaults.sampling_steps : Math.min(25, parseInt(m.defaults.sampling_steps) || 25);
     wish.guidance.value = m.defaults.guidance;
     $("kinds").replaceChildren(...m.kinds.map(k => {
