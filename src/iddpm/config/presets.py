@@ -19,12 +19,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto": ("chosen for the images, the device and the time (config/auto.py); of a run that says nothing of its recipe", {}),
     "none": ("no recipe: what the flags say, else their defaults, which are the original's", {}),
     "digits": (
-        "handwritten digits, 8x8 grey, in 4 minutes on two CPU cores (make demo)",
+        "handwritten digits, 8x8 grey, in 2 to 4 minutes on two CPU cores (make demo)",
         dict(image_size="8", image_channels=1, class_cond=True, num_channels=48, num_res_blocks=1, channel_mult="1,2",
-             attention_resolutions="4", diffusion_steps=1000, noise_schedule="cosine", learn_sigma=True, batch_size=128,
+             attention_resolutions="4", diffusion_steps=1000, noise_schedule="cosine", learn_sigma=True, batch_size=64,
              lr=1e-3, lr_warmup_steps=100, lr_anneal_steps=-1, adam_beta2=0.99, ema_rate="0.999",
-             schedule_sampler="stratified", class_dropout=0.1, guidance=1.5, steps=1000, save_interval=500,
-             sample_interval=500, sampling_steps="50"),
+             schedule_sampler="stratified", class_dropout=0.1, guidance=1.5, steps=600, save_interval=300,
+             sample_interval=300, sampling_steps="50"),
     ),
     "digits-classifier": (
         "a classifier of noisy digits, to guide a model of them, in 1 minute on two CPU cores",
