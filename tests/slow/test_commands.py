@@ -35,6 +35,7 @@ SMALLER = (  # in any line: a value that decides how long it takes
     (r"--nproc-per-node \d+", "--nproc-per-node 2"),
     (r"_500000\.pt", "_000002.pt"),  # what two steps have written
     (r"--eval_every \d+", "--eval_every 2"),
+    (r"(packed --image_size) 64", r"\1 16"),
 )
 OLD = "--image_size 16 --num_channels 32 --num_res_blocks 1 --diffusion_steps 8"
 FEW = "--num_samples 4"
