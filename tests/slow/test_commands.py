@@ -35,6 +35,7 @@ SMALLER = (  # in any line: a value that decides how long it takes
     (r"--nproc-per-node \d+", "--nproc-per-node 2"),
     (r"_500000\.pt", "_000002.pt"),  # what two steps have written
     (r"--eval_every \d+", "--eval_every 2"),
+    (r"(packed --image_size) 64", r"\1 16"),
 )
 OLD = "--image_size 16 --num_channels 32 --num_res_blocks 1 --diffusion_steps 8"
 FEW = "--num_samples 4"
@@ -42,7 +43,7 @@ FEW = "--num_samples 4"
 # Of these lines, by their beginning, the first that fits is taken: what is written behind.
 BEHIND = {
     "iddpm train DATA --run runs/mine": "--steps 5",  # goes on with a run of 3 steps that was imported
-    "iddpm train my_photos --time 8h --run runs/mine": "--batch_size 2 --num_workers 1 --ema_power 0.05,0.10",
+    "iddpm train my_photos --time 8h --run runs/mine": "--batch_size 2 --num_workers 1 --sampling_steps 3 --ema_power 0.05,0.10",
     "iddpm train PHOTOS --task enlarge": f"{NETWORK} --image_size 16 --small_size 8",  # PSNR and SSIM want 11 pixels
     "iddpm train PHOTOS --task classify": f"{NETWORK}",
     "iddpm train PHOTOS --task": f"{NETWORK}",
@@ -50,12 +51,12 @@ BEHIND = {
     "iddpm train PHOTOS --eval_every": f"{NETWORK} --steps 2 --eval_samples 8 --diffusion_steps 20",
     "iddpm train my_photos --eval_every": f"{NETWORK} --steps 2 --eval_samples 8 --diffusion_steps 20",
     "iddpm train my_photos --preset none": f"{NETWORK} --steps 2 --diffusion_steps 20",
-    "iddpm train data/digits/train --preset digits": "--steps 4 --batch_size 8 --num_workers 1",
+    "iddpm train data/digits/train --preset digits": "--steps 4 --batch_size 8 --num_workers 1 --sampling_steps 3",
     "iddpm train s3://": NETWORK,
     "iddpm train PHOTOS --preset cifar10-tiny,edm": f"{NETWORK} --steps 2",
     "iddpm train data/cifar10/train --preset": f"{NETWORK} --steps 2",
     "iddpm train PHOTOS --preset": NETWORK,
-    "iddpm train": "--batch_size 2 --num_workers 1",  # the recipe is chosen for the images and the time
+    "iddpm train": "--batch_size 2 --num_workers 1 --sampling_steps 3",  # the recipe is chosen for the images and the time
     "torchrun --nproc-per-node 8 -m -- iddpm train PHOTOS": f"{NETWORK} --steps 2",
     "torchrun --standalone": f"{NETWORK} --steps 2",
     "torchrun --nproc-per-node 8 -m -- iddpm image_train": f"{OLD} --batch_size 2 --lr_anneal_steps 2",
@@ -84,7 +85,7 @@ def small(line: str) -> str:
     return line.replace(" ...", "") + f" {behind}" * bool(behind)
 
 
-PROGRAMS = ((r'time="8h"', "steps=2, batch_size=2"),)  # the same for programs
+PROGRAMS = ((r'time="8h"', "steps=2, batch_size=2, sampling_steps=3"),)  # the same for programs
 FOLDER = {"docs/guides/formats.md": {"import numpy": "digits"}}  # where a program looks for files that a command wrote
 MORE = {"docs/guides/studio.md": ("runs/mine",)}  # what a page assumes and does not name
 
