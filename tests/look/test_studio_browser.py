@@ -24,6 +24,8 @@ def home(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     for name in ("first", "second"):
         shutil.copytree(run, folder / name)
+        samples = folder / name / "samples"
+        shutil.copy(samples / "step_00000004.png", samples / "step_00000002.png")
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
     return folder
@@ -97,6 +99,16 @@ def test_a_run_is_looked_at_and_compared(visit):
     assert page.locator("tr", has_text="broken").locator("td.fault").inner_text()
     page.get_by_label("compare second").check()
     page.get_by_role("heading", name="2 runs compared").wait_for()
+
+
+def test_the_slider_moves_through_the_samples(visit):
+    page = visit()
+    page.get_by_role("button", name="first").click()
+    slider = page.get_by_label("step of the samples")
+    assert page.locator(".slide output").inner_text() == "step 4"
+    slider.press("ArrowLeft")
+    assert page.locator(".slide output").inner_text() == "step 2"
+    assert page.locator(".samples .frame:visible").get_attribute("data-step") == "2"
 
 
 def test_images_form_before_the_eyes_by_one_solver_or_several(visit):

@@ -401,7 +401,7 @@ def test_a_time_replaces_the_steps_and_the_annealing_of_a_recipe():
     made = new("digits", dict(time="5m")).train
     assert (made.steps, made.time, made.lr_decay, made.lr_anneal_steps) == (0, "5m", 0.2, 0)
     kept = new("digits", dict(lr_decay=0.1)).train
-    assert (kept.steps, kept.lr_decay, kept.lr_anneal_steps) == (1000, 0.1, 0)
+    assert (kept.steps, kept.lr_decay, kept.lr_anneal_steps) == (600, 0.1, 0)
     assert new("digits", dict(time="5m", lr_decay=0.0)).train.lr_anneal_steps == 0
     assert new("digits", dict(time="5m", lr_anneal_steps=500)).train.lr_decay == 0
     assert new("digits", dict(lr_decay=0.0)).train.lr_anneal_steps == -1

@@ -49,7 +49,7 @@ def preparation(config: Config, bits: int = 0) -> Preparation:
 
 def signed(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """Pixels uint8 or uint16, of any shape, as float32 in [-1, 1]."""
-    return torch.from_numpy(pixels).to(device).float() / (127.5 if pixels.dtype == np.uint8 else 32767.5) - 1
+    return torch.from_numpy(pixels).to(device).float() / (32767.5 if pixels.dtype == np.uint16 else 127.5) - 1
 
 
 def levels(held: np.ndarray, how: Preparation, say: Say) -> np.ndarray:
