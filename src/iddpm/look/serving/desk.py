@@ -14,6 +14,8 @@ from iddpm.sampling.draw import painter
 from iddpm.sampling.job import Job
 from iddpm.sampling.open import Opened
 
+GATHER = 0.05  # seconds that a batch that is not full waits for more
+
 
 class Full(Exception):
     """As much waits as may: ask again later."""
@@ -90,6 +92,9 @@ class Desk:
         with self.changed:
             while self.open and not self.orders:
                 self.changed.wait()
+            end = time.monotonic() + GATHER  # requests of several clients come one by one, and small batches are slow
+            while self.open and self.waiting < self.batch and (left := end - time.monotonic()) > 0:
+                self.changed.wait(left)
             if not self.open:
                 return []
             batch, room, first = [], self.batch, self.orders[0]
