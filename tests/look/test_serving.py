@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +24,7 @@ from iddpm.errors import UserError
 from iddpm.look.serving.app import _order
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.sampling.job import Job
+from look import studios
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 HOW = flags(sampling_steps=3, device="cpu")
@@ -49,12 +48,7 @@ def server(run):
 
 
 def ask(address: str, body: object = None, path: str = "/samples", **headers: str) -> tuple[int, bytes]:
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=60) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as e:
-        return e.code, e.read()
+    return studios.ask(address, path, body, **headers)
 
 
 def test_the_images_are_those_of_sample_whoever_asks_beside(server, run, tmp_path):

@@ -124,7 +124,7 @@ def test_an_uploaded_picture_is_enlarged(server):
 
 def test_a_large_photo_is_fitted_and_told(server):
     found = got(server, "/api/picture", dict(model="good", image=png(np.zeros((300, 500, 3), np.uint8))))
-    assert pixels(found["image"]).shape == (8, 8) and "500x300 pixels, scaled, and cut to 8x8" in found["note"]
+    assert pixels(found["image"]).shape == (8, 8) and "500x300 pixels, scaled and cropped to 8x8" in found["note"]
 
 
 def bomb() -> bytes:

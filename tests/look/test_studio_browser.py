@@ -116,7 +116,8 @@ def test_images_form_before_the_eyes_by_one_solver_or_several(visit):
     field(page, "model").select_option("first")
     draw(page, solver="heun", sampling_steps="4", seeds="0-3")
     page.locator(".cells img").nth(3).wait_for()
-    assert page.locator(".drawing figcaption", has_text="from noise: heun, 4 steps").count()
+    told = page.locator(".drawing figcaption", has_text="from noise: heun").locator("small").first
+    assert told.inner_text().startswith("4 steps, ")
     field(page, "beside").check()
     draw(page)
     page.locator(".group .cells").nth(3).wait_for()
@@ -140,7 +141,7 @@ def test_a_mask_is_painted_and_a_broken_file_named(visit):
     field(page, "file").set_input_files(dict(name="x.png", mimeType="image/png", buffer=b"no picture"))
     page.get_by_role("alert").filter(has_text="of no known format").wait_for()
     field(page, "file").set_input_files(png(np.full((16, 24), 200, np.uint8)))
-    page.get_by_role("status").filter(has_text="24x16 pixels, scaled, and cut to 8x8").wait_for()
+    page.get_by_role("status").filter(has_text="24x16 pixels, scaled and cropped to 8x8").wait_for()
     field(page, "brush").fill("40")
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
@@ -160,6 +161,11 @@ def test_a_mask_is_painted_and_a_broken_file_named(visit):
     page.locator(".cells img").nth(1).wait_for()
     again = pixels(page.locator(".cells img").first).astype(int)
     assert abs(again[:, 6:] - 200).max() <= 1 < abs(again[3:5, 3:5] - 200).max()
+    field(page, "file").set_input_files(png(np.full((8, 8), 100, np.uint8)))  # on which nothing is painted
+    page.wait_for_timeout(500)
+    draw(page, seeds="1")
+    page.get_by_role("img", name="image of seed 1").wait_for()
+    assert not page.locator("#fault").is_visible()
 
 
 def test_two_visitors_do_not_mix(visit):

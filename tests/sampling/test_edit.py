@@ -61,7 +61,7 @@ def test_an_image_of_another_size_is_told(run, tmp_path, capsys) -> None:
     Image.fromarray(np.zeros((12, 20), np.uint8)).save(tmp_path / "wide.png")
     line = [str(run), str(tmp_path / "wide.png"), "--labels", "disc", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
     assert main(["edit", *line, "--sampling_steps", "3"]) == 0
-    assert "12x20 pixels: scaled, and cut to 8x8" in capsys.readouterr().out
+    assert "12x20 pixels: scaled and cropped to 8x8" in capsys.readouterr().out
 
 
 def test_the_arc_keeps_the_length_and_ends_at_its_ends() -> None:

@@ -1,7 +1,5 @@
 """`iddpm studio`: a local page on runs."""
 
-import webbrowser
-
 from iddpm.cli.flags import Parser, Verb
 from iddpm.errors import UserError
 from iddpm.saying import say
@@ -41,6 +39,8 @@ def _studio(runs: list[str], data: str, host: str, port: int, token_file: str, o
     app, trainings, works = make(folders, images, device, host, token)
     say(f"the studio: {address}{'/?token=...' if token else ''}   (Ctrl-C ends it)", "serving", address=address)
     if open:
+        import webbrowser
+
         webbrowser.open(address)
     try:
         serve(app, where)

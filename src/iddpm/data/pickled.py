@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 
-class _Kind:
+class Kind:
     """A type of numbers, in the place of numpy.dtype."""
 
     def __init__(self, name: Any, *_: Any) -> None:
@@ -22,7 +22,7 @@ class _Kind:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
+class Array:
     """An array of numbers, in the place of numpy.ndarray; numpy takes it for one."""
 
     def __init__(self, *_: Any) -> None:
@@ -30,7 +30,7 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, raw = state
-        if not isinstance(kind, _Kind):
+        if not isinstance(kind, Kind):
             raise pickle.UnpicklingError("it holds an array without a type")
         content = raw.encode("latin1") if isinstance(raw, str) else raw  # of Python 2
         self.held = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C")
@@ -46,9 +46,9 @@ def _bytes(text: str, encoding: str) -> bytes:
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _bytes,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},  # numpy 1's name, and 2's
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Kind,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): Array for core in ("core", "_core")},  # numpy 1's name, and 2's
+    ("numpy", "ndarray"): Array,
+    ("numpy", "dtype"): Kind,
 }
 
 

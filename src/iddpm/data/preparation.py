@@ -14,8 +14,8 @@ Say = Callable[[str], object]  # is told what is taken otherwise than it lies th
 Places = Sequence[float] | Tensor | None  # (n,) from 0 to 1
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of colours
 SCALED = {
-    "cover": "scaled, and cut",
-    "anywhere": "scaled, and cut",
+    "cover": "scaled and cropped",
+    "anywhere": "scaled and cropped",
     "contain": "scaled whole",
 }  # an image of another shape, by --fit
 SPANS = {"unit": (0.0, 1.0), "signed": (-1.0, 1.0)}  # of --floats

@@ -11,6 +11,7 @@ from iddpm.config import Evaluate, Sample, own_numbers, settings_of
 from iddpm.config.choices import choices, make
 from iddpm.data import Order
 from iddpm.data.decode import MODES
+from iddpm.data.preparation import SCALED
 from iddpm.errors import UserError
 from iddpm.measure import extractors, statistics
 from iddpm.measure.extractors import Extractor
@@ -117,9 +118,6 @@ def _conversions(samples: ImageSet, real: ImageSet, labels: str) -> list[str]:
         found = f"of several sizes (the first {sizes[0]})" if real.mixed else sizes[0]
         lines.append(f"the images of {real.name} are {found}, and are {SCALED[real.how.fit]} to the samples' {sizes[1]}")
     return lines
-
-
-SCALED = {"cover": "scaled and cropped", "anywhere": "scaled and cropped", "contain": "scaled whole"}  # by --fit
 
 
 def _features(images: ImageSet, extractor: Extractor, block: int, n: int, seed: int) -> Features:

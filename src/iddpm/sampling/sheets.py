@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from iddpm.config import Config, image_size
+from iddpm.config.choices import row
 from iddpm.parallel import processes
 from iddpm.sampling.job import Job, enlarged, job, trained_classes
 from iddpm.store.remote import replace
@@ -74,7 +75,8 @@ def caption(config: Config, job: Job, step: int) -> str:
         f"seeds {seeds[0]} to {seeds[-1]}" if run else f"seed {', '.join(map(str, seeds[:8]))}{' ...' * (len(seeds) > 8)}"
     )
     guided = f", guidance {s.guidance:g}" if s.guidance != 1 else ""
-    return f"step {step}, {s.solver}, {s.sampling_steps} steps{guided}, {from_seeds}"
+    steps = "its own" if getattr(row("solver", s.solver), "own_steps", False) else s.sampling_steps
+    return f"step {step}, {s.solver}, {steps} steps{guided}, {from_seeds}"
 
 
 def _wrapped(text: str, width: int) -> list[str]:

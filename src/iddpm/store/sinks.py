@@ -111,10 +111,10 @@ class Sinks:
         for name in chosen:
             try:
                 self.open[name] = row("log_to", name)(folder, run, step, config)
-            except UserError:
-                raise
             except Exception as e:  # whatever such a program raises: its server, its key, its disk
-                raise UserError(f"--log_to {name}: {reason(e)}") from None
+                for other, sink in list(self.open.items()):
+                    self._try(other, sink.close)
+                raise e if isinstance(e, UserError) else UserError(f"--log_to {name}: {reason(e)}") from None
         self.rows: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(ROWS)
         self.lost = 0
         self.thread = threading.Thread(target=self._tell, name="sinks", daemon=True)

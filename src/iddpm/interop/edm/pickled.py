@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm.data.pickled import ALLOWED, _Array, _Kind
+from iddpm.data.pickled import ALLOWED, Array, Kind
 from iddpm.errors import UserError, reason
 
 OPS = (  # what Python 3 writes by itself; nothing that makes room for a size it only claims, or names things by number
@@ -136,7 +136,7 @@ class _Reader(pickle._Unpickler):
 
     def build(self) -> None:
         state, what = self.stack.pop(), self.stack[-1]
-        if type(what) not in (Record, _Kind, _Array):
+        if type(what) not in (Record, Kind, Array):
             raise pickle.UnpicklingError(f"it changes a {type(what).__name__}")
         what.__setstate__(state)
 

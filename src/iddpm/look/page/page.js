@@ -1,5 +1,6 @@
 "use strict";
-// The charts (by uPlot) of what stands in an element, and the slider over its samples; returns what shows other numbers in them.
+// The charts (by uPlot) of what stands in an element, and the slider over its samples; `update` shows other numbers in them,
+// `close` lets go of the element, for a page that shows another one in its place.
 function report(root, data) {
   const plots = new Map();  // by the element in which it stands
   const dashes = [6, 4], height = 240, some = 60;  // points above which a curve is smoothed
@@ -76,6 +77,7 @@ function report(root, data) {
     box.setAttribute("aria-label", data.charts[box.dataset.chart].title);
   }
 
+  const ended = new AbortController(), listening = { signal: ended.signal };
   const all = [...root.querySelectorAll("[data-chart]")];
   const redraw = () => all.filter(box => box.clientWidth).forEach(draw);  // those in closed details have no width yet
   redraw();
@@ -91,15 +93,15 @@ function report(root, data) {
     root.querySelectorAll("[data-x]").forEach(b => b.setAttribute("aria-pressed", b.dataset.x === along));
     redraw();
   };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw, listening);
 
   // Paper is white, and has no folds.
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("printed");
     root.querySelectorAll("details.run").forEach(fold => { fold.open = true; });
     redraw();
-  });
-  addEventListener("afterprint", () => { document.documentElement.classList.remove("printed"); redraw(); });
+  }, listening);
+  addEventListener("afterprint", () => { document.documentElement.classList.remove("printed"); redraw(); }, listening);
 
   for (const input of root.querySelectorAll(".slide input")) input.oninput = () => {
     const frames = [...input.closest("section").querySelectorAll(".frame")];
@@ -107,10 +109,16 @@ function report(root, data) {
     input.nextElementSibling.textContent = "step " + frames[+input.value].dataset.step;
   };
 
-  // Other numbers of the same runs, as they come in.
-  return runs => {
-    data.runs = runs;
-    for (const [box, plot] of plots) plot.setData(options(data.charts[box.dataset.chart], box.clientWidth)[1]);
+  return {
+    update(runs) {
+      data.runs = runs;
+      for (const [box, plot] of plots) plot.setData(options(data.charts[box.dataset.chart], box.clientWidth)[1]);
+    },
+    close() {
+      ended.abort();
+      watch.disconnect();
+      plots.forEach(plot => plot.destroy());
+    },
   };
 }
 

@@ -28,8 +28,8 @@ LOADS = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; form-action 'none'"
 )
 FILES = {  # of the page, and what they are
-    "": "text/html", "studio.css": "text/css", "studio.js": "text/javascript", "page.css": "text/css",
-    "page.js": "text/javascript", "uplot.css": "text/css", "uplot.js": "text/javascript",
+    "": "text/html", "studio.css": "text/css", "studio.js": "text/javascript", "board.js": "text/javascript",
+    "page.css": "text/css", "page.js": "text/javascript", "uplot.css": "text/css", "uplot.js": "text/javascript",
 }  # fmt: skip
 
 

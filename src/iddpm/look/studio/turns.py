@@ -112,7 +112,7 @@ class Works:
                 self.turns.leave(me)
             found = np.concatenate(frames)
             each = [address(image[None]) for image in found]
-            tell(dict(images=each, sheet=address(found), seconds=time.monotonic() - began))
+            tell(dict(images=each, sheet=address(found), steps=done, seconds=time.monotonic() - began))
         except Stopped:
             pass
         except Exception as e:  # of this work alone

@@ -67,7 +67,7 @@
 
   // ---- runs: the list, and the report of what is chosen, whose curves go on
 
-  let runs = [], trainings = [], chosen = [], mark = "", update = null, viewing = 0;
+  let runs = [], trainings = [], chosen = [], mark = "", shown = null, viewing = 0;
 
   async function list() {
     const found = await json("listing");
@@ -112,8 +112,14 @@
     await show();
   }
 
+  function leave() {
+    shown?.close();
+    shown = null;
+    $("view").replaceChildren();
+  }
+
   async function show() {
-    if (!chosen.length) { $("view").replaceChildren(); update = null; return; }
+    if (!chosen.length) { leave(); return; }
     const mine = ++viewing, slider = $("view").querySelector(".slide input");
     const kept = slider && slider.value !== slider.max ? slider.value : null, scrolled = scrollY, folded = [...$("view").querySelectorAll("details")].map(d => d.open);
     try {
@@ -121,8 +127,9 @@
       if (mine !== viewing) return;
       const again = mark !== "";
       mark = found.mark;
+      leave();
       $("view").innerHTML = found.html;
-      update = report($("view"), found.data);
+      shown = report($("view"), found.data);
       if (again) {  // of the same runs: it stays as it was looked at
         const now = $("view").querySelector(".slide input");
         if (kept !== null && now) { now.value = kept; now.oninput(); }
@@ -130,14 +137,14 @@
         scrollTo(0, scrolled);
       }
     } catch (e) {
-      if (mine === viewing) { $("view").replaceChildren(make("p", { className: "warning", role: "alert", textContent: e.message })); update = null; mark = ""; }
+      if (mine === viewing) { leave(); $("view").append(make("p", { className: "warning", role: "alert", textContent: e.message })); mark = ""; }
     }
   }
 
   async function follow() {
-    if (!chosen.length || !update || $("runs").hidden) return;
+    if (!chosen.length || !shown || $("runs").hidden) return;
     const found = await json("curves?" + query());
-    if (found.mark !== mark) await show(); else update(found.runs);
+    if (found.mark !== mark) await show(); else shown.update(found.runs);
   }
 
   // ---- the playground
@@ -228,45 +235,12 @@
       $("fitted").textContent = found.note;
       $("board").hidden = false;
       const [h, w] = model.given ? model.given.slice(1) : model.size, times = Math.max(1, Math.round(256 / Math.max(h, w)));
-      Object.assign($("mask"), { width: w * times, height: h * times });
+      mask.size(w * times, h * times);
     } catch (e) { told($("fault"), e); }
   };
 
-  // The mask: white where the brush went, black elsewhere. It is painted by pointer, or by keys: arrows move, space paints.
-  const board = $("mask"), pen = board.getContext("2d", { willReadFrequently: true });
-  let painting = false, painted = false, spot = null;
-  function dab(x, y) {
-    pen.fillStyle = "#ff4081";
-    pen.beginPath();
-    pen.arc(x, y, wish.brush.value * board.width / 512, 0, 7);
-    pen.fill();
-    painted = true;
-  }
-  const at = e => { const r = board.getBoundingClientRect(); return [(e.clientX - r.left) * board.width / r.width, (e.clientY - r.top) * board.height / r.height]; };
-  let last = null;
-  board.onpointerdown = e => { painting = true; board.setPointerCapture(e.pointerId); dab(...(last = at(e))); };
-  board.onpointermove = e => {
-    if (!painting) return;
-    const to = at(e), steps = Math.ceil(Math.hypot(to[0] - last[0], to[1] - last[1]) / 3) || 1;
-    for (let k = 1; k <= steps; k++) dab(last[0] + (to[0] - last[0]) * k / steps, last[1] + (to[1] - last[1]) * k / steps);
-    last = to;
-  };
-  board.onpointerup = board.onpointercancel = () => { painting = false; };
-  board.onkeydown = e => {
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key], step = board.width / 16;
-    spot ||= [board.width / 2, board.height / 2];
-    if (move) spot = spot.map((v, k) => Math.min(Math.max(v + step * move[k], 0), k ? board.height : board.width));
-    else if (e.key === " ") dab(...spot); else return;
-    e.preventDefault();
-  };
-  $("wipe").onclick = () => { pen.clearRect(0, 0, board.width, board.height); painted = false; };
-  function mask() {
-    if (!painted || $("board").hidden) return "";
-    const copy = make("canvas", { width: board.width, height: board.height }), ink = copy.getContext("2d"), pixels = pen.getImageData(0, 0, board.width, board.height);
-    for (let k = 0; k < pixels.data.length; k += 4) { const on = pixels.data[k + 3] > 127 ? 255 : 0; pixels.data.set([on, on, on, 255], k); }
-    ink.putImageData(pixels, 0, 0);
-    return copy.toDataURL("image/png");
-  }
+  const mask = board($("mask"), wish.brush);
+  $("wipe").onclick = mask.wipe;
 
   // One drawing: asks for it, and shows what comes, line by line.
   async function draw(asked, title, signal, group) {
@@ -299,7 +273,7 @@
       if (found.x) [pictures[0].src, pictures[1].src] = [found.x, found.x0];
       if (!found.images) return false;
       bar.remove();
-      note.textContent = `${found.seconds.toFixed(1)} s`;
+      note.textContent = `${found.steps} steps, ${found.seconds.toFixed(1)} s`;
       const seeds = asked.kind === "between" ? [] : spread(asked.seeds);
       const cells = found.images.map((src, k) => make("figure", {}, make("img", { src, alt: seeds[k] == null ? `picture ${k + 1}` : `image of seed ${seeds[k]}` }), make("figcaption", { textContent: seeds[k] == null ? "" : "seed " + seeds[k] })));
       box.append(make("div", { className: "cells" + (asked.kind === "between" ? " strip" : "") }, ...cells));
@@ -322,7 +296,7 @@
       if (!picture) { told($("fault"), "upload a picture first"); return; }
       asked.image = picture;
     }
-    if (kind === "edit") { asked.strength = +wish.strength.value; const painted = mask(); if (painted) asked.mask = painted; }
+    if (kind === "edit") { asked.strength = +wish.strength.value; const painted = mask.image(); if (painted) asked.mask = painted; }
     if (kind === "between") asked.frames = +wish.frames.value;
     stopping = new AbortController();
     $("cancel").disabled = false;
@@ -332,7 +306,7 @@
     // One after another they would take as long; together each is seen to go its own way.
     const group = make("div", { className: solvers.length > 1 ? "group" : "" });
     $("stage").prepend(group);
-    await Promise.all(solvers.map(solver => draw({ ...asked, solver }, `${KINDS[kind]}: ${solver}, ${asked.sampling_steps} steps`, stopping.signal, group)));
+    await Promise.all(solvers.map(solver => draw({ ...asked, solver }, `${KINDS[kind]}: ${solver}`, stopping.signal, group)));
     while ($("stage").children.length > 12) $("stage").lastChild.remove();
     stopping = null;
     $("cancel").disabled = true;
