@@ -125,6 +125,7 @@ MADE: dict[str, Callable[[Path], None] | str] = {
     **dict.fromkeys(("my_photos", "PHOTOS", "photos", "DATA", "D", "cifar_train"), folder),
     **dict.fromkeys(("my_other_photos", "held_out_photos", "TEST_SET", "TEST_PHOTOS"), lambda path: folder(path, first=48)),
     "OTHER_PHOTOS": lambda path: folder(path, first=48, size=16),
+    "SMALL_PHOTOS": lambda path: folder(path, first=48),
     "cifar_test": lambda path: folder(path, first=48),
     "SKETCHES": sketches,
     "OTHER_SKETCHES": sketches,

@@ -1,9 +1,11 @@
 """The order of training: permutations by epoch, the same however it is asked for."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from iddpm.data import Order
+from iddpm.data import Order, order
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
@@ -48,3 +50,41 @@ def test_no_images_asked_gives_an_empty_array() -> None:
 
 def test_the_largest_seed_is_accepted() -> None:
     assert sorted(Order(4, seed=2**64 - 1).indices(0, 4).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def computed(monkeypatch) -> None:
+    """Orders of few images are computed as those of many are."""
+    monkeypatch.setattr(order, "LARGE", 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 16, 100, 101, 1000])
+@pytest.mark.parametrize("epoch", [0, 1, 2**40])
+def test_each_epoch_of_a_large_set_is_a_permutation(computed, n, epoch):
+    indices = Order(n, seed=3).indices(epoch * n, n)
+    assert indices.dtype == np.int64 and sorted(indices.tolist()) == list(range(n))
+
+
+def test_a_large_order_does_not_depend_on_how_it_is_asked(computed):
+    whole = Order(13, seed=9).indices(0, 100)
+    assert np.array_equal(np.concatenate([Order(13, seed=9).indices(p, 7) for p in range(0, 98, 7)]), whole[:98])
+    assert not np.array_equal(whole[:13], whole[13:26]) and not np.array_equal(whole, Order(13, seed=8).indices(0, 100))
+
+
+def test_a_large_order_looks_drawn_at_random(computed):
+    """Image by place is uniform, and so is the step from a place to the next: both by chi-square, 4 deviations."""
+    n, epochs = 12, 6000
+    orders = np.stack([Order(n, seed=1).indices(epoch * n, n) for epoch in range(epochs)])
+    table = np.stack([np.bincount(orders[:, place], minlength=n) for place in range(n)])
+    steps = np.bincount(((orders[:, 1:] - orders[:, :-1]) % n).ravel(), minlength=n)[1:]
+    for counts, freedom in ((table, (n - 1) ** 2), (steps, n - 2)):
+        chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+        assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom), (chi2, freedom)
+
+
+def test_a_far_place_of_a_large_order_needs_no_table():
+    tracemalloc.start()
+    found = Order(10**9, seed=0).indices(10**15 + 10**9 - 3, 6)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert len(set(found.tolist())) == 6 and 0 <= found.min() <= found.max() < 10**9

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import flags
+from conftest import TINY, flags
 from iddpm.cli.main import main
 from iddpm.look.studio.turns import Turns
 from look.studios import ask, events, studio
@@ -23,8 +23,8 @@ HOW = dict(sampling_steps="3", solver="ddim")
 
 
 @pytest.fixture(scope="module")
-def home(run, tmp_path_factory) -> Path:
-    """A folder of runs: a good one, its twin of another name, one that is empty, one that is damaged, two of other tasks."""
+def home(run, pictures, tmp_path_factory) -> Path:
+    """A folder of runs: a good one, its twin of another name, one that is empty, one that is damaged, three of other tasks."""
     folder = tmp_path_factory.mktemp("home")
     for name in ("good", "twin"):
         shutil.copytree(run, folder / name)
@@ -34,6 +34,8 @@ def home(run, tmp_path_factory) -> Path:
     (folder / "damaged" / "config.json").write_text("{")
     (folder / "empty").mkdir()
     (folder / "empty" / "config.json").write_text((run / "config.json").read_text())
+    pairs = dict(TINY, task="translate", given=pictures, given_channels=3, learn_sigma=False, sampling_steps="3")
+    assert main(["train", str(pictures), "--run", str(folder / "translate"), *flags(**pairs)]) == 0
     return folder
 
 
@@ -65,7 +67,7 @@ def pixels(address: str) -> np.ndarray:
 
 def test_the_runs_are_listed_whatever_state_they_are_in(server):
     rows = {row["name"]: row for row in got(server, "/api/listing")["runs"]}
-    assert rows.keys() == {"good", "twin", "damaged", "empty", "enlarge", "judge"}
+    assert rows.keys() == {"good", "twin", "damaged", "empty", "enlarge", "judge", "translate"}
     assert rows["good"]["progress"] == "step 4 of 4, finished" and rows["good"]["draws"]
     assert "config.json" in rows["damaged"]["fault"] and not rows["empty"]["draws"]
 
@@ -120,6 +122,16 @@ def test_an_uploaded_picture_is_enlarged(server):
     told = events(ask(server, "/api/draw", asked)[1])
     drawn = [pixels(one) for one in told[-1]["images"]]
     assert len(drawn) == 2 and drawn[0].shape[:2] == tuple(about["size"]) and (drawn[0] != drawn[1]).any()
+
+
+def test_an_uploaded_picture_is_translated_as_by_sample(server, home, tmp_path):
+    image = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    asked = dict(kind="given", model="translate", seeds="0", image=png(image), **HOW)
+    (drawn,) = events(ask(server, "/api/draw", asked)[1])[-1]["images"]
+    Image.fromarray(image).save(tmp_path / "given.png")
+    given = flags(given=tmp_path / "given.png", out=tmp_path / "out.npz", device="cpu", **HOW)
+    assert main(["sample", str(home / "translate"), *given]) == 0
+    assert abs(pixels(drawn).astype(int) - np.load(tmp_path / "out.npz")["arr_0"][0, ..., 0]).max() <= 1
 
 
 def test_a_large_photo_is_fitted_and_told(server):

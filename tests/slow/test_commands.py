@@ -69,6 +69,7 @@ BEHIND = {
     "iddpm edit RUN": "--labels cat",
     "iddpm evaluate x.npz": "",
     "iddpm evaluate samples.npz": "",
+    "iddpm evaluate up.npz": "",
     "iddpm evaluate": "--num_samples 24 --sampling_steps 3",
     "iddpm ema": "--num_samples 24 --sampling_steps 3",
     "iddpm studio": "--port PORT",

@@ -15,6 +15,7 @@ from iddpm.sampling.job import Job, enlarged, job, trained_classes
 from iddpm.store.remote import replace
 
 LINE = 12  # pixels of a caption's line: six are lower than the lowest row of images
+WIDE = 1600  # pixels that a sheet of columns may be wide, if one of them is narrower
 
 
 class Layout(NamedTuple):
@@ -114,20 +115,25 @@ def _drawable(name: str, kind: int) -> str:
 
 
 def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
-    """A row for each image and a named column for each version of it, (N, H, W, C) uint8 of any size, enlarged to the largest."""
-    side = max(max(versions.shape[1:3]) for versions in columns.values())
-    cell = max(96, side)
+    """A row for each image and a named column for each version of it, (N, H, W, C) uint8 of any size, enlarged to the largest.
+
+    More columns than WIDE has room for go on below, all rows again.
+    """
+    cell = max(96, *(max(versions.shape[1:3]) for versions in columns.values()))
     gap, top, rows = 4, 16, len(next(iter(columns.values())))
-    sheet = Image.new("RGB", (len(columns) * (cell + gap) + gap, top + rows * (cell + gap) + gap), "white")
+    most = max(1, (WIDE - gap) // (cell + gap))
+    bands = -(-len(columns) // most)
+    across, band = -(-len(columns) // bands), top + gap + rows * (cell + gap)
+    sheet = Image.new("RGB", (across * (cell + gap) + gap, bands * band), "white")
     pen = ImageDraw.Draw(sheet)
-    for c, (name, versions) in enumerate(columns.items()):
-        left = gap + c * (cell + gap)
-        pen.text((left + cell // 2, top // 2 + 1), name, fill="black", anchor="mm")
+    for k, (name, versions) in enumerate(columns.items()):
+        left, above = gap + k % across * (cell + gap), k // across * band
+        pen.text((left + cell // 2, above + top // 2 + 1), name, fill="black", anchor="mm")
         for r, image in enumerate(versions):
             fit = cell / max(image.shape[:2])
             size = round(image.shape[1] * fit), round(image.shape[0] * fit)
             enlarged = picture(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left, top + gap + r * (cell + gap)))
+            sheet.paste(enlarged, (left, above + top + gap + r * (cell + gap)))
     return sheet
 
 
