@@ -6,7 +6,7 @@ import pytest
 from iddpm.sampling.sheets import WIDE, comparison
 
 
-@pytest.mark.parametrize("side, columns", [(8, 1), (8, 40), (256, 9), (2000, 3)])
+@pytest.mark.parametrize(("side", "columns"), [(8, 1), (8, 40), (256, 9), (2000, 3)])
 def test_a_comparison_of_many_columns_goes_on_below(side, columns):
     grey = {f"seed {k}": np.full((2, side, side, 3), 10 + 5 * k, np.uint8) for k in range(columns)}
     sheet = np.asarray(comparison(grey))

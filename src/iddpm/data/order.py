@@ -72,7 +72,7 @@ def permutation(n: int, seed: int, epoch: int, what: int = 0) -> np.ndarray:
 
 
 def scattered(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The images at some places (k,) of an epoch's order of n, (k,) int64, each computed by itself: another order than `permutation`.
+    """The images at some places (k,) of an epoch's order of n, (k,) int64, each found by itself; not the order of `permutation`.
 
     A Feistel network on pairs of numbers below a and b, whose a b is little above n; what leads to n or beyond is led on until
     it is below (Black & Rogaway 2002, Ciphers with arbitrary finite domains).
