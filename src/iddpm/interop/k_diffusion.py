@@ -51,7 +51,7 @@ class ModelFile(TypedDict, total=False):
     dropout_rate: float
     loss_config: str
     loss_weighting: str
-    sigma_data: float
+    sigma_data: Annotated[float, msgspec.Meta(gt=0)]
     sigma_min: float
     sigma_max: float
 
