@@ -55,10 +55,10 @@ def test_sizes_change_by_the_filter_1_3_3_1_on_a_mirrored_edge(way):
 @pytest.mark.parametrize(
     ("network", "settings", "said"),
     [
-        ("unet_mapped", dict(num_channels=48, channel_mult="1,1.75"), "multiple of 32"),
+        ("unet_mapped", dict(num_channels=65), "multiple of 32"),
         ("unet_mapped", dict(level_depths="1,2,3"), "3 depths for 2 levels"),
         ("unet_mapped", dict(mapping_width=33), "odd --mapping_width"),
-        ("unet_mapped", dict(image_size="6", unet_patch=2), "multiples of 4"),
+        ("unet_mapped", dict(image_size="10", attention_resolutions="", unet_patch=2), "multiples of 4"),
         *((network, dict(image_size="9"), "multiples of 2") for network in NETWORKS),
         *((network, dict(class_cond=True, num_classes=3), "knows no classes") for network in NETWORKS),
         *((network, dict(task="enlarge", small_size="4"), "is given no image") for network in NETWORKS),

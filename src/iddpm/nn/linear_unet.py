@@ -7,7 +7,6 @@ normalised by themselves, and what the first convolution gives comes back before
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +96,21 @@ class LinearAttention(Attention):
         return context.transpose(2, 3) @ q.softmax(2) * q.shape[2] ** -0.5
 
 
+class Level(nn.ModuleList):
+    """Two residual blocks, attention, and a change of size."""
+
+    def __init__(self, *layers: nn.Module, recompute: bool):
+        super().__init__(layers)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, emb: Tensor, *under: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first block, attention and the change of size give; `under` is stacked, one by one, under what blocks get."""
+        (one, two, attend, resize), run = self, recomputing(self.recompute)
+        first = run(one, torch.cat([x, under[0]], dim=1) if under else x, emb)
+        attended = attend(run(two, torch.cat([first, under[1]], dim=1) if under else first, emb))
+        return first, attended, resize(attended)
+
+
 class LinearUNet(nn.Module):
     """Levels of two residual blocks and attention; `attention` holds the down-sampling rates of those with softmax."""
 
@@ -120,17 +134,16 @@ class LinearUNet(nn.Module):
         how = dict(heads=heads, head_width=head_width, tokens=tokens)
         self.init_conv = nn.Conv2d(in_channels, num_channels, 7, padding=3)
         self.time_mlp = nn.Sequential(nn.Identity(), nn.Linear(num_channels, emb), nn.GELU(), nn.Linear(emb, emb))
-        downs, ups = list[nn.Module](), list[nn.Module]()
+        stage, downs, ups = partial(Level, recompute=use_checkpoint), list[nn.Module](), list[nn.Module]()
         for level, (ch, wide) in enumerate(zip(widths, widths[1:])):
             attend = Attention if 2**level in attention else LinearAttention
             halve = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * ch, wide, 1))
             double = nn.Sequential(nn.Upsample(scale_factor=2), conv3x3(wide, ch))
             down = halve if level < len(channel_mult) - 1 else conv3x3(ch, wide)
-            downs.append(nn.ModuleList([block(ch, ch), block(ch, ch), attend(ch, **how), down]))
+            downs.append(stage(block(ch, ch), block(ch, ch), attend(ch, **how), down))
             up = double if level else conv3x3(wide, ch)
-            ups.append(nn.ModuleList([block(wide + ch, wide), block(wide + ch, wide), attend(wide, **how), up]))
-        self.downs: Any = nn.ModuleList(downs)  # of two blocks, attention and a change of size each
-        self.ups: Any = nn.ModuleList(reversed(ups))
+            ups.append(stage(block(wide + ch, wide), block(wide + ch, wide), attend(wide, **how), up))
+        self.downs, self.ups = nn.ModuleList(downs), nn.ModuleList(reversed(ups))
         self.mid_block1, self.mid_block2 = block(widths[-1], widths[-1]), block(widths[-1], widths[-1])
         self.mid_attn = Attention(widths[-1], **how)
         self.final_res_block = block(2 * num_channels, num_channels)
@@ -143,15 +156,12 @@ class LinearUNet(nn.Module):
         emb = self.time_mlp(torch.cat([sines, cosines], dim=1))  # b 4n
         h = first = self.init_conv(x)  # b n h w
         skips = list[Tensor]()
-        for one, two, attend, down in self.downs:
-            skips.append(run(one, h, emb))
-            skips.append(attend(run(two, skips[-1], emb)))
-            h = down(skips[-1])
+        for level in self.downs:
+            *skipped, h = level(h, emb)
+            skips += skipped
         h = run(self.mid_block2, self.mid_attn(run(self.mid_block1, h, emb)), emb)
-        for one, two, attend, up in self.ups:
-            h = run(one, torch.cat([h, skips.pop()], dim=1), emb)
-            h = run(two, torch.cat([h, skips.pop()], dim=1), emb)
-            h = up(attend(h))
+        for level in self.ups:
+            h = level(h, emb, skips.pop(), skips.pop())[2]
         h = run(self.final_res_block, torch.cat([h, first], dim=1), emb)
         out: Tensor = self.final_conv(h).to(x.dtype)
         return out

@@ -6,9 +6,8 @@ different depths.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +86,20 @@ class Resize(nn.Module):
         return smoothed(F.interpolate(x, scale_factor=2), 0)[..., 1:-1, 1:-1]
 
 
+class Level(nn.ModuleList):
+    """Layers in a row, each of which sees the embedding."""
+
+    def __init__(self, layers: Iterable[nn.Module], recompute: bool):
+        super().__init__(layers)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        run = recomputing(self.recompute)
+        for layer in self:
+            x = run(layer, x, emb)
+        return x
+
+
 class MappedUNet(nn.Module):
     """As many levels as `depths`, the counts of their residual blocks; `attention` holds down-sampling rates, as of `UNet`.
 
@@ -110,7 +123,7 @@ class MappedUNet(nn.Module):
         super().__init__()
         if len(depths) != len(channel_mult) or mapping_width % 2:
             raise ValueError(f"{len(depths)} depths for {len(channel_mult)} levels, or an odd --mapping_width")
-        self.in_channels, self.patch, self.use_checkpoint = in_channels, patch, use_checkpoint
+        self.in_channels, self.patch = in_channels, patch
         self.timestep_embed = nn.Linear(1, mapping_width // 2, bias=False)
         nn.init.normal_(self.timestep_embed.weight)
         layers = [nn.Linear(mapping_width, mapping_width), nn.GELU()]
@@ -131,25 +144,20 @@ class MappedUNet(nn.Module):
                     if 2**level in attention:
                         inner.append(attend(out))
                 resize = Resize((-1 if stages is downs else 1) * (level > 0))
-                stages.append(nn.ModuleList([resize, *inner] if stages is downs else [*inner, resize]))
-        self.d_blocks: Any = nn.ModuleList(downs)  # a list of layers each
-        self.u_blocks: Any = nn.ModuleList(reversed(ups))
+                stages.append(Level([resize, *inner] if stages is downs else [*inner, resize], use_checkpoint))
+        self.d_blocks, self.u_blocks = nn.ModuleList(downs), nn.ModuleList(reversed(ups))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The output (B, out_channels, H, W) for x (B, in_channels, H, W) at times t (B,)."""
-        run = recomputing(self.use_checkpoint)
         angles = 2 * math.pi * t.float()[:, None] * self.timestep_embed.weight[:, 0]  # not by a product, which may be of bf16
         emb = self.mapping(torch.cat([angles.cos(), angles.sin()], dim=1))  # b mapping_width
         h = self.proj_in(F.pixel_unshuffle(x, self.patch))  # b n h/p w/p
         skips = list[Tensor]()
         for level in self.d_blocks:
-            for layer in level:
-                h = run(layer, h, emb)
+            h = level(h, emb)
             skips.append(h)
         skips.pop()
         for k, level in enumerate(self.u_blocks):
-            h = torch.cat([h, skips.pop()], dim=1) if k else h
-            for layer in level:
-                h = run(layer, h, emb)
+            h = level(torch.cat([h, skips.pop()], dim=1) if k else h, emb)
         out: Tensor = F.pixel_shuffle(self.proj_out(h), self.patch).to(x.dtype)
         return out

@@ -139,7 +139,7 @@ def ncsnpp(asked: Asked, settings: Any) -> SongUNet:
 
 @dataclass(frozen=True)
 class LinearUnet:
-    """A U-Net that attends at every level, most of them linearly, to learned tokens, too: that of denoising-diffusion-pytorch"""
+    """The U-Net of denoising-diffusion-pytorch: linear attention at every level, and learned tokens"""
 
     head_width: Annotated[int, "channels of an attention head, whatever the level's", 1, 65536] = 32
     tokens: Annotated[int, "learned tokens that pixels attend to as to each other", 1, 65536] = 4
@@ -155,7 +155,7 @@ class LinearUnet:
 
 @dataclass(frozen=True)
 class MappedUnet:
-    """A U-Net whose norms a mapping network of the time modulates, with smooth changes of size: k-diffusion's image_v1"""
+    """The U-Net of k-diffusion (image_v1): a mapping network of the time modulates every norm"""
 
     level_depths: Annotated[str, "residual blocks of each level, as 2,4,4; empty: --num_res_blocks in each"] = ""
     mapping_width: Annotated[int, "width of the mapping network", 2, 65536] = 256
