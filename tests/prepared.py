@@ -111,6 +111,20 @@ def edm(path: Path) -> None:
     test_edm.written(path, test_edm.edm("ddpmpp"))
 
 
+def of_wang(path: Path) -> None:
+    import torch
+
+    from interop import test_ddpm_pytorch
+
+    torch.save(test_ddpm_pytorch.checkpoint(process="pred_v, sigmoid"), path)
+
+
+def of_crowson(path: Path) -> None:
+    from interop import test_k_diffusion
+
+    test_k_diffusion.save(path, test_k_diffusion.checkpoint())
+
+
 def scripts(path: Path) -> None:
     from interop.test_python_scripts import HEAD, SCRIPTS
 
@@ -142,6 +156,8 @@ MADE: dict[str, Callable[[Path], None] | str] = {
     "cifar10_uncond_50M_500K.pt": published,
     "logs": logs,
     "edm-cifar10-32x32-uncond-vp.pkl": edm,
+    "results/model-100.pt": of_wang,
+    "cifar10_00400000.pth": of_crowson,
     "scripts": scripts,
     **{name: TRAINED.format(name) for name in ("RUN", "runs/mine", "runs/mine16", "runs/b", "runs/c", "runs/digits")},
     "runs/cats": TRAINED.format("runs/cats").partition(" --class_cond")[0],

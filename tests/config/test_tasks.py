@@ -60,6 +60,8 @@ def test_the_names_are_those_that_users_know():
         "unet_ddpm",
         "ddpmpp",
         "ncsnpp",
+        "unet_linear",
+        "unet_mapped",
         "dit",
         "super_res",
         "classifier",

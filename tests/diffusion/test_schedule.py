@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from diffusion.rows import CONTINUOUS, DISCRETE, evenly
 from golden_rules import load
 from iddpm.diffusion.grid import GRIDS, Chain, Grid, respace, steps_at, walk
-from iddpm.diffusion.schedule import SCHEDULES, VE, Adjusted, Cosine, CosineVP, Flow, Linear, Shifted, Sigmoid
+from iddpm.diffusion.schedule import SCHEDULES, VE, Adjusted, Cosine, CosineVP, Flow, Linear, Shifted, Sigmoid, SigmoidChain
 
 SIZES = (50, 1000, 4000)
+PUBLISHED = ("linear", "cosine")  # of improved-diffusion
 GIVEN = {  # the golden quantity of a chain
     "betas": lambda c: c.betas,
     "alphas_cumprod": lambda c: c.table.alpha**2,
@@ -25,7 +26,7 @@ GIVEN = {  # the golden quantity of a chain
 
 
 @pytest.mark.parametrize("steps", SIZES)
-@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_tables_are_the_published_ones(name: str, steps: int) -> None:
     chain, golden = Chain(SCHEDULES[name](steps)), load("schedules.npz")
     for quantity, ours in GIVEN.items():
@@ -34,7 +35,7 @@ def test_tables_are_the_published_ones(name: str, steps: int) -> None:
 
 
 def test_every_golden_table_is_covered() -> None:
-    assert set(load("schedules.npz")) == {f"{n}_{t}_{q}" for n in DISCRETE for t in SIZES for q in GIVEN}
+    assert set(load("schedules.npz")) == {f"{n}_{t}_{q}" for n in PUBLISHED for t in SIZES for q in GIVEN}
 
 
 @pytest.mark.parametrize("steps", range(1, 26))
@@ -50,6 +51,13 @@ def test_betas_lie_between_0_and_1_for_any_number_of_steps(name: str, steps: int
 @pytest.mark.parametrize("name", DISCRETE)
 def test_a_chain_of_any_length_has_finite_tables(name: str, steps: int) -> None:
     assert all(column.isfinite().all() for column in Chain(SCHEDULES[name](steps)).table)
+
+
+@pytest.mark.parametrize("numbers", [{}, dict(sigmoid_start=-1.0, sigmoid_end=2.0, tau=0.7)])
+def test_steps_of_the_sigmoid_chain_end_where_the_continuous_schedule_is(numbers: dict[str, float]) -> None:
+    chain, levels = Chain(SigmoidChain(100, **numbers)), Sigmoid(**numbers)(torch.arange(1, 101).double() / 100)
+    torch.testing.assert_close(chain.table.alpha[:-1], levels.alpha[:-1], rtol=1e-12, atol=0)
+    assert 0 < chain.table.alpha[-1] < 0.05  # where that one is pure noise
 
 
 def test_linear_betas_rise_evenly_between_ho_et_als_ends() -> None:

@@ -221,16 +221,16 @@ def test_a_pickle_is_named_with_what_reads_it(tmp_path):
 W = torch.ones(2)
 OTHERS = {  # as their own programs save them
     "denoising-diffusion-pytorch": {
-        "step": 3, "model": {"model.init_conv.weight": W, "betas": W}, "opt": {"state": {0: {"step": 1.0, "exp_avg": W}}},
+        "step": 3, "model": {"model.init_conv.weight": W, "alphas": W}, "opt": {"state": {0: {"step": 1.0, "exp_avg": W}}},
         "ema": {"initted": W > 0, "step": W[0], "online_model.model.init_conv.weight": W, "ema_model.model.init_conv.weight": W},
         "scaler": None, "version": "2.2.5",
     },
-    "k-diffusion": {
+    "of k-diffusion's, iddpm has the U-Net image_v1": {
         "config": {"model": {"type": "image_transformer_v2"}}, "model": {"patch_in.proj.weight": W, "mid_level.0.w": W},
         "model_ema": {"patch_in.proj.weight": W}, "epoch": 3, "step": 3, "gns_stats": None, "demo_gen": W,
     },
-    "k-diffusion, whose U-Net": {name: {"u_net.d_blocks.0.0.main.1.weight": W} for name in ("model", "model_ema")},
-    "k-diffusion, whose U-Net and": {"inner_model.timestep_embed.weight": W},
+    "k-diffusion: give the .pth": {name: {"u_net.d_blocks.0.0.main.1.weight": W} for name in ("model", "model_ema")},
+    "k-diffusion: give the .pth of its train.py": {"inner_model.timestep_embed.weight": W},
     "EDM: give its .pkl": {"model.map_layer0.weight": W, "model.map_layer1.weight": W},
     "diffusers: give its folder": {"down_blocks.0.resnets.0.conv1.weight": W},
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """`iddpm import`: a run from the files of other programs. `iddpm export`: such files from a run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ NOT_HERE = (  # of the original's flags: what belongs to a command that trains, 
 
 def _import_parser(parser: Parser) -> None:
     text = (
-        "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; a .pkl of EDM's; the folder of diffusers' UNet2DModel"
+        "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; a .pkl of EDM's; the folder of diffusers' "
+        "UNet2DModel; a checkpoint of denoising-diffusion-pytorch's Trainer or of k-diffusion"
     )
     parser.add_argument("file", help=text)
     parser.add_argument("--run", default="", metavar="DIR", help="the folder to make of it [runs/NAME]")
@@ -41,24 +43,43 @@ def _import_parser(parser: Parser) -> None:
     )
 
 
+def _reader(path: Path) -> tuple[str, Callable[..., Any] | None]:
+    """What a path is, and what makes a run's state of it, the flags and the classes; none where it may be of the original."""
+    from iddpm.interop import ddpm_pytorch, k_diffusion
+    from iddpm.interop.diffusers import read
+    from iddpm.interop.edm import read as edm
+    from iddpm.interop.openai.formats import files
+
+    if path.is_dir():
+        return "a folder", partial(read.imported, path)
+    if not path.is_file():
+        return "", None
+    if edm.is_pickle(path):
+        return "a pickle of EDM's kind", partial(edm.imported, path)
+    if path.suffix == ".safetensors":
+        return "a .safetensors", partial(k_diffusion.imported, path, k_diffusion.opened(path))
+    found = files.load(path)
+    for module, name in ((ddpm_pytorch, "denoising-diffusion-pytorch"), (k_diffusion, "k-diffusion")):
+        if module.is_one(found):
+            return f"of {name}", partial(module.imported, path, found)
+    return "", None
+
+
 def _import(file: str, run: str, published: str, classes: str, alone: bool, **given: Any) -> None:
     from iddpm.store.remote import place
 
     path, folder = Path(file), place(run or f"runs/{Path(file).stem}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --run")
-    from iddpm.interop.diffusers import read
-    from iddpm.interop.edm import read as edm
     from iddpm.interop.openai.formats import convert
     from iddpm.store import checkpoint
     from iddpm.training.start import write_config
 
-    pickled = path.is_file() and edm.is_pickle(path)
-    if (path.is_dir() or pickled) and (published or alone):
-        what = "a pickle of EDM's kind" if pickled else "a folder"
+    what, imported = _reader(path)
+    if imported and (published or alone):
         raise UserError(f"--{'published' if published else 'alone'} is for files of the original, and {path} is {what}")
-    if path.is_dir() or pickled:
-        saved, config, notes = (edm if pickled else read).imported(path, given, classes)
+    if imported:
+        saved, config, notes = imported(given, classes)
     else:
         saved, config, notes = convert.imported(path, given, published, classes, alone)
     step = checkpoint.save(folder, config, saved)
@@ -74,7 +95,12 @@ def _import(file: str, run: str, published: str, classes: str, alone: bool, **gi
     print(f"next: {use}; {new if lone else f'to train on, iddpm train DATA --run {folder} --steps N'}")
 
 
-IMPORT = Verb(_import, _import_parser, "FILE", "a run from weights of improved- or guided-diffusion, of EDM, or of diffusers")
+IMPORT = Verb(
+    _import,
+    _import_parser,
+    "FILE",
+    "a run from weights of improved- or guided-diffusion, diffusers, EDM, k-diffusion or denoising-diffusion-pytorch",
+)
 
 # ---- export
 

@@ -13,7 +13,10 @@ ENDS = ("steps", "images", "time")  # of Train: each says when to stop, so one r
 
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet|unet_ddpm")
-_levels = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp")
+_depths = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_mapped")
+_levels = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_linear|unet_mapped")
+_patched = partial(opt, fixed=True, only="network=unet|unet_ddpm|unet_mapped")
+_heads = partial(opt, fixed=True, only="network=unet|unet_ddpm|unet_linear")
 _enlarge = partial(opt, fixed=True, only="task=enlarge")
 _translate = partial(opt, fixed=True, only="task=translate")
 IMAGES = f"task={'|'.join(name for name, task in TASKS.items() if not task.classifies)}"  # not for classifiers
@@ -40,11 +43,11 @@ class Model:
         "8", "bits of each channel that it learns; 16 keeps those of PNG, TIFF and arrays", choices=("8", "16")
     )
     num_channels: int = _levels(128, "channels of the first level", 1, 65536)
-    num_res_blocks: int = _levels(2, "residual blocks per level", 1, 64)
+    num_res_blocks: int = _depths(2, "residual blocks per level", 1, 64)
     channel_mult: str = _levels("", "width of each level, as 1,2,2,2; empty: the usual one for the image size")
-    unet_patch: int = _unet(1, "side of the patches of pixels that it works on; 2 is about four times as fast", 1, 64)
+    unet_patch: int = _patched(1, "side of the patches of pixels that it works on; 2 is about four times as fast", 1, 64)
     attention_resolutions: str = _levels("16,8", "sizes (of the shorter side) that get attention; empty: none")
-    num_heads: int = _unet(4, "attention heads", 1, 65536)
+    num_heads: int = _heads(4, "attention heads", 1, 65536)
     num_head_channels: int = _unet(-1, "channels per head, instead of num_heads", -1, 65536)
     num_heads_upsample: int = _unet(-1, "attention heads on the way up; -1: as num_heads", -1, 65536)
     resblock_updown: bool = _unet(False, "change sizes inside residual blocks")

@@ -173,6 +173,21 @@ class Sigmoid(Continuous):
 
 
 @dataclass(frozen=True)
+class SigmoidChain:
+    """The same as a chain, of which step i ends at u = (i + 1) / T: denoising-diffusion-pytorch's (betas at most 0.999)."""
+
+    steps: int = 1000
+    sigmoid_start: Annotated[float, "where on the sigmoid the image begins", -20.0, 20.0] = -3.0
+    sigmoid_end: Annotated[float, "where on it the noise ends", -20.0, 20.0] = 3.0
+    tau: Annotated[float, "above 1: more like a straight line", 0.01, 100.0] = 1.0
+
+    def betas(self) -> Tensor:  # (T,) float64
+        u = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        bar = Sigmoid(self.sigmoid_start, self.sigmoid_end, self.tau)(u).alpha ** 2
+        return (1 - bar[1:] / bar[:-1]).clamp(max=MAX_BETA)
+
+
+@dataclass(frozen=True)
 class VE(Continuous):
     """Noise is added to the whole image: alpha = 1, sigma^(1/rho) linear in u (Karras et al. 2022, eq. 5)."""
 
@@ -210,4 +225,5 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "ve": VE,
     "cosine_vp": CosineVP,
     "sigmoid": Sigmoid,
+    "sigmoid_chain": SigmoidChain,
 }

@@ -4,7 +4,9 @@ Names, shapes and the order of the random draws are those of the published netwo
 """
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,13 @@ def zeroed(module: M) -> M:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def recomputing(wanted: bool) -> Callable[..., Any]:
+    """How to call a layer: `wanted`, and where gradients are asked for, so that the backward pass computes it again."""
+    if wanted and torch.is_grad_enabled():
+        return partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+    return lambda layer, *args: layer(*args)
 
 
 def stacked(x: Tensor, given: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.dit import DiT
 from iddpm.nn.layers import Downsample, GroupNorm
+from iddpm.nn.linear_unet import LinearUNet
+from iddpm.nn.mapped_unet import MappedUNet
 from iddpm.nn.song import SongUNet
 from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
@@ -69,6 +71,18 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
+def _require_images(asked: Asked, classes: bool = True) -> None:
+    """ValueError where more is asked than images, of a class where the network knows `classes`."""
+    faults = {
+        "is no classifier": asked.logits,
+        "is given no image": asked.given,
+        "is told no --trained_guidance": asked.scale,
+        "knows no classes": asked.classes is not None and not classes,
+    }
+    if found := next((fault for fault, there in faults.items() if there), ""):
+        raise ValueError(f"this network {found}: take --network unet")
+
+
 class AfterConv(nn.Conv2d):
     """The strided convolution that halves height and width, with zeros to the right of x and below it alone."""
 
@@ -108,9 +122,7 @@ def ddpmpp(asked: Asked, settings: Any, smooth: bool = False) -> SongUNet:
 
     `settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for.
     """
-    if asked.logits or asked.given or asked.scale:
-        what = "is no classifier" if asked.logits else "is given no image" if asked.given else "is told no --trained_guidance"
-        raise ValueError(f"this network {what}: take --network unet")
+    _require_images(asked)
     same = {name: getattr(settings, name) for name in ("num_channels", "num_res_blocks", "dropout", "use_checkpoint")}
     return SongUNet(
         **_levels(asked, settings), **same, num_classes=asked.classes, sees_augment=asked.augment, smooth=smooth
@@ -123,6 +135,40 @@ def ncsnpp(asked: Asked, settings: Any) -> SongUNet:
     As `ddpmpp`.
     """
     return ddpmpp(asked, settings, smooth=True)
+
+
+@dataclass(frozen=True)
+class LinearUnet:
+    """The U-Net of denoising-diffusion-pytorch: linear attention at every level, and learned tokens"""
+
+    head_width: Annotated[int, "channels of an attention head, whatever the level's", 1, 65536] = 32
+    tokens: Annotated[int, "learned tokens that pixels attend to as to each other", 1, 65536] = 4
+
+    def __call__(self, asked: Asked, settings: Any) -> LinearUNet:
+        """`settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for."""
+        _require_images(asked, classes=False)
+        same = {name: getattr(settings, name) for name in ("num_channels", "dropout", "use_checkpoint")}
+        return LinearUNet(
+            **_levels(asked, settings), **same, heads=settings.num_heads, head_width=self.head_width, tokens=self.tokens
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MappedUnet:
+    """The U-Net of k-diffusion (image_v1): a mapping network of the time modulates every norm"""
+
+    level_depths: Annotated[str, "residual blocks of each level, as 2,4,4; empty: --num_res_blocks in each"] = ""
+    mapping_width: Annotated[int, "width of the mapping network", 2, 65536] = 256
+
+    def __call__(self, asked: Asked, settings: Any) -> MappedUNet:
+        """`settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for."""
+        _require_images(asked, classes=False)
+        common = _levels(asked, settings, settings.unet_patch)
+        depths = [int(depth) for depth in _numbers(self.level_depths)] or [settings.num_res_blocks] * len(common["channel_mult"])
+        return MappedUNet(
+            **common, depths=depths, mapping_width=self.mapping_width, patch=settings.unet_patch,
+            num_channels=settings.num_channels, dropout=settings.dropout, use_checkpoint=settings.use_checkpoint,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,5 +196,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "unet_ddpm": DdpmUnet,
     "ddpmpp": ddpmpp,
     "ncsnpp": ncsnpp,
+    "unet_linear": LinearUnet,
+    "unet_mapped": MappedUnet,
     "dit": Dit,
 }

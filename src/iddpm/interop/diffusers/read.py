@@ -273,14 +273,22 @@ def _schedule(s: SchedulerFile, steps: int, at: Path) -> dict[str, Any]:
     betas = torch.tensor(s["trained_betas"]) if s.get("trained_betas") is not None else torch.linspace(*ends, steps)
     if len(betas) != steps or not bool(((betas > 0) & (betas <= 1)).all()):
         raise UserError(f"{at}: {len(betas)} betas for {steps} steps, or some that are not above 0 and at most 1")
-    theirs = (1 - betas.double()).cumprod(0)
-    for name, stretched in product(("linear", "cosine"), (False, True)):
+    found = schedule_of(betas)
+    if not found:
+        raise UserError(f"{at}: its betas are those of no noise schedule of iddpm (linear, cosine)")
+    return found | dict(zero_terminal_snr=found["zero_terminal_snr"] or zero)
+
+
+def schedule_of(betas: Tensor) -> dict[str, Any]:
+    """The fields of the chain of ours that has these betas, each above 0 and at most 1; none where there is no such."""
+    theirs, steps = (1 - betas.double()).cumprod(0), len(betas)
+    for name, stretched in product(("linear", "cosine", "sigmoid_chain"), (False, True)):
         first = _alphas(noise_schedule=name, diffusion_steps=steps)[0] ** 2
         shift = round((((1 - theirs[0]) / theirs[0]) / ((1 - first) / first)).sqrt().item(), 4)
         found = dict(noise_schedule=name, diffusion_steps=steps, snr_shift=shift, zero_terminal_snr=stretched)
         if torch.allclose(_alphas(**found), theirs.sqrt(), rtol=1e-4, atol=1e-6):
-            return found | dict(zero_terminal_snr=stretched or zero)
-    raise UserError(f"{at}: its betas are those of no noise schedule of iddpm (linear, cosine)")
+            return found
+    return {}
 
 
 def _alphas(**process: Any) -> Tensor:

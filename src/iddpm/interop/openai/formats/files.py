@@ -107,7 +107,11 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights alone: {odd!r} in it is a {type(found[odd]).__name__}"
             + (mend if isinstance(found[odd], dict) else "")
         )
-    named = {short: found[name] for name, short in bare(found).items()}
+    return floats({short: found[name] for name, short in bare(found).items()}, path)
+
+
+def floats(named: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights in float32; UserError where a name or a tensor is none of a network's."""
     if odd := next((name for name in named if len(name) > 200 or not name.isprintable()), None):
         raise UserError(f"{path} holds weights of a name that none has, {odd[:40]!a}: it is damaged, or no network's")
     if odd := next((name for name, t in named.items() if not _plain(t)), None):

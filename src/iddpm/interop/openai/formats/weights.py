@@ -32,9 +32,9 @@ OTHERS = {  # parts of names by which the networks of others are known
     "down_blocks.": "diffusers: give its folder, with config.json",
     **dict.fromkeys(
         ("inner_model.", "u_net.d_blocks.", "patch_in.proj."),
-        "k-diffusion, whose U-Net and transformers are of other layers than any network of iddpm",
+        "k-diffusion: give the .pth of its train.py or the .safetensors of its convert_for_inference.py, with the config in it",
     ),
-    "init_conv.": "denoising-diffusion-pytorch, whose U-Net attends linearly and to learned tokens, as no network of iddpm does",
+    "init_conv.": "denoising-diffusion-pytorch: give the whole file of its Trainer, which holds the noise levels besides",
     "map_layer0.": "EDM: give its .pkl, which holds the settings besides the weights",
 }
 
