@@ -71,7 +71,7 @@ def ours(size: Size) -> Contestant:
     from iddpm.measure.bound import bits_per_dim
     from iddpm.measure.likelihood import in_memory
     from iddpm.sampling.draw import painter
-    from iddpm.sampling.images import as_uint8
+    from iddpm.sampling.images import as_pixels
     from iddpm.sampling.job import job
     from iddpm.store import checkpoint
     from iddpm.store import files as storage
@@ -95,7 +95,7 @@ def ours(size: Size) -> Contestant:
     def nll(steps: int) -> object:
         state.net.eval()
         changed = config.updated(dict(sampling_steps=str(steps)))
-        data = in_memory(changed, as_uint8(x0).numpy(), None)
+        data = in_memory(changed, as_pixels(x0).numpy(), None)
         return bits_per_dim(changed, net, data, cpu, batch_size=size.batch, say=lambda line: None).total
 
     def save(folder: Path) -> None:

@@ -60,7 +60,7 @@ class Model:
         given: np.ndarray | None = None,
         **how: Any,
     ) -> np.ndarray:
-        """n images (n, H, W, C) uint8, of the seeds `seed`, `seed` + 1 ...: image k depends on its seed alone.
+        """n images (n, H, W, C) uint8, of 16 bits uint16, of the seeds `seed`, `seed` + 1 ...: image k depends on its seed alone.
 
         `labels` are classes by name or number, taken in turn (default: all). `low_res` (n, h, w, C) uint8 is what a
         super-resolution model enlarges, `given` (n, H, W, G) uint8 what a model of --task translate is given. `how` are flags of
@@ -75,15 +75,15 @@ class Model:
             raise UserError(f"{bad}: this is {config.task.help}, which is not given such images")
         if config.task.inputs and not named:
             raise UserError(f"this is {config.task.help}: of which images? {config.task.inputs[0]}=, (n, h, w, channels) uint8")
-        shape, of = given_shape(config.model), next(iter(named.values()), None)
-        if shape and of is not None and (of.dtype != np.uint8 or of.shape != (n, *shape[1:], shape[0])):
-            wanted = f"({n}, {shape[1]}, {shape[2]}, {shape[0]}) uint8"
+        shape, of, kind = given_shape(config.model), next(iter(named.values()), None), f"uint{config.model.bit_depth}"
+        if shape and of is not None and (of.dtype not in (np.uint8, kind) or of.shape != (n, *shape[1:], shape[0])):
+            wanted = f"({n}, {shape[1]}, {shape[2]}, {shape[0]}) {kind}"
             raise UserError(f"{next(iter(named))} must be {wanted}, an image for each that is drawn, not {of.shape} {of.dtype}")
         wanted = labels if isinstance(labels, str) else ",".join(map(str, labels))
         task: Job = job(config, range(seed, seed + n), wanted)._replace(given=of)
         paint = painter(config, self.opened.net, self.device)
         height, width = image_size(config.model)
-        empty = np.zeros((0, height, width, config.model.image_channels), np.uint8)
+        empty = np.zeros((0, height, width, config.model.image_channels), kind)
         return np.concatenate([empty, *images([paint], task, self.opened.which.batch_size)])
 
     def grid(self, steps: int | str = "") -> Grid:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import iddpm
 from conftest import TINY, flags
 from iddpm import rng
 from iddpm.cli.main import main
@@ -228,7 +229,11 @@ def test_a_run_of_many_channels_and_16_bits_trains_samples_and_measures(tmp_path
         main(["sample", str(tmp_path / "r"), "--num_samples", "2", "--out", str(tmp_path / "s.npz"), "--sampling_steps", "2"])
         == 0
     )
-    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (2, 8, 8, 5)
+    drawn = np.load(tmp_path / "s.npz")["arr_0"]
+    assert drawn.shape == (2, 8, 8, 5) and drawn.dtype == np.uint16 and (drawn % 257).any()  # finer than 8 bits
+    model = iddpm.load(tmp_path / "r")
+    np.testing.assert_array_equal(model.sample(2, seed=0, steps=2), drawn)
+    assert np.isfinite(model.bits_per_dim(drawn, steps=2)).all()  # what it draws, it can measure
     assert main(["nll", str(tmp_path / "r"), str(tmp_path / "x.npy"), "--sampling_steps", "4"]) == 0
     assert json.loads((tmp_path / "r" / "nll.json").read_text())["bits_per_dim"] > 16  # no model is shorter than noise
     capsys.readouterr()

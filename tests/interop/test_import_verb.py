@@ -16,7 +16,7 @@ from iddpm.diffusion.solvers import run as walk
 from iddpm.interop.openai.formats import files
 from iddpm.interop.openai.formats import flags as original
 from iddpm.sampling import draw, job
-from iddpm.sampling.images import as_uint8
+from iddpm.sampling.images import as_pixels
 from iddpm.sampling.open import restore
 from iddpm.store import checkpoint
 from iddpm.store.weights import read_weights
@@ -62,7 +62,7 @@ def test_a_run_made_of_the_originals_files_draws_what_its_network_draws(tmp_path
         source.net.load_state_dict(weights)
         denoise = build.sampling_denoiser(config, source.net.eval())
         with torch.inference_mode():
-            expected = as_uint8(walk(build.solver(config)(denoise, noise(0), build.grid(config), noise))).numpy()
+            expected = as_pixels(walk(build.solver(config)(denoise, noise(0), build.grid(config), noise))).numpy()
         assert np.array_equal(drawn(tmp_path / "run", rate), expected)
     assert "next: iddpm sample" in out
 

@@ -121,7 +121,7 @@ def bad(folder, pixels, what):
         return folder, "b.png has 8x10 pixels, and .*a.png 12x10"
     if what == "dtype":
         np.savez(folder / "f.npz", pixels.astype(np.float32))
-        return folder / "f.npz", "holds float32 9 x 12 x 10 x 3; uint8 images"
+        return folder / "f.npz", "holds float32 9 x 12 x 10 x 3; uint8 or uint16 images"
     if what == "shape":
         np.savez(folder / "f.npz", pixels[..., :2])
         return folder / "f.npz", "holds images of 2 channels: metrics see 1, 3 or 4"

@@ -12,7 +12,7 @@ from iddpm.cli.main import main
 from iddpm.errors import UserError
 from iddpm.sampling.draw import images as images_of
 from iddpm.sampling.draw import painter
-from iddpm.sampling.images import as_uint8
+from iddpm.sampling.images import as_pixels
 from iddpm.sampling.job import job as job_of
 from iddpm.sampling.open import restore
 from iddpm.sampling.sheets import grid
@@ -33,8 +33,8 @@ def draw(config, net, job, batch_size=64):
 def test_rounding_brings_every_level_back():
     levels = torch.arange(256.0)
     x = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
-    assert np.array_equal(as_uint8(x).flatten(), np.arange(256))
-    assert as_uint8(torch.full((1, 1, 1, 1), 9.0)).item() == 255
+    assert np.array_equal(as_pixels(x).flatten(), np.arange(256))
+    assert as_pixels(torch.full((1, 1, 1, 1), 9.0)).item() == 255
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])

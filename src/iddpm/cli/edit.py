@@ -89,11 +89,11 @@ def _free(folder: Path, name: str) -> Path:
 
 
 def _read(path: str, config: "Config") -> "np.ndarray":
-    """An image (H, W, C) uint8 at the model's size."""
+    """An image (H, W, C) at the model's size."""
     from iddpm.data import Images
     from iddpm.data.preparation import SCALED, preparation
 
-    size, how = image_size(config.model), preparation(config, bits=8)._replace(only=())
+    size, how = image_size(config.model), preparation(config)._replace(only=())
     data = Images.open(path, size, config.model.image_channels, on_broken="fail", labels="none", how=how)
     if len(data) != 1:
         raise UserError(f"{path} holds {len(data)} images: give image files")

@@ -152,7 +152,7 @@ def _identity(draw: Draw, chain: "list[Opened]", others: "list[Weights]", task: 
     return dict(
         weights=[digest_of(weights) for weights in models], step=first.weights.about["step"],
         ema_rate=first.weights.about.get("ema_rate", 0), seeds=list(task.seeds), labels=list(task.labels),
-        **{k: getattr(draw, k) for k in SHAPING}, **sampled,
+        **{k: getattr(draw, k) for k in SHAPING}, **sampled, **(dict(bits=16) if first.config.model.bit_depth == "16" else {}),
     )  # fmt: skip
 
 

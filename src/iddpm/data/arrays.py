@@ -49,15 +49,15 @@ def read_npz(path: Path, size: tuple[int, int], channels: int) -> Arrays:
     images, labels, classes = open_npz(path)
     if images.shape[1:] != (*size, channels):
         shape, wanted = (" x ".join(map(str, s)) for s in (images.shape, (*size, channels)))
-        raise UserError(f"{path} holds uint8 {shape}; uint8 images N x {wanted} are needed")
+        raise UserError(f"{path} holds {images.dtype} {shape}; images N x {wanted} are needed")
     return Arrays(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels, classes)
 
 
 def require_images(path: Path, images: np.ndarray, any_kind: bool = True) -> np.ndarray:
-    """The images themselves; UserError where they are not uint8, of `any_kind` uint16 or floats, N x H x W x C."""
-    able = images.dtype in (np.uint8, np.uint16, np.float16, np.float32, np.float64) if any_kind else images.dtype == np.uint8
+    """The images themselves; UserError where they are not uint8 or uint16, of `any_kind` also floats, N x H x W x C."""
+    able = images.dtype in (np.uint8, np.uint16, *((np.float16, np.float32, np.float64) if any_kind else ()))
     if not able or images.ndim != 4 or not images.size or images.shape[3] > MOST:
-        kinds, shape = "uint8, uint16 or float" if any_kind else "uint8", " x ".join(map(str, images.shape))
+        kinds, shape = f"uint8{', uint16 or float' if any_kind else ' or uint16'}", " x ".join(map(str, images.shape))
         raise UserError(f"{path} holds {images.dtype} {shape}; {kinds} images N x H x W x C (1 to {MOST} channels) are needed")
     return images
 

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm.config import Config
+from iddpm.data.preparation import signed
 from iddpm.sampling.images import as_float
 from iddpm.sampling.job import enlarged
 
 
 def fidelity(config: Config, drawn: np.ndarray, small: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
-    """Mean PSNR (dB) and SSIM to the originals (N, C, H, W) uint8, of the model's images and of the bicubic ones."""
-    truth = torch.from_numpy(originals).float() / 127.5 - 1
+    """Mean PSNR (dB) and SSIM to the originals (N, C, H, W) uint8 or uint16, of the model's images and of the bicubic ones."""
+    truth = signed(originals)
     out: dict[str, Any] = {"images": len(drawn)}
     for name, made in (("model", drawn), ("bicubic", enlarged(config, small))):
         x = as_float(made)

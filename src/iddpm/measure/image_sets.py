@@ -17,6 +17,7 @@ from iddpm.data.preparation import Preparation, preparation
 from iddpm.data.sources import ENDINGS, Source, open_source
 from iddpm.errors import UserError, readable
 from iddpm.sampling.draw import painter
+from iddpm.sampling.images import eight_bits
 from iddpm.sampling.job import Job
 from iddpm.sampling.open import Opened, digest_of
 from iddpm.store.remote import Unreachable, place
@@ -91,7 +92,7 @@ def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
         )
 
     def take(numbers: Sequence[int]) -> np.ndarray:
-        return np.ascontiguousarray(np.stack([images[int(k)] for k in numbers]).transpose(0, 3, 1, 2))
+        return np.ascontiguousarray(eight_bits(np.stack([images[int(k)] for k in numbers])).transpose(0, 3, 1, 2))
 
     def digest(numbers: Sequence[int]) -> str:
         return _digest(images[int(k)].tobytes() for k in numbers)
@@ -153,7 +154,7 @@ def drawn(model: Opened, job: Job) -> ImageSet:
 
     def take(numbers: Sequence[int]) -> np.ndarray:
         part = Job([job.seeds[int(k)] for k in numbers], [job.labels[int(k)] for k in numbers])
-        return paint(part).cpu().numpy().transpose(0, 3, 1, 2)
+        return eight_bits(paint(part).cpu().numpy()).transpose(0, 3, 1, 2)
 
     def digest(numbers: Sequence[int]) -> str:
         asked = [(job.seeds[int(k)], job.labels[int(k)]) for k in numbers]

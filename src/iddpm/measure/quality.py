@@ -22,6 +22,7 @@ from iddpm.measure.metrics.kernel import kernel_distance
 from iddpm.measure.metrics.moments import Gaussian
 from iddpm.parallel import processes
 from iddpm.sampling.draw import painter
+from iddpm.sampling.images import eight_bits
 from iddpm.sampling.job import job
 from iddpm.store.files import Best
 
@@ -63,7 +64,7 @@ class Quality:
         draw = painter(self.config, net, self.device)
         for r in processes.rounds(len(self.job.seeds), self.config.train.eval_batch):
             drawn = processes.together(partial(draw, self.job.part(r.call.start, r.call.stop))).cpu().numpy()
-            found = features_of(drawn.transpose(0, 3, 1, 2), self.extractor)["pool"][: len(r.mine)]
+            found = features_of(eight_bits(drawn).transpose(0, 3, 1, 2), self.extractor)["pool"][: len(r.mine)]
             parts.append(processes.gather(found).numpy())
         return processes.same(self._compare(np.concatenate(parts), began) if processes.rank() == 0 else {})
 

@@ -191,6 +191,8 @@ def gather(rows: Tensor) -> Tensor:
     """The rows (n, ...) of every process, in the order of their ranks; n may differ."""
     if world() == 1:
         return rows
+    if rows.dtype == torch.uint16:  # which gloo does not carry
+        return gather(rows.flatten(1).contiguous().view(torch.uint8)).view(torch.uint16).unflatten(1, rows.shape[1:])
     counts = every(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows

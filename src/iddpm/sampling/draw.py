@@ -15,7 +15,7 @@ from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.guidance import classifier_gradient, guided
 from iddpm.errors import UserError
 from iddpm.parallel import processes
-from iddpm.sampling.images import Watch, as_float, as_uint8, unwatched
+from iddpm.sampling.images import Watch, as_float, as_pixels, unwatched
 from iddpm.sampling.job import Job
 from iddpm.store.weights import Weights
 
@@ -29,14 +29,15 @@ class Guide(NamedTuple):
     weights: Weights
 
 
-Painter = Callable[[Job], Tensor]  # draws all images of a job at once, on this process alone: (n, H, W, C) uint8, on the device
+# Draws all images of a job at once, on this process alone: (n, H, W, C) on the device, uint8, of a model of 16 bits uint16.
+Painter = Callable[[Job], Tensor]
 
 
 BATCH = 64  # images that a process draws at a time
 
 
 def images(painters: Sequence[Painter], job: Job, batch_size: int = BATCH) -> Iterator[np.ndarray]:
-    """The images of a job in order, batch by batch, (n, H, W, C) uint8; each painter after the first enlarges what the last drew.
+    """The images of a job in order, batch by batch, (n, H, W, C); each painter after the first enlarges what the last drew.
 
     Several processes draw `batch_size` images each at a time, call the networks equally often, and all get all images.
     """
@@ -89,7 +90,7 @@ def painter(
             watch(x, x0)
         if not torch.isfinite(x).all():
             raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
-        return as_uint8(x)
+        return as_pixels(x, int(config.model.bit_depth))
 
     return paint
 

@@ -13,7 +13,7 @@ from iddpm.diffusion.denoiser import Network
 from iddpm.diffusion.grid import Grid
 from iddpm.diffusion.solvers import Ddim, ddim_inversion
 from iddpm.errors import UserError
-from iddpm.sampling.images import Watch, as_float, as_uint8, unwatched
+from iddpm.sampling.images import Watch, as_float, as_pixels, unwatched
 
 
 def begin(grid: Grid, strength: float) -> Grid:
@@ -31,7 +31,7 @@ def variations(
     config: Config, net: Network, device: torch.device, image: np.ndarray, seeds: list[int], y: int | None, strength: float,
     mask: np.ndarray | None = None, watch: Watch = unwatched,
 ) -> np.ndarray:  # fmt: skip
-    """The image (H, W, C) uint8 drawn anew from `strength` of the way to noise, once for each seed: (N, H, W, C) uint8.
+    """The image (H, W, C) drawn anew from `strength` of the way to noise, once for each seed: (N, H, W, C).
 
     At 1 nothing is left of it (Meng et al. 2022, SDEdit); with a mask (H, W), True where it is to be filled, the rest stays.
     """
@@ -51,7 +51,7 @@ def variations(
 
 @torch.inference_mode()
 def noise_of(config: Config, net: Network, device: torch.device, image: np.ndarray, y: int | None) -> Tensor:
-    """The noise (1, C, H, W) from which DDIM comes back to an image (H, W, C) uint8 (Song et al. 2021, DDIM, section 4.3)."""
+    """The noise (1, C, H, W) from which DDIM comes back to an image (H, W, C) (Song et al. 2021, DDIM, section 4.3)."""
     denoise: Any = build.drawing(config, net, condition(config, y, 1, device))
     *_, last = ddim_inversion(denoise, as_float(image[None]).to(device), build.grid(config))
     return last.x
@@ -67,7 +67,7 @@ def between(
     frames: int,
     watch: Watch = unwatched,
 ) -> Iterator[np.ndarray]:
-    """Images (H, W, C) uint8 of DDIM from noises on the arc between two (1, C, H, W), both ends included."""
+    """Images (H, W, C) of DDIM from noises on the arc between two (1, C, H, W), both ends included."""
     grid = build.grid(config)
     for share in np.linspace(0, 1, frames).tolist():
         denoise = build.drawing(config, net, condition(config, y, 1, device))
@@ -85,12 +85,12 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 def walk_back(
     config: Config, denoise: Any, x: Tensor, grid: Grid, noise: Any, solver: Any = None, watch: Watch = unwatched
 ) -> np.ndarray:
-    """What a solver (the config's) makes of x: (B, H, W, C) uint8."""
+    """What a solver (the config's) makes of x: (B, H, W, C) uint8, or uint16 of 16 bits."""
     for x, x0 in (solver or build.solver(config))(denoise, x, grid, noise):  # noqa: B020
         watch(x, x0)
     if not torch.isfinite(x).all():
         raise UserError("what this network draws is not finite: its training diverged; take an earlier --checkpoint_step")
-    return as_uint8(x).cpu().numpy()
+    return as_pixels(x, int(config.model.bit_depth)).cpu().numpy()
 
 
 def noise_of_seed(config: Config, device: torch.device, grid: Grid, seed: int) -> Tensor:

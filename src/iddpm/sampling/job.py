@@ -8,10 +8,10 @@ import numpy as np
 
 from iddpm.config import Config, Draw, given_shape, image_size, names, seed_list, small_size, whole
 from iddpm.data import Images, read_npz
-from iddpm.data.preparation import preparation, signed
+from iddpm.data.preparation import levels, preparation, signed
 from iddpm.data.super_res import bicubic, shrink
 from iddpm.errors import UserError
-from iddpm.sampling.images import as_float, as_uint8
+from iddpm.sampling.images import as_float, as_pixels
 from iddpm.store.remote import place
 
 FIT = "scale them, or have it done as in training: --fit True"
@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
     seeds: Sequence[int]
     labels: Sequence[int]
-    given: np.ndarray | None = None  # (N, h, w, G) uint8
+    given: np.ndarray | None = None  # (N, h, w, G) uint8 or uint16
 
     def part(self, a: int, b: int | None = None) -> "Job":
         """Images a .. b - 1 of the job."""
@@ -79,9 +79,9 @@ def class_name(config: Config, y: int) -> str:
 class Inputs(NamedTuple):
     """The images that a model is given, one for each that it draws; of small ones, what they were made from, if that is known."""
 
-    given: np.ndarray  # (N, h, w, G) uint8
+    given: np.ndarray  # (N, h, w, G) uint8 or uint16
     labels: list[int] | None
-    originals: np.ndarray | None  # (N, C, H, W) uint8
+    originals: np.ndarray | None  # (N, C, H, W) uint8 or uint16
 
 
 def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
@@ -93,8 +93,10 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     assert shape is not None
     path, (channels, *side) = draw.given or draw.low_res or draw.high_res, shape
     size = image_size(config.model) if draw.high_res else (side[0], side[1])
+    how = preparation(config)._replace(only=())
     if path.endswith(".npz"):
         images, labels, named = read_npz(place(path), size, channels)
+        images = levels(images, how, print)
         if labels is not None and m.class_cond and named and classes_of.data.classes:
             labels = np.array([_class(classes_of, named[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
@@ -102,7 +104,6 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     else:
         classes, rule = (classes_of.data.classes, classes_of.data.labels) if m.class_cond else (None, "none")
         # A broken file is refused: the image of another would be taken for its own.
-        how = preparation(config, bits=8)._replace(only=())
         data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes, how=how)
         if not draw.high_res and not draw.fit:
             data.require_size(size, FIT if draw.given else "larger ones are shrunk by --high_res")
@@ -133,10 +134,10 @@ def asked(draw: Draw, classes_of: Config, given: Inputs | None) -> Job:
 
 
 def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:
-    """The small images (N, h, w, C) uint8 that a super-resolution model makes of originals (N, C, H, W) uint8."""
-    return as_uint8(shrink(signed(originals), small_size(config.model))).numpy()
+    """The small images (N, h, w, C) uint8 that a super-resolution model makes of originals (N, C, H, W)."""
+    return as_pixels(shrink(signed(originals), small_size(config.model))).numpy()
 
 
 def enlarged(config: Config, small: np.ndarray) -> np.ndarray:
     """The bicubic enlargement (N, H, W, C) uint8 of small images (N, h, w, C) uint8: the baseline."""
-    return as_uint8(bicubic(as_float(small), image_size(config.model))).numpy()
+    return as_pixels(bicubic(as_float(small), image_size(config.model))).numpy()

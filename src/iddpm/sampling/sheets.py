@@ -8,9 +8,10 @@ from unicodedata import combining, normalize
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iddpm.config import Config, image_size
+from iddpm.config import Config, Model, image_size
 from iddpm.config.choices import row
 from iddpm.parallel import processes
+from iddpm.sampling.images import eight_bits
 from iddpm.sampling.job import Job, enlarged, job, trained_classes
 from iddpm.store.remote import replace
 
@@ -53,7 +54,7 @@ def layout(n: int, height: int, width: int, labels: Sequence[int], classes: Sequ
 
 
 def grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], caption: str = "") -> Image.Image:
-    """Images (N, H, W, C) uint8 as a `layout`, with a caption below, of parts that end with ", "."""
+    """Images (N, H, W, C) as a `layout`, with a caption below, of parts that end with ", "."""
     n, height, width, _ = images.shape
     at = layout(n, height, width, labels, classes)
     lines = _wrapped(caption, at.size[0] - 8)
@@ -115,7 +116,7 @@ def _drawable(name: str, kind: int) -> str:
 
 
 def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
-    """A row for each image and a named column for each version of it, (N, H, W, C) uint8 of any size, enlarged to the largest.
+    """A row for each image and a named column for each version of it, (N, H, W, C) of any size, enlarged to the largest.
 
     More columns than WIDE has room for go on below, all rows again.
     """
@@ -138,8 +139,22 @@ def comparison(columns: Mapping[str, np.ndarray]) -> Image.Image:
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """One image (H, W, C) uint8 as Pillow's; of 2, or more than 4 channels, the first alone."""
-    return Image.fromarray(image if image.shape[-1] in (3, 4) else image[..., 0])
+    """One image (H, W, C) in 8 bits as Pillow's, to look at; of 2, or more than 4 channels, the first alone."""
+    shown = eight_bits(image)
+    return Image.fromarray(shown if shown.shape[-1] in (3, 4) else shown[..., 0])
+
+
+def whole(image: np.ndarray) -> Image.Image:
+    """One image (H, W, C) with all that it holds, for a PNG of its own; `no_png` tells for which models there is one."""
+    return Image.fromarray(image[..., 0]) if image.dtype == np.uint16 else picture(image)
+
+
+def no_png(model: Model) -> str:
+    """Why the images of a model cannot be PNGs of their own; empty where they can."""
+    channels, deep = model.image_channels, model.bit_depth == "16"
+    if channels in ((1,) if deep else (1, 3, 4)):
+        return ""
+    return "a PNG of 16 bits is written of grey images alone" if deep else f"a PNG has 1, 3 or 4 channels, not {channels}"
 
 
 def preview(config: Config, count: int = 64) -> Job:

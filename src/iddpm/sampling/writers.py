@@ -25,7 +25,7 @@ from iddpm.errors import UserError, readable, reason
 from iddpm.parallel import processes
 from iddpm.records import decode
 from iddpm.sampling.job import Job, class_name
-from iddpm.sampling.sheets import caption, grid, picture, save_picture
+from iddpm.sampling.sheets import caption, grid, no_png, save_picture, whole
 from iddpm.saying import Progress
 from iddpm.store.remote import lock, opened, remote, replace, write_file
 
@@ -41,7 +41,7 @@ class Writer(Protocol):
     def write(self, batch: np.ndarray) -> None: ...
 
     def held(self) -> np.ndarray:
-        """All images so far, (N, H, W, C) uint8; not after `close`."""
+        """All images so far, (N, H, W, C); not after `close`."""
         ...
 
     def close(self) -> None: ...
@@ -74,7 +74,7 @@ class Folder:
 
     def write(self, batch: np.ndarray) -> None:
         for image in batch:
-            save_picture(picture(image), self.files[self.done])
+            save_picture(whole(image), self.files[self.done])
             self.done += 1
 
     def held(self) -> np.ndarray:
@@ -89,7 +89,7 @@ class Folder:
 
 
 class Array:
-    """An npz (arr_0 uint8 NHWC, arr_1 labels, classes) or a picture of all images; until then OUT.partial holds the batches."""
+    """An npz (arr_0 NHWC, arr_1 labels, classes) or a picture of all images; until then OUT.partial holds the batches."""
 
     def __init__(self, out: Path, config: Config, job: Job, identity: Identity):
         self.out, self.config, self.job, self.identity = out, config, job, identity
@@ -135,8 +135,9 @@ class Array:
         labels = np.array(self.job.labels, dtype=np.int64)
         with zipfile.ZipFile(to, "w") as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as member:
-                shape = (self.done, *_load(self.parts[0]).shape[1:])
-                np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=shape))
+                first = _load(self.parts[0])
+                kind, shape = np.lib.format.dtype_to_descr(first.dtype), (self.done, *first.shape[1:])
+                np.lib.format.write_array_header_1_0(member, dict(descr=kind, fortran_order=False, shape=shape))
                 for part in self.parts:  # so that memory holds one at a time
                     member.write(_load(part).tobytes())
             if len(labels) and labels.min() >= 0:
@@ -209,8 +210,8 @@ def writer(out: Path, config: Config, job: Job, identity: Identity) -> Writer:
         raise UserError(f"--out {out} is a folder: give another name")
     if out.suffix == ".png" and len(job.seeds) > 1024:
         raise UserError(f"--out {out}: a grid holds at most 1024 images; take .npz or a folder for {len(job.seeds)}")
-    if not out.suffix and config.model.image_channels not in (1, 3, 4):
-        raise UserError(f"--out {out}: a PNG has 1, 3 or 4 channels, not {config.model.image_channels}: end it in .npz")
+    if not out.suffix and (why := no_png(config.model)):
+        raise UserError(f"--out {out}: {why}: end it in .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     return (Array if out.suffix else Folder)(out, config, job, identity)
 
@@ -242,7 +243,7 @@ def draw_into(
 ) -> np.ndarray | None:
     """Draw what a file or folder does not hold yet of a job, by draw(rest, tick), and finish it; the first process writes.
 
-    A bar expects ticks(n) calls of tick for n images. Returns all images, (N, H, W, C) uint8, where the first
+    A bar expects ticks(n) calls of tick for n images. Returns all images, (N, H, W, C), where the first
     process is to `keep` them. UserError where a file of another job lies there, unless it is `replacing` that.
     """
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from iddpm.measure.quality import Quality
 from iddpm.parallel import processes, shard
 from iddpm.sampling import sheets
 from iddpm.sampling.draw import BATCH, images, painter
-from iddpm.sampling.images import as_uint8
+from iddpm.sampling.images import as_pixels
 from iddpm.sampling.job import Job
 from iddpm.store.log import Meter
 from iddpm.training.state import TrainState, copy_weights
@@ -139,6 +139,6 @@ def draw_sheet(
     pixels = whole(config, signed(data.batch(first)))
     x0, other = shown(config, pixels)
     assert other is not None
-    originals, given = as_uint8(x0).numpy(), as_uint8(other).numpy()
+    originals, given = (as_pixels(part, int(config.model.bit_depth)).numpy() for part in (x0, other))
     drawn = np.concatenate(list(images([paint], Job(first.tolist(), labels, given))))
     sheets.comparison_file(config, path, drawn, given, originals.transpose(0, 3, 1, 2))

@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from iddpm.config import seed_list
-from iddpm.data.decode import MODES
 from iddpm.errors import UserError
 from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.look.serving.desk import Desk, Full, Order
@@ -81,8 +80,8 @@ def _order(body: object, models: Mapping[str, Opened], most: int) -> tuple[Order
     if not 1 <= count <= most:
         raise UserError(f"{count} images: ask for 1 to {most} at a time")
     opened = models[name]
-    if form == "zip" and (channels := opened.config.model.image_channels) not in MODES:
-        raise UserError(f"format 'zip' holds PNGs, of 1, 3 or 4 channels, not {channels}: take npz")
+    if form == "zip" and (why := sheets.no_png(opened.config.model)):
+        raise UserError(f"format 'zip': {why}: take npz")
     config = configured(opened.config, asked)
     return Order(opened, config, job(config, seeds or range(count), asked.get("labels", ""))), form
 
@@ -107,7 +106,7 @@ def _zip(images: np.ndarray, order: Order) -> Response:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for seed, image in zip(order.job.seeds, images):
-            archive.writestr(f"{seed:06d}.png", _saved(sheets.picture(image)))
+            archive.writestr(f"{seed:06d}.png", _saved(sheets.whole(image)))
     return Response(file.getvalue(), media_type="application/zip")
 
 

@@ -23,7 +23,7 @@ class Full(Exception):
 
 @dataclass
 class Order:
-    """Images that somebody asked for; `images` has them all, (n, H, W, C) uint8, when they are drawn."""
+    """Images that somebody asked for; `images` has them all, (n, H, W, C), when they are drawn."""
 
     opened: Opened
     config: Config

@@ -23,7 +23,7 @@ from iddpm.errors import UserError
 from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.sampling import edit
 from iddpm.sampling.draw import painter
-from iddpm.sampling.images import Watch, as_uint8
+from iddpm.sampling.images import Watch, as_pixels, eight_bits
 from iddpm.sampling.job import Job, job
 from iddpm.sampling.open import Opened, open_weights
 from iddpm.sampling.sheets import picture
@@ -156,11 +156,11 @@ def fitted(text: str, config: Config, channels: int = 0) -> tuple[np.ndarray, st
 
 
 def address(images: np.ndarray, columns: int = 0) -> str:
-    """Images (N, H, W, C) uint8 side by side, in as many columns, as a data: address of a PNG."""
+    """Images (N, H, W, C) side by side, in as many columns, as a data: address of a PNG."""
     n, h, w, c = images.shape
     columns = columns or columns_of(n)
     sheet = np.full((-(-n // columns) * columns, h, w, c), 255, np.uint8)
-    sheet[:n] = images
+    sheet[:n] = eight_bits(images)
     whole = sheet.reshape(-1, columns, h, w, c).transpose(0, 2, 1, 3, 4).reshape(-1, columns * w, c)
     file = io.BytesIO()
     picture(whole).save(file, "PNG", compress_level=1)
@@ -175,7 +175,7 @@ def columns_of(n: int) -> int:
 def uint8(x: Tensor) -> np.ndarray:
     """What stands in (B, C, H, W), whatever its scale: beyond the range of images it is shrunk, so that noise is seen as such."""
     far = x.abs().amax()
-    return as_uint8(x / far if far > 4 else x).cpu().numpy()
+    return as_pixels(x / far if far > 4 else x).cpu().numpy()
 
 
 # ---- what may be done: whether a model can, and how
@@ -236,5 +236,5 @@ def wish_of(body: object, paths: Callable[[str], Path], device: str) -> Wish:
 
 
 def work(wish: Wish, watch: Watch) -> Iterator[np.ndarray]:
-    """Do it: images (n, H, W, C) uint8 as they are ready."""
+    """Do it: images (n, H, W, C) as they are ready."""
     return KINDS[wish.asked["kind"]][1](wish, watch)
