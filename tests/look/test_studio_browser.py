@@ -126,6 +126,22 @@ def test_images_form_before_the_eyes_by_one_solver_or_several(visit):
     page.locator(".cells.strip img").nth(2).wait_for()
 
 
+def test_a_late_answer_on_one_model_does_not_undo_the_choice_of_another(visit):
+    page, held = visit("#runs"), []
+    page.route("**/api/model?run=first", lambda route: held.append(route))  # playwright marks what it calls
+    page.get_by_role("tab", name="Playground").click()
+    field(page, "model").select_option("first")
+    field(page, "model").select_option("second")
+    draw_button = page.get_by_role("button", name="Draw", exact=True)
+    draw_button.and_(page.locator(":enabled")).wait_for()
+    field(page, "solver").select_option("heun")
+    with page.expect_response("**/api/model?run=first"):
+        for route in held:
+            route.continue_()
+    page.wait_for_timeout(200)  # for what the answer does, if it does anything
+    assert held and field(page, "solver").input_value() == "heun" and field(page, "model").input_value() == "second"
+
+
 def test_a_drawing_is_cancelled_and_another_asked_for(visit):
     page = visit("#play")
     draw(page, solver="ancestral", sampling_steps="20", seeds="0-15")

@@ -166,13 +166,17 @@
     if (wish.model.value && (!model || model.name !== wish.model.value)) await load(wish.model.value);
   }
 
+  let loads = 0;
   async function load(name) {
-    const others = [...wish].filter(e => e !== wish.model && e.id !== "cancel");
+    const mine = ++loads, others = [...wish].filter(e => e !== wish.model && e.id !== "cancel");
     others.forEach(e => { e.disabled = true; });  // what it sets is not to undo what is typed meanwhile
-    try {
-      told($("fault"), "");
-      model = await json("model?run=" + encodeURIComponent(name));
-    } catch (e) { model = null; told($("fault"), e); return; } finally { others.forEach(e => { e.disabled = false; }); }
+    let found = null, fault = "";
+    try { found = await json("model?run=" + encodeURIComponent(name)); } catch (e) { fault = e; }
+    if (mine !== loads) return;  // another was chosen meanwhile
+    others.forEach(e => { e.disabled = false; });
+    told($("fault"), fault);
+    model = found;
+    if (!model) return;
     const m = model, enlarges = m.task === "enlarge";
     if (wish.model.value !== name) options(wish.model, runs.filter(r => r.draws).map(r => [r.name, r.name]), name);
     $("about").textContent = `${m.size[0]} × ${m.size[1]} pixels, step ${m.step.toLocaleString("en")}` + (m.given ? `; it is given pictures of ${m.given[1]} × ${m.given[2]}` : "") + (enlarges ? ", which it enlarges" : "");
