@@ -1,8 +1,8 @@
 """The U-Net of EDM2 (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", figure 21).
 
-Every layer keeps the root mean square of what it is given: weights count by their direction alone, sums and stacks are scaled,
-and no norm nor bias is learned. `hold` keeps the weights themselves at that size in training, so that a rate means the same in
-every layer and at every step. Equations are those of its appendix B.
+Every layer keeps the root mean square of what it is given: weights count by their direction alone, sums and stacks are scaled, no
+norm nor bias is learned. `hold` keeps the weights at that size in training, so that a rate means the same in every layer and at
+every step. Equations are of the paper's appendix B. What of u(sigma), the loss's own network, is in the file, is not here.
 """
 
 import math
