@@ -92,7 +92,20 @@ def test_a_run_of_it_draws_is_guided_measured_and_trained_on(tmp_path, capsys):
     np.savez(images, np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 2]))
     for how in ([], ["--ode", "--trace", "hutchinson"]):
         assert main(["nll", run, images, "--sampling_steps", "4", *how]) == 0
-    on = ["--init_from", run, "--steps", "2", "--batch_size", "2", "--device", "cpu"]
+    on = [
+        "--init_from",
+        run,
+        "--steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--sampling_steps",
+        "2",
+    ]
     assert main(["train", images, "--run", str(tmp_path / "on"), *on]) == 0
 
 

@@ -2,7 +2,7 @@
 
 Every layer keeps the root mean square of what it is given: weights count by their direction alone, sums and stacks are scaled, no
 norm nor bias is learned. `hold` keeps the weights at that size in training, so that a rate means the same in every layer and at
-every step. Equations are of the paper's appendix B. What of u(sigma), the loss's own network, is in the file, is not here.
+every step. Equations are of the paper's appendix B. u(sigma), a network of its loss alone, is left out.
 """
 
 import math
@@ -115,8 +115,7 @@ class Block(nn.Module):
         self.conv_skip = nn.Identity() if channels + joined == out_channels else MPConv(channels + joined, out_channels, 1)
         self.conv_res0 = MPConv(out_channels if down else channels + joined, out_channels, 3)
         self.emb_linear, self.emb_gain = MPLinear(emb, out_channels), nn.Parameter(torch.zeros(1))
-        self.dropout = nn.Dropout(dropout)
-        self.conv_res1 = MPConv(out_channels, out_channels, 3)
+        self.dropout, self.conv_res1 = nn.Dropout(dropout), MPConv(out_channels, out_channels, 3)
         self.heads = shared(out_channels, HEAD) if attends else 0
         if attends:
             self.qkv, self.proj = MPConv(out_channels, 3 * out_channels, 1), MPConv(out_channels, out_channels, 1)
@@ -149,17 +148,9 @@ class MPUNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        num_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention: Collection[int],
-        channel_mult: Sequence[float],
-        dropout: float = 0.0,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-    ):
+        self, in_channels: int, num_channels: int, out_channels: int, num_res_blocks: int, attention: Collection[int],
+        channel_mult: Sequence[float], dropout: float = 0.0, num_classes: int | None = None, use_checkpoint: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.num_classes, self.recompute = num_classes, use_checkpoint
         widths = [int(mult * num_channels) for mult in channel_mult]
