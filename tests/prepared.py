@@ -111,6 +111,12 @@ def edm(path: Path) -> None:
     test_edm.written(path, test_edm.edm("ddpmpp"))
 
 
+def edm2(path: Path) -> None:
+    from interop import test_edm, test_edm2
+
+    test_edm.written(path, test_edm2.edm2("plain"))
+
+
 def of_wang(path: Path) -> None:
     import torch
 
@@ -156,6 +162,8 @@ MADE: dict[str, Callable[[Path], None] | str] = {
     "cifar10_uncond_50M_500K.pt": published,
     "logs": logs,
     "edm-cifar10-32x32-uncond-vp.pkl": edm,
+    "edm2-img64-s-1073741-0.075.pkl": edm2,
+    "edm2-img64-xs-0134217-0.110.pkl": edm2,
     "results/model-100.pt": of_wang,
     "cifar10_00400000.pth": of_crowson,
     "scripts": scripts,

@@ -62,6 +62,7 @@ def test_the_names_are_those_that_users_know():
         "ncsnpp",
         "unet_linear",
         "unet_mapped",
+        "unet_mp",
         "dit",
         "super_res",
         "classifier",

@@ -70,8 +70,8 @@ class Persistent:
 
 
 def weights(name: str, shape: list[int]) -> torch.Tensor:
-    w = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(tuple(shape)).astype(np.float32)
-    if name.endswith("freqs"):
+    w = np.asarray(np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(tuple(shape)), np.float32)
+    if name.endswith(("freqs", "phases", "gain")):
         return torch.from_numpy(w)
     return torch.from_numpy(w / np.sqrt(np.prod(shape[1:])) if w.ndim > 1 else 0.1 * w + np.float32(name.endswith("weight")))
 
@@ -79,9 +79,9 @@ def weights(name: str, shape: list[int]) -> torch.Tensor:
 def module(node: list[Any], name: str = "", settings: dict[str, Any] | None = None) -> Any:
     """A module of the golden file, as PyTorch keeps its state."""
     kind, numbers, parameters, buffers, parts = node
-    made = {k: torch.nn.Parameter(weights(f"{name}{k}", s), False) if s else None for k, s in parameters.items()}
-    kept = {k: weights(f"{name}{k}", s) if s else None for k, s in buffers.items()}
-    inner = {k: module(v, f"{name}{k}.", settings if k == "model" else None) for k, v in parts.items()}
+    made = {k: torch.nn.Parameter(weights(f"{name}{k}", s), False) if s is not None else None for k, s in parameters.items()}
+    kept = {k: weights(f"{name}{k}", s) if s is not None else None for k, s in buffers.items()}
+    inner = {k: module(v, f"{name}{k}.", settings if k in ("model", "unet") else None) for k, v in parts.items()}
     if kind == "ModuleDict":  # of torch itself
         found = torch.nn.ModuleDict()
         found._modules.update(inner)
@@ -314,7 +314,6 @@ def bias(content: dict[str, Any]) -> torch.Tensor:
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "EDM2": (lambda: dict(ema=Persistent("Precond", {})), "EDM2"),
     "VP": (lambda: dict(ema=Persistent("VPPrecond", {})), "VPPrecond"),
     "VE": (lambda: dict(ema=Persistent("VEPrecond", {})), "VEPrecond"),
     "a chain's": (lambda: dict(ema=Persistent("iDDPMPrecond", {})), "iDDPMPrecond"),

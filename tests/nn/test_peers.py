@@ -1,4 +1,4 @@
-"""The networks of denoising-diffusion-pytorch and k-diffusion as networks to train; what they compute is in tests/interop."""
+"""The networks of denoising-diffusion-pytorch, k-diffusion and EDM2, to train; what they compute is in tests/interop."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from iddpm import build
 from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.nn.mapped_unet import Resize
+from iddpm.nn.mp_unet import hold
 
 SMALL = dict(image_size="8", num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4")
-NETWORKS = ("unet_linear", "unet_mapped")
+NETWORKS = ("unet_linear", "unet_mapped", "unet_mp")
 
 
 def made(network: str, **settings: object) -> torch.nn.Module:
@@ -24,7 +25,7 @@ def made(network: str, **settings: object) -> torch.nn.Module:
 def gradients(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([-1.0, 0.5])
     net(x, t).square().mean().backward()
-    return {name: p.grad for name, p in net.named_parameters()}
+    return {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -56,11 +57,12 @@ def test_sizes_change_by_the_filter_1_3_3_1_on_a_mirrored_edge(way):
     ("network", "settings", "said"),
     [
         ("unet_mapped", dict(num_channels=65), "multiple of 32"),
+        ("unet_mp", dict(num_channels=43, channel_mult="1,3"), "multiple of 64"),
         ("unet_mapped", dict(level_depths="1,2,3"), "3 depths for 2 levels"),
         ("unet_mapped", dict(mapping_width=33), "odd --mapping_width"),
         ("unet_mapped", dict(image_size="10", attention_resolutions="", unet_patch=2), "multiples of 4"),
         *((network, dict(image_size="9"), "multiples of 2") for network in NETWORKS),
-        *((network, dict(class_cond=True, num_classes=3), "knows no classes") for network in NETWORKS),
+        *((network, dict(class_cond=True, num_classes=3), "knows no classes") for network in NETWORKS[:2]),
         *((network, dict(task="enlarge", small_size="4"), "is given no image") for network in NETWORKS),
         *((network, dict(task="classify"), "is no classifier") for network in NETWORKS),
     ],
@@ -68,3 +70,14 @@ def test_sizes_change_by_the_filter_1_3_3_1_on_a_mirrored_edge(way):
 def test_what_it_cannot_be_is_refused(network, settings, said):
     with pytest.raises(UserError, match=said):
         made(network, **settings)
+
+
+def test_training_keeps_weights_of_edm2_at_unit_size_and_what_they_compute():
+    net, x, t = made("unet_mp").eval().requires_grad_(False), torch.randn(2, 3, 8, 8), torch.tensor([-1.0, 0.5])
+    before = net(x, t)
+    for p in net.parameters():
+        p.mul_(1 + 9 * (p.ndim > 1))
+    hold(net)
+    sizes = [p.flatten(1).square().mean(1).sqrt() for name, p in net.named_parameters() if name.endswith("weight")]
+    torch.testing.assert_close(torch.cat(sizes), torch.ones(sum(map(len, sizes))), rtol=1e-3, atol=0)
+    torch.testing.assert_close(net(x, t), before, rtol=1e-2, atol=1e-2)  # up to what keeps divisors from 0

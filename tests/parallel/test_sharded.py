@@ -153,12 +153,14 @@ def folder(tmp_path_factory, pictures) -> Path:
 def make(root: Path, pictures: Path) -> None:
     base = dict(path=str(pictures))
     half = base | dict(steps=10)
+    held = base | dict(network="unet_mp", steps=5, lr=0.01)
     vanish = base | dict(cache_gb=0, random_flip=False, steps=8)
     for k in (1, 2, 3):
         shutil.copytree(pictures, root / f"pictures{k}")
     do(
         1,
         Job(root / "one", base),
+        Job(root / "held-one", held),
         Job(root / "poisoned1", base | dict(steps=8)),
         Job(root / "vanished1", vanish | dict(path=str(root / "pictures1"))),
     )
@@ -168,6 +170,8 @@ def make(root: Path, pictures: Path) -> None:
         Job(root / "vanished2", vanish | dict(path=str(root / "pictures2"))),
         Job(root / "vanished-fail", vanish | dict(path=str(root / "pictures3"), on_broken="fail")),
         Job(root / "ddp2", base | dict(microbatch=1)),
+        Job(root / "held-ddp2", held),
+        Job(root / "held-fsdp2", held | dict(shard=-1)),
         Job(root / "fsdp2", base | dict(shard=-1, microbatch=2, sample_interval=10)),
         Job(root / "ddp2-half", half),
         Job(root / "fsdp2-half", half | dict(shard=2)),
@@ -225,6 +229,16 @@ def test_a_file_that_vanishes_ends_the_run_of_every_process_alike_where_it_is_to
     assert "No such file" in said[0]
     saved, _ = checkpoint.Folder(folder / "vanished-fail").newest()
     assert [row["step"] for row in rows(folder / "vanished-fail")][-1:] == ([saved.step] if saved else [])
+
+
+@pytest.mark.parametrize("name", ["held-ddp2", "held-fsdp2"])
+def test_weights_that_are_held_at_unit_size_are_so_in_several_processes(folder, name):
+    assert_same_run(folder / name, folder / "held-one")
+    tensors = read_weights(folder / name, ema_rate=0).tensors
+    kernels = torch.cat([t.flatten(1).square().mean(1) for t in tensors.values() if t.ndim == 4])
+    torch.testing.assert_close(kernels, torch.ones_like(kernels), rtol=1e-3, atol=0)
+    labels = tensors["label_emb.weight"].square().mean(0)
+    torch.testing.assert_close(labels, torch.ones_like(labels), rtol=1e-3, atol=0)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ NOT_HERE = (  # of the original's flags: what belongs to a command that trains, 
 
 def _import_parser(parser: Parser) -> None:
     text = (
-        "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; a .pkl of EDM's; the folder of diffusers' "
+        "model000000.pt, ema_0.9999_000000.pt, or any file of such weights; a .pkl of EDM's or EDM2's; the folder of diffusers' "
         "UNet2DModel; a checkpoint of denoising-diffusion-pytorch's Trainer or of k-diffusion"
     )
     parser.add_argument("file", help=text)
@@ -99,7 +99,7 @@ IMPORT = Verb(
     _import,
     _import_parser,
     "FILE",
-    "a run from weights of improved- or guided-diffusion, diffusers, EDM, k-diffusion or denoising-diffusion-pytorch",
+    "a run from weights of improved- or guided-diffusion, diffusers, EDM, EDM2, k-diffusion or denoising-diffusion-pytorch",
 )
 
 # ---- export

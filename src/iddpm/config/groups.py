@@ -13,8 +13,8 @@ ENDS = ("steps", "images", "time")  # of Train: each says when to stop, so one r
 
 _fixed = partial(opt, fixed=True)  # a resumed run cannot change it
 _unet = partial(opt, fixed=True, only="network=unet|unet_ddpm")
-_depths = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_mapped")
-_levels = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_linear|unet_mapped")
+_depths = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_mapped|unet_mp")
+_levels = partial(opt, fixed=True, only="network=unet|unet_ddpm|ddpmpp|ncsnpp|unet_linear|unet_mapped|unet_mp")
 _patched = partial(opt, fixed=True, only="network=unet|unet_ddpm|unet_mapped")
 _heads = partial(opt, fixed=True, only="network=unet|unet_ddpm|unet_linear")
 _enlarge = partial(opt, fixed=True, only="task=enlarge")

@@ -12,6 +12,7 @@ from iddpm.nn.dit import DiT
 from iddpm.nn.layers import Downsample, GroupNorm
 from iddpm.nn.linear_unet import LinearUNet
 from iddpm.nn.mapped_unet import MappedUNet
+from iddpm.nn.mp_unet import MPUNet
 from iddpm.nn.song import SongUNet
 from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
@@ -171,6 +172,16 @@ class MappedUnet:
         )  # fmt: skip
 
 
+def unet_mp(asked: Asked, settings: Any) -> MPUNet:
+    """The U-Net of EDM2 (Karras et al. 2024): every layer, sum and stack keeps the size of what it is given
+
+    `settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for.
+    """
+    _require_images(asked)
+    same = {name: getattr(settings, name) for name in ("num_channels", "num_res_blocks", "dropout", "use_checkpoint")}
+    return MPUNet(**_levels(asked, settings), **same, num_classes=asked.classes)
+
+
 @dataclass(frozen=True)
 class Dit:
     """A transformer on patches: adaLN-Zero, rotary positions, gated layers (Peebles & Xie 2023; Li & He 2025)"""
@@ -198,5 +209,6 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "ncsnpp": ncsnpp,
     "unet_linear": LinearUnet,
     "unet_mapped": MappedUnet,
+    "unet_mp": unet_mp,
     "dit": Dit,
 }

@@ -14,6 +14,7 @@ from iddpm.diffusion.denoiser import Denoiser
 from iddpm.diffusion.objective import Terms
 from iddpm.diffusion.schedule import Schedule
 from iddpm.diffusion.weighting import Remembering
+from iddpm.nn import mp_unet
 from iddpm.parallel import processes, shard
 from iddpm.store.checkpoint import Decay
 from iddpm.store.log import Meter
@@ -88,6 +89,7 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
         for group in state.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(config, state.step, state.end, state.decay), settings.weight_decay
         state.optimizer.step()
+        mp_unet.hold(state.net)
         state.ema.update()
         if state.law.looks:  # all processes' losses come together only for a law that reads them
             processes.sum_(losses)

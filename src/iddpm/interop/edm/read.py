@@ -1,11 +1,13 @@
-"""EDM's pickled networks, SongUNet (DDPM++, NCSN++) and DhariwalUNet in EDM's preconditioning, as weights and config of ours."""
+"""EDM's and EDM2's pickled networks, in EDM's preconditioning, as weights and config of ours.
+
+Of EDM: SongUNet (DDPM++, NCSN++) and DhariwalUNet in an EDMPrecond. Of EDM2: the UNet in a Precond, of those that draw pixels.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from iddpm import build, fit
 from iddpm.config import Config, check
 from iddpm.config.presets import recipes
 from iddpm.errors import UserError
+from iddpm.interop.edm.kinds import KINDS, OTHERS, PART, PIXELS, RANGE, Inner, Kind, Outer
 from iddpm.interop.edm.pickled import Record, record, unpickle
 from iddpm.interop.openai.formats.convert import agreed, named
 from iddpm.interop.openai.formats.files import OLD
@@ -22,73 +25,7 @@ from iddpm.records import fits
 from iddpm.store.checkpoint import Saved
 from iddpm.store.weights import require_finite
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=65536)]
-Sizes = Annotated[list[Size], msgspec.Meta(max_length=16)]
 MOST = 20_000  # modules of a network, more than any has: a record may stand in itself, or many times in another
-
-
-class Outer(TypedDict):
-    """The settings of an EDMPrecond that are read, as its state has them."""
-
-    img_resolution: Size
-    img_channels: Annotated[int, msgspec.Meta(ge=1, le=4)]
-    label_dim: Annotated[int, msgspec.Meta(ge=0, le=10**6)]
-    sigma_min: float
-    sigma_max: float
-    sigma_data: float
-
-
-class Inner(TypedDict, total=False):
-    """Those of its network, as they were given to it; what was not given is as in DEFAULTS."""
-
-    augment_dim: Annotated[int, msgspec.Meta(ge=0, le=1024)]
-    model_channels: Size
-    channel_mult: Annotated[Sizes, msgspec.Meta(min_length=1)]
-    channel_mult_emb: int
-    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=64)]
-    attn_resolutions: Sizes
-    dropout: float
-    label_dropout: float
-    embedding_type: str
-    channel_mult_noise: int
-    encoder_type: str
-    decoder_type: str
-    resample_filter: Sizes
-
-
-class Kind(NamedTuple):
-    """A network of EDM's: its defaults, and of each of our networks that can be it, what must be set."""
-
-    defaults: dict[str, Any]
-    ours: dict[str, dict[str, Any]]
-    fixed: dict[str, float]  # in its blocks and norms; another number is of another version of its code
-    head: int  # channels of a head of attention; 0: there is one head
-
-
-COMMON = dict(augment_dim=0, channel_mult_emb=4, dropout=0.1, label_dropout=0.0)
-PLAIN = dict(embedding_type="positional", channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
-             resample_filter=[1, 1])  # fmt: skip
-SMOOTH = dict(PLAIN, embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=[1, 3, 3, 1])
-KINDS = {
-    "SongUNet": Kind(
-        dict(COMMON, **PLAIN, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16]),
-        {"ddpmpp": PLAIN, "ncsnpp": SMOOTH},
-        dict(adaptive_scale=False, skip_scale=0.5**0.5, eps=1e-6),
-        0,
-    ),
-    "DhariwalUNet": Kind(
-        dict(COMMON, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]),
-        {"unet": {}},
-        dict(adaptive_scale=True, skip_scale=1.0, eps=1e-5),
-        64,
-    ),
-}
-OTHERS = {  # what is like an EDMPrecond, and is not
-    "Precond": "is of EDM2, whose network iddpm does not have",
-    "VPPrecond": "is told its noise and scaled as by Song et al.'s VP: iddpm reads EDM's own preconditioning, EDMPrecond",
-    "VEPrecond": "is told its noise and scaled as by Song et al.'s VE: iddpm reads EDM's own preconditioning, EDMPrecond",
-    "iDDPMPrecond": "is scaled as a chain: give the file of OpenAI's that it was made of; iddpm reads EDMPrecond",
-}
 
 
 def is_pickle(path: Path) -> bool:
@@ -107,39 +44,53 @@ def imported(path: Path, given: Mapping[str, Any] = {}, classes: str = "") -> tu
     net = found.get("ema") if isinstance(found, dict) else found
     if not isinstance(net, Record):
         raise UserError(f"{path} holds no network as 'ema', as EDM's network-snapshot-*.pkl and published files do")
-    if net.kind != "EDMPrecond":
-        raise UserError(f"{path}: its {net.kind} {OTHERS.get(net.kind, 'is no network of EDM: iddpm reads EDMPrecond')}")
-    config, kind, told = _config(net, found, path)
+    model, kind = _network(net, found, path)
+    config, told = _config(net, model, kind, found, path)
     config = named(agreed(config, given, path), classes)
-    weights = require_finite(_weights(net, config, kind, path), path)
-    note = f"config: {path} ({net.kind}, {record(net, '_modules')['model'].kind} as --network {config.model.network})"
+    weights = require_finite(_weights(model, config, kind, path), path)
+    note = f"config: {path} ({net.kind}, {model.kind} as --network {config.model.network})"
     return Saved(0, weights, {}, {}, dict(step=0, images=0, weights_only=True)), config, [note, *told]
+
+
+def _network(net: Record, found: Any, path: Path) -> tuple[Record, Kind]:
+    """The network that a record is around, and its kind; UserError where it is none of ours, or draws no pixels."""
+    if net.kind not in PART:
+        raise UserError(
+            f"{path}: its {net.kind} {OTHERS.get(net.kind, 'is no network of EDM: iddpm reads ' + ' and '.join(PART))}"
+        )
+    model = record(net, "_modules").get(PART[net.kind])
+    known = [name for name, kind in KINDS.items() if kind.outer == net.kind]
+    if not isinstance(model, Record) or model.kind not in known:
+        what = model.kind if isinstance(model, Record) else "nothing"
+        raise UserError(f"{path}: the network of its {net.kind} is {what}: iddpm reads {' and '.join(known)}")
+    encoder = found.get("encoder") if isinstance(found, dict) else None
+    if encoder is not None and not (isinstance(encoder, Record) and encoder.kind == PIXELS):
+        name = encoder.kind if isinstance(encoder, Record) else type(encoder).__name__
+        raise UserError(
+            f"{path} draws latents, of which its {name} makes images by a network that is not in the file (a VAE), nor in "
+            "iddpm: this reads models of pixels, as edm2-img64-*.pkl"
+        )
+    return model, KINDS[model.kind]
 
 
 # ---- settings
 
 
-def _config(net: Record, found: Any, path: Path) -> tuple[Config, Kind, list[str]]:
-    """The config, the kind of network, and what to tell of it."""
-    model = record(net, "_modules").get("model")
-    if not isinstance(model, Record) or model.kind not in KINDS:
-        what = model.kind if isinstance(model, Record) else "nothing"
-        raise UserError(f"{path}: the network of its EDMPrecond is {what}: iddpm reads {' and '.join(KINDS)}")
-    kind = KINDS[model.kind]
+def _config(net: Record, model: Record, kind: Kind, found: Any, path: Path) -> tuple[Config, list[str]]:
+    """The config, and what to tell of it."""
     given = {k: v for k, v in record(model, "_init_kwargs").items() if k in Inner.__annotations__}
     try:
-        outer: Any = fits({k: net.held.get(k) for k in Outer.__annotations__}, Outer)
+        outer: Any = fits({k: net.held.get(k, RANGE.get(k)) for k in Outer.__annotations__}, Outer)
         inner: Any = {**kind.defaults, **fits(given, Inner)}
     except ValueError as e:
-        raise UserError(f"{path}: its settings are not those of an EDMPrecond ({e})") from None
+        raise UserError(f"{path}: its settings are not those of a {net.kind} ({e})") from None
     faults = {name: [k for k, v in fixed.items() if inner[k] != v] for name, fixed in kind.ours.items()}
     network, wrong = min(faults.items(), key=lambda item: len(item[1]))
-    wrong += ["channel_mult_emb"] * (inner["channel_mult_emb"] != 4)
     if wrong:
         raise UserError(
-            f"{path}: its {model.kind} has {wrong[0]} {inner[wrong[0]]!r}: iddpm has EDM's own, {', '.join(kind.ours)}"
+            f"{path}: its {model.kind} has {wrong[0]} {inner[wrong[0]]!r}: iddpm has it as published, {', '.join(kind.ours)}"
         )
-    settings = recipes("edm")[0] | dict(
+    settings = recipes("edm")[0] | kind.settings | dict(
         network=network,
         image_size=str(outer["img_resolution"]),
         image_channels=outer["img_channels"],
@@ -155,19 +106,19 @@ def _config(net: Record, found: Any, path: Path) -> tuple[Config, Kind, list[str
         solver="edm",
         S_churn=0.0,  # EDM's own deterministic sampler
         ema_rate="",
-    )
-    if kind.head:
-        settings |= dict(num_head_channels=kind.head, resblock_updown=True, use_scale_shift_norm=True)
+    )  # fmt: skip
     if outer["label_dim"]:
         settings |= dict(class_cond=True, num_classes=outer["label_dim"], class_dropout=float(inner["label_dropout"]))
-    told = []
+    law = {k: v for k, v in record(found, "loss_fn").items() if k in ("P_mean", "P_std") and isinstance(v, int | float)}
+    settings |= {k: float(v) for k, v in law.items()}
+    told = list[str]()
     if inner["augment_dim"] == CHANGES and not kind.head:
         share = record(found, "augment_pipe").get("p")
         settings["augment"] = share if isinstance(share, float) and 0 < share <= 1 else 0.12
     elif inner["augment_dim"]:
         told = ["what it knew of changed images is left out: drawing is not touched, training on begins without"]
     try:
-        return fit.require_fit(check(Config().updated(settings))), kind, told
+        return fit.require_fit(check(Config().updated(settings))), told
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
 
@@ -194,9 +145,8 @@ def tensors_of(module: Any, name: str = "", depth: int = 0) -> Iterator[tuple[st
         yield from tensors_of(part, f"{name}{k}.", depth + 1)
 
 
-def _weights(net: Record, config: Config, kind: Kind, path: Path) -> dict[str, Tensor]:
+def _weights(model: Record, config: Config, kind: Kind, path: Path) -> dict[str, Tensor]:
     """The weights by our names; UserError where they are not those of the settings."""
-    model = record(net, "_modules")["model"]
     tensors = dict[str, Tensor]()
     for count, (name, part) in enumerate(tensors_of(model)):
         if count > MOST:
@@ -207,7 +157,7 @@ def _weights(net: Record, config: Config, kind: Kind, path: Path) -> dict[str, T
             _require_own_code(name, part, kind, path)
     with torch.device("meta"):
         wanted = shapes_of(build.network(config).state_dict())
-    names = _names(model, tensors)
+    names = _same_names(model, tensors, kind.names) if kind.names else _names(model, tensors)
     labels: dict[str, Tensor] = {name: tensors.pop(name) for name in ("map_label.weight", "map_label.bias") if name in tensors}
     found = {}
     for name, t in tensors.items():
@@ -269,8 +219,30 @@ def _names(model: Record, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
+def _same_names(model: Record, tensors: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, str]:
+    """Our names of theirs, where blocks are the same, as enc.32x32_block0.attn_qkv.weight -> enc.1.qkv.weight."""
+    blocks = {
+        f"{way}.{name}": f"{way}.{i}"
+        for way in ("enc", "dec")
+        for i, name in enumerate(record(model, "_modules", way, "_modules"))
+    }
+    found = {}
+    for name in tensors:
+        block = ".".join(name.split(".")[:2])
+        ours = blocks.get(block, block) + name[len(block) :]
+        found[name] = ".".join(parts.get(part, part) for part in ours.split("."))
+    return found
+
+
 def _turned(t: Tensor, name: str, wanted: Mapping[str, tuple[int, ...]], kind: Kind) -> Tensor:
-    """A tensor as ours has it: 1x1 convolutions of attention lose a dimension, and each head's q, k and v come one by one."""
+    """A tensor as ours has it: 1x1 convolutions of attention lose a dimension, and each head's q, k and v come one by one.
+
+    Of EDM2, gains are lists of one, which can be shared among processes, and there is a row for each class.
+    """
+    if t.ndim == 0:
+        return t[None]
+    if name == "label_emb.weight" and t.ndim == 2:
+        return t.T
     if ".qkv." in name and len(t) % 3 == 0:
         heads = max(1, len(t) // 3 // kind.head) if kind.head else 1
         if len(t) % (3 * heads) == 0:
