@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,13 @@ TINY = dict(
 
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # of a test's values those that `make test-slow` alone tries
+
+
+def diagonal(rows: Iterable, columns: Iterable) -> list:
+    """The pairs of a table as a test's values: each row and each column once or more, and the other pairs SLOW."""
+    rows, columns = list(rows), list(columns)
+    short = min(len(rows), len(columns))
+    return [(a, b) if i % short == j % short else SLOW(a, b) for i, a in enumerate(rows) for j, b in enumerate(columns)]
 
 
 @pytest.fixture(scope="session")

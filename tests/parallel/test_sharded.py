@@ -1,6 +1,6 @@
 """The same run on any number of processes, whole or sharded, and from one to another.
 
-Starting processes costs more than these runs, so each number of processes is started once, and does one job after another.
+Meeting costs more than these runs, so each number of processes is started once, and does one job after another.
 """
 
 import fcntl
@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from iddpm.store import checkpoint
 from iddpm.store.log import read_rows
 from iddpm.store.weights import read_weights
 from iddpm.training.state import TrainState
+from launcher import Launcher
 
 RUN = dict(
     TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), schedule_sampler="loss-second-moment",
@@ -41,29 +41,22 @@ class Job(NamedTuple):
     copy: Path | None = None  # a run to go on from
 
 
-def start(processes: int, *jobs: Job, **environment: str) -> subprocess.Popen:
-    here = Path(__file__)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parents[2] / 'src'}:{here.parents[1]}"} | environment
-    told = json.dumps([[str(j.run), j.settings, str(j.copy or "")] for j in jobs])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), here, told]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def do(processes: int, *jobs: Job) -> str:
+def do(launcher: Launcher, processes: int, *jobs: Job) -> str:
     """What they said."""
-    process = start(processes, *jobs)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
+    told = json.dumps([[str(j.run), j.settings, str(j.copy or "")] for j in jobs])
+    program = "import sys; from parallel.test_sharded import main; main(sys.argv[1])"
+    said = jobs[0].run.with_suffix(".said")
+    return launcher.start(told, said=said, processes=processes, program=program).succeed(240)
 
 
-def main(jobs: list) -> None:
+def main(told: str) -> None:
     """What each process does."""
     from iddpm.training.loop import train
 
+    warnings.simplefilter("error", UserWarning)
     torch.set_num_threads(1)
     with processes.session(torch.device("cpu")):
-        for run, settings, copy in jobs:
+        for run, settings, copy in json.loads(told):
             name = Path(run).name
             config = Config().updated(RUN | settings)
             if copy and processes.rank() == 0:
@@ -137,7 +130,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, pictures) -> Path:
+def folder(launcher, tmp_path_factory, pictures) -> Path:
     """The runs of one, two and three processes, by name; made once, whichever of pytest-xdist's workers is first."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "several"
@@ -145,24 +138,26 @@ def folder(tmp_path_factory, pictures) -> Path:
     with open(root / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (root / "made").exists():
-            make(root, pictures)
+            make(launcher, root, pictures)
             (root / "made").touch()
     return root
 
 
-def make(root: Path, pictures: Path) -> None:
+def make(launcher: Launcher, root: Path, pictures: Path) -> None:
     base = dict(path=str(pictures))
     half = base | dict(steps=10)
     vanish = base | dict(cache_gb=0, random_flip=False, steps=8)
     for k in (1, 2, 3):
         shutil.copytree(pictures, root / f"pictures{k}")
     do(
+        launcher,
         1,
         Job(root / "one", base),
         Job(root / "poisoned1", base | dict(steps=8)),
         Job(root / "vanished1", vanish | dict(path=str(root / "pictures1"))),
     )
     out = do(
+        launcher,
         2,
         Job(root / "poisoned2", base | dict(steps=8, shard=-1)),
         Job(root / "vanished2", vanish | dict(path=str(root / "pictures2"))),
@@ -174,13 +169,14 @@ def make(root: Path, pictures: Path) -> None:
     )
     (root / "said").write_text(out)
     do(
+        launcher,
         3,
         Job(root / "ddp3", base),
         Job(root / "fsdp3", base | dict(shard=3, microbatch=1)),
         Job(root / "fsdp2-then-fsdp3", base | dict(shard=-1), copy=root / "fsdp2-half"),
         Job(root / "ddp2-then-fsdp3", base | dict(shard=-1, microbatch=2), copy=root / "ddp2-half"),
     )
-    do(1, Job(root / "fsdp2-then-one", base, copy=root / "fsdp2-half"))
+    do(launcher, 1, Job(root / "fsdp2-then-one", base, copy=root / "fsdp2-half"))
 
 
 RUNS = ["ddp2", "fsdp2", "ddp3", "fsdp3", "fsdp2-then-fsdp3", "ddp2-then-fsdp3", "fsdp2-then-one"]
@@ -228,13 +224,14 @@ def test_a_file_that_vanishes_ends_the_run_of_every_process_alike_where_it_is_to
 
 
 @pytest.mark.slow
-def test_a_mesh_of_two_by_two_gives_the_run_of_one(folder, pictures, tmp_path):
+def test_a_mesh_of_two_by_two_gives_the_run_of_one(launcher, folder, pictures, tmp_path):
     do(
+        launcher,
         4,
         Job(tmp_path / "r", dict(path=str(pictures), shard=2)),
         Job(tmp_path / "c", dict(path=str(pictures), shard=2, steps=10)),
     )
-    do(2, Job(tmp_path / "then", dict(path=str(pictures)), copy=tmp_path / "c"))
+    do(launcher, 2, Job(tmp_path / "then", dict(path=str(pictures)), copy=tmp_path / "c"))
     assert_same_run(tmp_path / "r", folder / "one")
     assert_same_run(tmp_path / "then", folder / "one")
     names = sorted(p.name for p in (checkpoint.newest(tmp_path / "r")[0] / "state").iterdir())
@@ -243,13 +240,8 @@ def test_a_mesh_of_two_by_two_gives_the_run_of_one(folder, pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sharding_in_half_precision_stays_close_to_replicas(pictures, tmp_path, precision):
+def test_sharding_in_half_precision_stays_close_to_replicas(launcher, pictures, tmp_path, precision):
     settings = dict(path=str(pictures), precision=precision, use_checkpoint=True)
-    do(2, Job(tmp_path / "ddp", settings), Job(tmp_path / "fsdp", settings | dict(shard=-1)))
+    do(launcher, 2, Job(tmp_path / "ddp", settings), Job(tmp_path / "fsdp", settings | dict(shard=-1)))
     for a, b in zip(rows(tmp_path / "ddp"), rows(tmp_path / "fsdp"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3), a["step"]
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("error", UserWarning)
-    main(json.loads(sys.argv[1]))
