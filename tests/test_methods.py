@@ -68,15 +68,17 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
+def trained(made_once, pictures):
     """A run of each method of four steps; and another that was stopped after two."""
-    root = tmp_path_factory.mktemp("methods")
-    for name in METHODS:
-        for run, ends in (("whole", [4]), ("parted", [2, 4])):
-            for steps in ends:
-                line = flags(**settings(name) | dict(steps=steps))
-                assert main(["train", str(pictures), "--run", str(root / name / run), *line]) == 0
-    return root
+
+    def train(root):
+        for name in METHODS:
+            for run, ends in (("whole", [4]), ("parted", [2, 4])):
+                for steps in ends:
+                    line = flags(**settings(name) | dict(steps=steps))
+                    assert main(["train", str(pictures), "--run", str(root / name / run), *line]) == 0
+
+    return made_once("methods", train)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -60,13 +60,19 @@ def test_what_is_stopped_goes_on_by_the_same_command(launcher, run, pictures, tm
     launcher.start(*command, said=tmp_path / "again").succeed()
 
 
-@pytest.mark.parametrize("streams", ["| head -1", "<&- >&- 2>&-"])
-def test_streams_that_go_away_end_no_training(pictures, tmp_path, streams):
-    settings = " ".join(flags(**{**TINY, "steps": 30}))
-    line = f"{sys.executable} -m iddpm train {pictures} --run {tmp_path}/r {settings} {streams}"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(["bash", "-c", line], env=env, capture_output=True, timeout=120)
-    assert (tmp_path / "r" / "checkpoints" / "step_00000030").is_dir()
+@pytest.mark.parametrize("streams", ["read to the first line", "closed"])
+def test_streams_that_go_away_end_no_training(launcher, pictures, tmp_path, streams):
+    command = ("train", pictures, "--run", tmp_path / "r", *flags(**TINY))
+    if streams == "closed":
+        line = f"{sys.executable} -m iddpm {' '.join(map(str, command))} <&- >&- 2>&-"
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+        subprocess.run(["bash", "-c", line], env=env, capture_output=True, timeout=120)
+    else:
+        head = (
+            "import os, subprocess; p = subprocess.Popen(['head', '-1'], stdin=-1); os.dup2(p.stdin.fileno(), 1); p.stdin.close()"
+        )
+        launcher.start(*command, said=tmp_path / "said", program=f"{head}; entry()").wait()
+    assert (tmp_path / "r" / "checkpoints" / "step_00000004").is_dir()
     assert (tmp_path / "r" / "config.json").read_text().startswith("{")
 
 

@@ -11,7 +11,7 @@ from iddpm.cli.main import main
 from inception_oracles import fidelity, torch_fidelity, weights_by_rule
 from measure.extractors.test_inception import pictures, published
 
-N = 10
+N = 20
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 Meeting costs more than these runs, so each number of processes is started once, and does one job after another.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -31,7 +30,8 @@ from launcher import Launcher
 
 RUN = dict(
     TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), schedule_sampler="loss-second-moment",
-    weighting="uncertainty", ema_power="0.1", random_flip=True, grad_clip=1, batch_size=7, steps=20, validation_interval=5,
+    weighting="uncertainty", ema_power="0.1", random_flip=True, grad_clip=1, batch_size=7, steps=8, validation_interval=4,
+    sampling_steps="2",
 )  # fmt: skip
 
 
@@ -130,40 +130,32 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(launcher, tmp_path_factory, pictures) -> Path:
-    """The runs of one, two and three processes, by name; made once, whichever of pytest-xdist's workers is first."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "several"
-    root.mkdir(exist_ok=True)
-    with open(root / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not (root / "made").exists():
-            make(launcher, root, pictures)
-            (root / "made").touch()
-    return root
+def folder(launcher, made_once, pictures) -> Path:
+    """The runs of one, two and three processes, by name."""
+    return made_once("several", lambda root: make(launcher, root, pictures))
 
 
 def make(launcher: Launcher, root: Path, pictures: Path) -> None:
     base = dict(path=str(pictures))
-    half = base | dict(steps=10)
-    vanish = base | dict(cache_gb=0, random_flip=False, steps=8)
+    half = base | dict(steps=4)
+    vanish = base | dict(cache_gb=0, random_flip=False)
     for k in (1, 2, 3):
         shutil.copytree(pictures, root / f"pictures{k}")
     do(
         launcher,
         1,
         Job(root / "one", base),
-        Job(root / "poisoned1", base | dict(steps=8)),
+        Job(root / "poisoned1", base),
         Job(root / "vanished1", vanish | dict(path=str(root / "pictures1"))),
     )
     out = do(
         launcher,
         2,
-        Job(root / "poisoned2", base | dict(steps=8, shard=-1)),
+        Job(root / "poisoned2", base | dict(shard=-1)),
         Job(root / "vanished2", vanish | dict(path=str(root / "pictures2"))),
         Job(root / "vanished-fail", vanish | dict(path=str(root / "pictures3"), on_broken="fail")),
         Job(root / "ddp2", base | dict(microbatch=1)),
-        Job(root / "fsdp2", base | dict(shard=-1, microbatch=2, sample_interval=10)),
+        Job(root / "fsdp2", base | dict(shard=-1, microbatch=2, sample_interval=4)),
         Job(root / "ddp2-half", half),
         Job(root / "fsdp2-half", half | dict(shard=2)),
     )
@@ -196,14 +188,14 @@ def test_the_checkpoint_of_a_sharded_run_holds_parts_of_the_optimizer_and_whole_
     }  # fmt: skip
     assert set(json.loads((step / "manifest.json").read_text())) == files - {"manifest.json"}
     weights = read_weights(folder / "fsdp3", ema_rate=0)
-    assert weights.about["step"] == 20
+    assert weights.about["step"] == 8
     assert {k: v.shape for k, v in weights.tensors.items()} == {
         k: v.shape for k, v in read_weights(folder / "one").tensors.items()
     }
 
 
 def test_samples_drawn_on_the_way_of_a_sharded_run_leave_it_alone(folder):
-    assert sorted(p.name for p in (folder / "fsdp2" / "samples").iterdir()) == ["step_00000010.png", "step_00000020.png"]
+    assert sorted(p.name for p in (folder / "fsdp2" / "samples").iterdir()) == ["step_00000004.png", "step_00000008.png"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_and_counted_on_all(folder):
@@ -229,7 +221,7 @@ def test_a_mesh_of_two_by_two_gives_the_run_of_one(launcher, folder, pictures, t
         launcher,
         4,
         Job(tmp_path / "r", dict(path=str(pictures), shard=2)),
-        Job(tmp_path / "c", dict(path=str(pictures), shard=2, steps=10)),
+        Job(tmp_path / "c", dict(path=str(pictures), shard=2, steps=4)),
     )
     do(launcher, 2, Job(tmp_path / "then", dict(path=str(pictures)), copy=tmp_path / "c"))
     assert_same_run(tmp_path / "r", folder / "one")
