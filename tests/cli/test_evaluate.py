@@ -223,7 +223,7 @@ def test_a_run_is_measured_as_the_npz_of_its_samples(run, pictures, tmp_path):
     row = json.loads((tmp_path / "run.json").read_text())["figures"][0]
     assert (row["solver"], row["steps"], row["checkpoint_step"], row["ema_rate"], row["seeds"]) == (
         "ancestral",
-        5,
+        3,
         4,
         0.9,
         "0-23",
@@ -347,7 +347,7 @@ def test_statistics_of_a_file_are_told_with_their_own_number_of_images(sets, tmp
 @pytest.mark.parametrize(
     "changed",
     [
-        dict(clip_denoised=False), dict(precision="bf16"), dict(solver="ddim"), dict(sampling_steps=3), dict(ema_rate=0),
+        dict(clip_denoised=False), dict(precision="bf16"), dict(solver="ddim"), dict(sampling_steps=2), dict(ema_rate=0),
         dict(num_samples=10), dict(num_reference=15), dict(neighbours=3), dict(seed=1), dict(labels="disc"),
     ],
 )  # fmt: skip
