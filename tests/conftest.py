@@ -1,9 +1,10 @@
 """Small real runs for the tests: three classes of 8x8 grey pictures, and a network that trains in seconds."""
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,37 @@ torch.set_num_threads(1)
 
 TINY = dict(
     image_size="8", image_channels=1, num_channels=16, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4",
-    num_heads=2, diffusion_steps=20, noise_schedule="cosine", learn_sigma=True, batch_size=6, lr=1e-3, sampling_steps="5",
+    num_heads=2, diffusion_steps=20, noise_schedule="cosine", learn_sigma=True, batch_size=6, lr=1e-3, sampling_steps="3",
     ema_rate="0.9,0.99", steps=4, save_interval=100, sample_interval=0, log_interval=1, device="cpu", precision="fp32",
 )  # fmt: skip
 
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # of a test's values those that `make test-slow` alone tries
+
+
+def diagonal(rows: Iterable, columns: Iterable) -> list:
+    """The pairs of a table as a test's values: each row and each column once or more, and the other pairs SLOW."""
+    rows, columns = list(rows), list(columns)
+    short = min(len(rows), len(columns))
+    return [(a, b) if i % short == j % short else SLOW(a, b) for i, a in enumerate(rows) for j, b in enumerate(columns)]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder that a function fills, once for all of pytest-xdist's workers. Read it; do not change it."""
+    base = tmp_path_factory.getbasetemp()
+
+    def made(name: str, fill: Callable[[Path], None]) -> Path:
+        root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        root.mkdir(exist_ok=True)
+        with open(root / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not (root / ".made").exists():
+                fill(root)
+                (root / ".made").touch()
+        return root
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,7 @@ def test_the_bound_of_ours_and_of_the_plain_loop_take_as_many_calls(script) -> N
     assert len(calls) == 7 and total.shape == (2,)
 
 
+@pytest.mark.slow
 def test_all_measures_print_their_tables(script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     speed = script("speed")
     monkeypatch.setattr(speed, "convolution_peak", lambda: {"fp32": 100.0, "bf16": 200.0})

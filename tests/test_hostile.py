@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hostile import Room, furnished, outcome, spoil
 
-MANY = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**32 - 1)
 
 

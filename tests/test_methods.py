@@ -1,14 +1,13 @@
 """Every named method from end to end: trained, stopped and gone on with, sampled, measured; two of them on two processes."""
 
 import json
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import SLOW, TINY, flags
+from conftest import SLOW, TINY, diagonal, flags
 from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config, Model, fields_of
@@ -16,7 +15,6 @@ from iddpm.config.choices import choices
 from iddpm.data import Order
 from iddpm.data.batches import make_batch, open_data
 from iddpm.store.log import read_rows
-from launcher import Launcher
 
 BASE = dict(TINY, batch_size=4, ema_rate="0.9") | dict(learn_sigma=False)
 CHAIN = dict(diffusion_steps=20, noise_schedule="cosine")
@@ -70,15 +68,17 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
+def trained(made_once, pictures):
     """A run of each method of four steps; and another that was stopped after two."""
-    root = tmp_path_factory.mktemp("methods")
-    for name in METHODS:
-        for run, ends in (("whole", [4]), ("parted", [2, 4])):
-            for steps in ends:
-                line = flags(**settings(name) | dict(steps=steps))
-                assert main(["train", str(pictures), "--run", str(root / name / run), *line]) == 0
-    return root
+
+    def train(root):
+        for name in METHODS:
+            for run, ends in (("whole", [4]), ("parted", [2, 4])):
+                for steps in ends:
+                    line = flags(**settings(name) | dict(steps=steps))
+                    assert main(["train", str(pictures), "--run", str(root / name / run), *line]) == 0
+
+    return made_once("methods", train)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -94,7 +94,7 @@ WALKS = [name for name in choices("solver") if name != "consistency"]
 EVERY_SOLVER = ("iddpm hybrid", "edm", "flow", "v, continuous")  # the others with their own
 
 
-@pytest.mark.parametrize(("name", "solver"), [*((name, "") for name in METHODS), *product(EVERY_SOLVER, WALKS)])
+@pytest.mark.parametrize(("name", "solver"), [*((name, "") for name in METHODS), *diagonal(EVERY_SOLVER, WALKS)])
 def test_it_draws_with_every_solver(trained, name, solver, tmp_path):
     chosen = ["--solver", solver] if solver else []
     command = ["sample", str(trained / name / "whole"), "--num_samples", "2", "--sampling_steps", "4", "--device", "cpu", *chosen]
@@ -267,10 +267,9 @@ def test_the_likelihood_by_the_ode_says_how_it_was_found(trained, name, line, pi
 
 
 @pytest.mark.parametrize("name", ["flow", SLOW("edm")])
-def test_two_processes_train_what_one_does(trained, name, pictures, tmp_path):
-    with Launcher() as launcher:
-        line = flags(**settings(name))
-        launcher.start("train", pictures, "--run", tmp_path / "two", *line, said=tmp_path / "said", processes=2).succeed()
+def test_two_processes_train_what_one_does(launcher, trained, name, pictures, tmp_path):
+    line = flags(**settings(name))
+    launcher.start("train", pictures, "--run", tmp_path / "two", *line, said=tmp_path / "said", processes=2).succeed()
     one, two = tensors(trained / name / "whole", 4), tensors(tmp_path / "two", 4)
     assert one.keys() == two.keys()
     for a, b in zip(read_rows(trained / name / "whole"), read_rows(tmp_path / "two")):

@@ -32,23 +32,22 @@ def test_a_signal_saves_a_training_and_ends_it_with_75(launcher, pictures, tmp_p
     assert list((tmp_path / "r" / "checkpoints").glob("step_*"))
 
 
-def test_nohup_is_respected(pictures, tmp_path):
-    command = ["nohup", sys.executable, "-m", "iddpm", "train", str(pictures), "--run", str(tmp_path / "r"), *flags(**LONG)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+def test_nohup_is_respected(launcher, pictures, tmp_path):
+    nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); entry()"  # all that it does
+    command = ("train", pictures, "--run", tmp_path / "r", *flags(**LONG))
+    process = launcher.start(*command, said=tmp_path / "said", program=nohup)
     until(tmp_path / "r" / "log.jsonl", '"step": 3,')
-    process.send_signal(signal.SIGHUP)
+    process.kill(number=signal.SIGHUP)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.running()
+    process.kill(number=signal.SIGTERM)
+    assert process.wait() == [75]
 
 
 @pytest.mark.parametrize("verb", ["sample", "nll"])
 def test_what_is_stopped_goes_on_by_the_same_command(launcher, run, pictures, tmp_path, verb):
     rest = {
-        "sample": ["--num_samples", 60, "--batch_size", 1, "--out", tmp_path / "x.npz"],
+        "sample": ["--num_samples", 16, "--batch_size", 1, "--out", tmp_path / "x.npz"],
         "nll": [pictures, "--out", tmp_path / "n.json"],
     }
     command = (verb, run, *rest[verb], "--sampling_steps", 20, "--device", "cpu")
@@ -61,30 +60,38 @@ def test_what_is_stopped_goes_on_by_the_same_command(launcher, run, pictures, tm
     launcher.start(*command, said=tmp_path / "again").succeed()
 
 
-@pytest.mark.parametrize("streams", ["| head -1", "<&- >&- 2>&-"])
-def test_streams_that_go_away_end_no_training(pictures, tmp_path, streams):
-    settings = " ".join(flags(**{**TINY, "steps": 30}))
-    line = f"{sys.executable} -m iddpm train {pictures} --run {tmp_path}/r {settings} {streams}"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(["bash", "-c", line], env=env, capture_output=True, timeout=120)
-    assert (tmp_path / "r" / "checkpoints" / "step_00000030").is_dir()
+@pytest.mark.parametrize("streams", ["read to the first line", "closed"])
+def test_streams_that_go_away_end_no_training(launcher, pictures, tmp_path, streams):
+    command = ("train", pictures, "--run", tmp_path / "r", *flags(**TINY))
+    if streams == "closed":
+        line = f"{sys.executable} -m iddpm {' '.join(map(str, command))} <&- >&- 2>&-"
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+        subprocess.run(["bash", "-c", line], env=env, capture_output=True, timeout=120)
+    else:
+        head = (
+            "import os, subprocess; p = subprocess.Popen(['head', '-1'], stdin=-1); os.dup2(p.stdin.fileno(), 1); p.stdin.close()"
+        )
+        launcher.start(*command, said=tmp_path / "said", program=f"{head}; entry()").wait()
+    assert (tmp_path / "r" / "checkpoints" / "step_00000004").is_dir()
     assert (tmp_path / "r" / "config.json").read_text().startswith("{")
 
 
-def test_names_in_another_encoding_are_printed_and_kept(run, tmp_path):
+def test_names_in_another_encoding_are_printed_and_kept(launcher, tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d/caf\xe9"))
     folder.mkdir(parents=True)
     for k in range(3):
         Image.new("L", (8, 8), 50 * k).save(folder / os.fsdecode(b"\xe9%d.png" % k))
     (folder / os.fsdecode(b"bad\xe9.png")).write_text("x")
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONIOENCODING": "utf-8:strict"}
-    quiet = flags(**{**TINY, "steps": 1})
-    first = [sys.executable, "-m", "iddpm", "train", str(tmp_path / "d"), "--run", str(tmp_path / "r"), *quiet]
-    rest = ["--per_image", str(tmp_path / "q.csv"), *flags(sampling_steps=2, device="cpu"), "--out", str(tmp_path / "n.json")]
-    for command in (first, [sys.executable, "-m", "iddpm", "nll", str(tmp_path / "r"), str(tmp_path / "d"), *rest]):
-        done = subprocess.run(command, env=env, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert b"note: 1 of 4 " in done.stderr and b"Warning" not in done.stderr
+    strict = "import sys; [s.reconfigure(encoding='utf-8', errors='strict') for s in (sys.stdout, sys.stderr)]; entry()"
+    rest = ["--per_image", tmp_path / "q.csv", *flags(sampling_steps=2, device="cpu"), "--out", tmp_path / "n.json"]
+    for command in (
+        ["train", tmp_path / "d", "--run", tmp_path / "r", *flags(**{**TINY, "steps": 1})],
+        ["nll", tmp_path / "r", tmp_path / "d", *rest],
+    ):
+        process = launcher.start(*command, said=tmp_path / "out", err=tmp_path / "err", program=strict)
+        assert process.wait() == [0], (tmp_path / "err").read_bytes()
+        told = (tmp_path / "err").read_bytes()
+        assert b"note: 1 of 4 " in told and b"Warning" not in told
     assert b"caf\xe9/\xe91.png" in (tmp_path / "q.csv").read_bytes()
 
 

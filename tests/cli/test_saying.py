@@ -132,11 +132,10 @@ def test_a_terminal_has_a_bar_and_an_answer_to_ctrl_c_at_once(pictures, tmp_path
     assert answer < saved
 
 
-def test_files_and_pipes_have_no_control_characters(pictures, tmp_path):
-    argv = ["train", pictures, "--run", tmp_path / "r", *flags(**TINY)]
-    done = subprocess.run([sys.executable, "-m", "iddpm", *map(str, argv)], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
+def test_files_and_pipes_have_no_control_characters(launcher, pictures, tmp_path):
+    line = ("train", pictures, "--run", tmp_path / "r", *flags(**TINY))
+    told = launcher.start(*line, said=tmp_path / "said").succeed()
+    assert told and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", told)
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,11 @@ def test_torch_takes_it_unless_the_user_has_said_otherwise(given, expected):
     assert subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout.startswith(expected)
 
 
-def test_a_flag_wins_on_every_verb(tmp_path):
-    code = "import sys; from iddpm.cli.main import main; main(sys.argv[1:]); import torch; print(torch.get_num_threads())"
-    env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    command = [sys.executable, "-c", code, "data", "digits", str(tmp_path / "d"), "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
+def test_a_flag_wins_on_every_verb(launcher, tmp_path):
+    code = "import torch; torch.set_num_threads(2)\ntry: entry()\nfinally: print(torch.get_num_threads())"
+    command = ("data", "digits", tmp_path / "d", "--threads", "1")
+    told = launcher.start(*command, said=tmp_path / "said", env={"OMP_NUM_THREADS": "2"}, program=code).succeed()
+    assert told.splitlines()[-1:] == ["1"]
 
 
 def test_no_threads_are_refused(capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import diagonal
 from diffusion.rows import CONTINUOUS, DISCRETE, bind, chain, evenly, grid, made
 from golden_rules import Stub, noise
 from iddpm.diffusion.denoiser import Denoiser, clip, fixed_small, wide
@@ -133,8 +134,7 @@ def ramped(schedule: str, steps: int) -> list[Any]:
     return [s._replace(alpha_to=to.alpha, sigma_to=to.sigma, time_to=to.time) for s, to in zip(at, at[1:])]
 
 
-@pytest.mark.parametrize("solver", ORDERS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "solver"), diagonal(SCHEDULES, ORDERS))
 def test_a_solver_is_of_the_order_it_claims(schedule: str, solver: str) -> None:
     """The exact path keeps (x_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2); it is followed in float64.
 
@@ -169,8 +169,7 @@ class Denoised:
         self.x0 = x0
 
 
-@pytest.mark.parametrize("solver", [*ORDERS, *ROUGH, *OWN_STEPS, "edm without churn"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "solver"), diagonal(SCHEDULES, [*ORDERS, *ROUGH, *OWN_STEPS, "edm without churn"]))
 def test_a_solver_that_draws_nothing_turns_noise_into_the_data(schedule: str, solver: str) -> None:
     walked, draw = fine(schedule, 1000 if ORDERS.get(solver) == 1 else 400), seeded(4, (1, 1, 128, 128))
     solve = Edm(S_churn=0.0) if " " in solver else Adaptive(1e-3, 1e-3) if solver in OWN_STEPS else made(SOLVERS[solver])

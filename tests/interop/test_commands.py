@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import flags, torchrun
+from conftest import flags
 from iddpm.cli.flags import Parser
 from iddpm.cli.main import VERBS, main
 from iddpm.interop.openai.formats import flags as original
@@ -166,15 +166,14 @@ def test_a_classifier_is_trained_and_guides(images, monkeypatch, tmp_path):
         assert set(file["arr_1"].tolist()) <= {0, 1, 2}
 
 
-def test_two_processes_train_the_run_of_one_with_batches_of_their_own(images, trained, tmp_path, monkeypatch):
+def test_two_processes_train_the_run_of_one_with_batches_of_their_own(launcher, images, trained, tmp_path):
     """batch_size is each process's: two of 2 are one of 4."""
-    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path))
-    process = torchrun(2, "image_train", *flags(data_dir=images, **MODEL, **TRAIN | dict(batch_size=2)))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    losses = [[float(r["loss"]) for r in rows(folder)] for folder in (trained, tmp_path)]
+    line = ("image_train", *flags(data_dir=images, **MODEL, **TRAIN | dict(batch_size=2)))
+    env = {"OPENAI_LOGDIR": str(tmp_path / "log")}
+    launcher.start(*line, said=tmp_path / "said", processes=2, env=env).succeed()
+    losses = [[float(r["loss"]) for r in rows(folder)] for folder in (trained, tmp_path / "log")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert (tmp_path / "log-rank001.txt").exists()
+    assert (tmp_path / "log" / "log-rank001.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Defects B2, B3, B10, B11 and B23: what two processes under torchrun do, and what they did by the original's rules.
+"""Defects B2, B3, B10, B11 and B23: what two processes do, and what they did by the original's rules.
 
 Each writes down what it reads, sends and holds; the tests look at that.
 """
@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -140,17 +138,14 @@ def two(data: str, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(pictures, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of two processes under torchrun, and the facts of each."""
-    root, tests = tmp_path_factory.mktemp("pair"), Path(__file__).parents[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent / 'src'}:{tests}", "TMPDIR": str(root),
-    }  # fmt: skip
-    arguments = ["interop.test_defects_processes", str(pictures), str(root)]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=env, timeout=120)
+def pair(launcher, pictures, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of two processes, and the facts of each."""
+    root = tmp_path_factory.mktemp("pair")
+    program = "import sys; from interop.test_defects_processes import two; two(*sys.argv[1:])"
+    how = dict(processes=2, env={"TMPDIR": str(root)}, program=program)
+    text = launcher.start(pictures, root, said=root / "said", **how).succeed()
     found = [root / f"{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), done.stderr[-3000:]
+    assert all(path.exists() for path in found), text[-3000:]
     return root, [json.loads(path.read_text()) for path in found]
 
 
@@ -228,7 +223,3 @@ def test_b23_the_numbers_of_the_first_process_alone_are_others(pair):
 def test_b23_without_a_folder_given_they_share_one(pair):
     zero, one = (facts["log"] for facts in pair[1])
     assert zero == one and zero[1:] == ["log-rank001.txt", "log.txt"]
-
-
-if __name__ == "__main__":
-    two(*sys.argv[1:])

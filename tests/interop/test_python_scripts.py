@@ -1,8 +1,5 @@
 """Scripts written against improved_diffusion run after install(): this project's own, with the calls of the original's five."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import numpy as np
 import pytest
 
 from interop.python_seeded import write_images
+from launcher import Launcher
 
 HEAD = """
 import argparse, os, sys
@@ -130,7 +128,8 @@ UP = "--large_size 64 --small_size 32 --num_channels 32 --num_res_blocks 1 --cla
 TRAINING = "--batch_size 2 --lr_anneal_steps 2 --log_interval 1 --microbatch 1 --ema_rate 0.9"
 
 LAUNCH = """
-import runpy, sys
+import runpy, sys, warnings
+warnings.simplefilter("error")
 from iddpm.interop.openai import install
 install()
 del sys.argv[0]
@@ -140,7 +139,7 @@ Run = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a script in a process of its own that only adds install(); gives its log folder."""
     root = tmp_path_factory.mktemp("scripts")
     (root / "images").mkdir()
@@ -149,12 +148,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def start(name: str, flags: str) -> Path:
         script, folder = root / f"{name}.py", root / name
         script.write_text(HEAD + SCRIPTS[name])
-        env = os.environ | {"OPENAI_LOGDIR": str(folder), "OMP_NUM_THREADS": "1"}
         given = flags.replace("DATA", str(root / "images")).replace("RUN", str(root)).split()
-        command = [sys.executable, "-W", "error", "-c", LAUNCH, str(script), *given]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert not done.stderr.strip(), done.stderr
+        err, env = root / f"{name}.err", {"OPENAI_LOGDIR": str(folder)}
+        done = launcher.start(script, *given, said=root / f"{name}.out", err=err, env=env, program=LAUNCH)
+        assert done.wait() == [0] and not err.read_text().strip(), err.read_text()[-3000:]
         return folder
 
     return start

@@ -1,9 +1,6 @@
 """TrainLoop: the published run's numbers, the original's defects mended, and the methods that forks override."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import count, islice
@@ -19,6 +16,7 @@ from golden_rules import fill, image_tensor, load, noise
 from iddpm.errors import UserError
 from iddpm.interop.openai.python import fp16_util, logger, resample, script_util, train_util
 from iddpm.interop.openai.python.train_util import TrainLoop
+from launcher import Launcher
 
 Batches = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
@@ -508,15 +506,11 @@ TWO = """
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """What two processes under torchrun say of themselves."""
+def two(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What two processes say of themselves."""
     folder, here = tmp_path_factory.mktemp("two"), Path(__file__).parent
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(TWO.format(tests=str(here.parent), here=str(here), folder=str(folder / "run"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = textwrap.dedent(TWO.format(tests=str(here.parent), here=str(here), folder=str(folder / "run")))
+    launcher.start(said=folder / "said", processes=2, program=program).succeed()
     return folder / "run", [(folder / "run" / f"state{k}").read_text() for k in range(2)]
 
 

@@ -1,33 +1,29 @@
 """A studio in a process of its own, as its tests ask it."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+from launcher import Launcher
 
 
 @contextmanager
-def studio(*argv: object) -> Iterator[str]:
-    """The address of `iddpm studio ARGV` while it runs; it must end by SIGTERM, and without a fault."""
-    command = [sys.executable, "-u", "-m", "iddpm", "studio", *map(str, argv), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    found = re.search(r"http://\S+:\d+", process.stdout.readline())
-    assert found, process.communicate()
+def serving(launcher: Launcher, said: Path, verb: str, *argv: object, end: int = signal.SIGTERM) -> Iterator[str]:
+    """The address of `iddpm VERB ARGV` while it runs; it must end by a signal, and without a fault."""
+    process = launcher.start(verb, *argv, "--port", 0, "--device", "cpu", said=said)
     try:
+        found = re.search(r"http://\S+:\d+", process.until("http://"))
+        assert found, said.read_text()
         yield found[0].replace("0.0.0.0", "127.0.0.1")
     finally:
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in said[1], said
+        process.kill(number=end)
+        codes = process.wait()
+    assert codes == [0] and "Traceback" not in said.read_text(), said.read_text()
 
 
 def ask(address: str, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:

@@ -2,15 +2,11 @@
 
 import io
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,26 +21,16 @@ from iddpm.look.serving.app import _order
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.sampling.job import Job
 from look import studios
+from look.studios import serving
 
-ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 HOW = flags(sampling_steps=3, device="cpu")
 
 
-def started(*argv: object) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-u", "-m", "iddpm", "serve", *map(str, argv), "--port", "0", *HOW]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    found = re.search(r"http://\S+:\d+", process.stdout.readline())
-    assert found, process.communicate()
-    return process, found[0].replace("0.0.0.0", "127.0.0.1")
-
-
 @pytest.fixture(scope="module")
-def server(run):
-    process, address = started(run, "--max_images", 16, "--batch_size", 5)
-    yield address
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
-    process.communicate()
+def server(launcher, run, tmp_path_factory):
+    said = tmp_path_factory.mktemp("serve") / "said"
+    with serving(launcher, said, "serve", run, "--max_images", 16, "--batch_size", 5, *HOW[:2]) as address:
+        yield address
 
 
 def ask(address: str, body: object = None, path: str = "/samples", **headers: str) -> tuple[int, bytes]:
@@ -108,17 +94,15 @@ def test_foreign_pages_names_and_large_bodies_are_refused(server):
     assert code == 200 and re.search(rb'^iddpm_requests_total\{code="200"\} \d+$', content, re.M)
 
 
-def test_beyond_this_machine_a_token_is_needed(run, tmp_path, capsys):
+def test_beyond_this_machine_a_token_is_needed(launcher, run, tmp_path, capsys):
     assert main(["serve", str(run), "--host", "0.0.0.0", *HOW]) == 2
     assert "give --token_file" in capsys.readouterr().err
     (tmp_path / "token").write_text("secret\n")
-    process, address = started(run, "--host", "0.0.0.0", "--token_file", tmp_path / "token")
-    assert ask(address, {})[0] == 401
-    assert ask(address, {}, Authorization="Bearer other")[0] == 401
-    assert ask(address, {}, Authorization="Bearer secret")[0] == 200
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 0
-    process.communicate()
+    line = ("serve", run, "--host", "0.0.0.0", "--token_file", tmp_path / "token", *HOW[:2])
+    with serving(launcher, tmp_path / "said", *line, end=signal.SIGINT) as address:
+        assert ask(address, {})[0] == 401
+        assert ask(address, {}, Authorization="Bearer other")[0] == 401
+        assert ask(address, {}, Authorization="Bearer secret")[0] == 200
 
 
 def test_a_port_in_use_is_one_line(run, capsys):

@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import TINY, flags
 from iddpm.cli.main import main
 from iddpm.look.studio.turns import Turns
-from look.studios import ask, events, studio
+from look.studios import ask, events, serving
 
 HOW = dict(sampling_steps="3", solver="ddim")
 
@@ -40,8 +40,8 @@ def home(run, pictures, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(home, pictures):
-    with studio(home, "--data", pictures) as address:
+def server(launcher, home, pictures, tmp_path_factory):
+    with serving(launcher, tmp_path_factory.mktemp("studio") / "said", "studio", home, "--data", pictures) as address:
         yield address
 
 
@@ -198,11 +198,12 @@ def test_other_origins_names_and_huge_bodies_are_refused(server):
     assert ask(server, "/api/listing")[0] == 200  # and the rest works
 
 
-def test_beyond_this_machine_a_token_is_needed(run, tmp_path, capsys):
+def test_beyond_this_machine_a_token_is_needed(launcher, run, tmp_path, capsys):
     assert main(["studio", str(run), "--host", "0.0.0.0"]) == 2
     assert "give --token_file" in capsys.readouterr().err
     (tmp_path / "token").write_text("secret\n")
-    with studio(run, "--host", "0.0.0.0", "--token_file", tmp_path / "token") as address:
+    line = ("studio", run, "--host", "0.0.0.0", "--token_file", tmp_path / "token")
+    with serving(launcher, tmp_path / "said", *line) as address:
         assert ask(address, "/")[0] == ask(address, "/?token=other")[0] == 401
         assert ask(address, "/api/listing", None, Cookie="iddpm_token=secret")[0] == 200
         browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from look.studios import ask, studio
+from look.studios import ask, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
@@ -32,8 +32,8 @@ def home(run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(home, pictures):
-    with studio(home, "--data", pictures) as address:
+def address(launcher, home, pictures, tmp_path_factory):
+    with serving(launcher, tmp_path_factory.mktemp("studio") / "said", "studio", home, "--data", pictures) as address:
         yield address
 
 

@@ -33,10 +33,10 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def trained(config, data, tmp_path_factory):
-    """A run of 150 steps."""
+    """A run of 60 steps."""
     from iddpm.training.loop import train
 
-    config = config.updated(dict(steps=150, save_interval=1000, log_interval=50, sampling_steps="all", ema_rate="0.9"))
+    config = config.updated(dict(steps=60, save_interval=1000, log_interval=50, sampling_steps="all", ema_rate="0.9"))
     return train(config, data, tmp_path_factory.mktemp("trained"))
 
 

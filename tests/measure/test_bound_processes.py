@@ -1,11 +1,7 @@
 """`iddpm nll` in real processes: killed and started again, or shared among several, the numbers are the same to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +9,7 @@ import pytest
 from conftest import SLOW
 from iddpm.cli.main import main
 
-STEPS = 60
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +46,17 @@ def undisturbed(long_run, pictures, tmp_path_factory):
     return numbers(folder)
 
 
-SAVING_EVERY_TERM = (
-    "import sys, iddpm.measure.bound as e, iddpm.cli.main as c; e.SAVE_EVERY = e.SAVE_COST = 0; c.main(sys.argv[1:])"
-)
+SAVING_EVERY_TERM = "import iddpm.measure.bound as e; e.SAVE_EVERY = e.SAVE_COST = 0; entry()"
+
+
+def killed(launcher, line, partial, terms):
+    """The command, ended once so many terms are in a state file."""
+    process = launcher.start(*line, said=partial.parent.with_suffix(".said"), program=SAVING_EVERY_TERM)
+    while done(partial) < terms and process.running():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert partial.exists(), process.said.read_text()
 
 
 def done(partial):
@@ -65,13 +68,9 @@ def done(partial):
 
 
 @pytest.mark.slow  # as that of a curve below
-def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tmp_path, undisturbed, capsys):
-    line, partial, began = command(long_run, pictures, tmp_path), tmp_path / "n.json.partial", time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", SAVING_EVERY_TERM, *line], env=ENV, stderr=subprocess.PIPE) as process:
-        while done(partial) < STEPS * 22 // 4 and process.poll() is None and time.monotonic() - began < 60:
-            time.sleep(0.005)
-        process.kill()
-        assert partial.exists(), process.stderr.read()
+def test_a_killed_measurement_goes_on_to_the_same_numbers(launcher, long_run, pictures, tmp_path, undisturbed, capsys):
+    line, partial = command(long_run, pictures, tmp_path), tmp_path / "n.json.partial"
+    killed(launcher, line, partial, STEPS * 22 // 4)
     assert STEPS * 22 // 4 <= done(partial) < STEPS * 22
     assert main(line) == 0
     assert "going on: " in capsys.readouterr().out
@@ -79,34 +78,24 @@ def test_a_killed_measurement_goes_on_to_the_same_numbers(long_run, pictures, tm
 
 
 @pytest.mark.parametrize("processes", [2, SLOW(3)])
-def test_several_processes_find_the_same_numbers(long_run, pictures, tmp_path, undisturbed, processes):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "iddpm"]
-    out = subprocess.run(
-        [*torchrun, *command(long_run, pictures, tmp_path)], capture_output=True, text=True, env=ENV, timeout=120
-    )
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("bits/dim (22 images") == 1
+def test_several_processes_find_the_same_numbers(launcher, long_run, pictures, tmp_path, undisturbed, processes):
+    line, said = command(long_run, pictures, tmp_path), tmp_path.with_suffix(".said")
+    out = launcher.start(*line, said=said, processes=processes).succeed()
+    assert out.count("bits/dim (22 images") == 1
     assert numbers(tmp_path) == undisturbed
 
 
-def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
+def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(launcher, long_run, pictures, tmp_path):
     def line(folder):
         settings = dict(curve="10,all", batch_size=4, device="cpu", out=folder / "c.json")
         return ["nll", str(long_run), str(pictures), *(str(token) for k, v in settings.items() for token in (f"--{k}", v))]
 
     assert main(line(tmp_path / "whole")) == 0
-    partial, began = tmp_path / "cut" / "c.json.all.partial", time.monotonic()
-    killed = [sys.executable, "-c", SAVING_EVERY_TERM, *line(tmp_path / "cut")]
-    with subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while done(partial) < STEPS * 22 // 4 and process.poll() is None and time.monotonic() - began < 60:
-            time.sleep(0.005)
-        process.kill()
-        assert partial.exists(), process.stderr.read()
+    partial = tmp_path / "cut" / "c.json.all.partial"
+    killed(launcher, line(tmp_path / "cut"), partial, STEPS * 22 // 4)
     assert STEPS * 22 // 4 <= done(partial) < STEPS * 22
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "iddpm"]
-    out = subprocess.run([*torchrun, *line(tmp_path / "cut")], capture_output=True, text=True, env=ENV, timeout=120)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("going on: ") == 2 and out.stdout.count(" bits/dim") == 2
+    out = launcher.start(*line(tmp_path / "cut"), said=tmp_path / "said", processes=2).succeed()
+    assert out.count("going on: ") == 2 and out.count(" bits/dim") == 2
     for name in ("c.json", "c.svg"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     figures = json.loads((tmp_path / "cut" / "metrics.json").read_text())["figures"]
@@ -115,22 +104,15 @@ def test_a_curve_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_r
 
 
 @pytest.mark.slow  # the bound's is the same machinery
-def test_the_odes_likelihood_killed_and_ended_by_two_processes_is_the_undisturbed_one(long_run, pictures, tmp_path):
+def test_the_odes_likelihood_killed_and_ended_by_two_processes_is_the_undisturbed_one(launcher, long_run, pictures, tmp_path):
     def line(folder):
         settings = dict(ode=True, trace="hutchinson", sampling_steps="10", batch_size=2, device="cpu", out=folder / "o.json")
         return ["nll", str(long_run), str(pictures), *(str(token) for k, v in settings.items() for token in (f"--{k}", v))]
 
     assert main(line(tmp_path / "whole")) == 0
-    partial, began = tmp_path / "cut" / "o.json.partial", time.monotonic()
-    killed = [sys.executable, "-c", SAVING_EVERY_TERM, *line(tmp_path / "cut")]
-    with subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while done(partial) < 4 and process.poll() is None and time.monotonic() - began < 60:
-            time.sleep(0.005)
-        process.kill()
-        assert partial.exists(), process.stderr.read()
+    partial = tmp_path / "cut" / "o.json.partial"
+    killed(launcher, line(tmp_path / "cut"), partial, 4)
     assert 4 <= done(partial) < 22
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "iddpm"]
-    out = subprocess.run([*torchrun, *line(tmp_path / "cut")], capture_output=True, text=True, env=ENV, timeout=120)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("going on: ") == 1 and not partial.exists()
+    out = launcher.start(*line(tmp_path / "cut"), said=tmp_path / "said", processes=2).succeed()
+    assert out.count("going on: ") == 1 and not partial.exists()
     assert (tmp_path / "cut" / "o.json").read_bytes() == (tmp_path / "whole" / "o.json").read_bytes()

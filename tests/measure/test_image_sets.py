@@ -252,7 +252,7 @@ def draw(run) -> Callable[..., ImageSet]:
     net = restore(weights, torch.device("cpu"))
 
     def make(weights: Weights = weights, seeds=range(4), labels="", precision="fp32", **changed) -> ImageSet:
-        config = weights.config.updated(changed)
+        config = weights.config.updated({"sampling_steps": "5"} | changed)
         return drawn(Opened(weights, config, net, torch.device("cpu"), Which(precision=precision)), job(config, seeds, labels))
 
     return make

@@ -39,10 +39,6 @@ def test_the_names_are_the_fields(measured):
 def test_the_figures_are_torch_fidelitys(measured):
     figures, features = measured
     (ours, logits), (theirs, _) = features["samples"], features["real"]
-    metric = torch_fidelity("metric_fid")
-    statistics = [metric.fid_features_to_statistics(x) for x in (ours, theirs)]
-    fid = metric.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    assert figures["FID"]["value"] == pytest.approx(fid, rel=1e-3)  # n <= d, where the other takes roots of rounding
     kid = torch_fidelity("metric_kid").kid_features_to_metric(
         ours, theirs, kid_subsets=1, kid_subset_size=N, verbose=False, rng_seed=0,
         kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1,
@@ -50,3 +46,12 @@ def test_the_figures_are_torch_fidelitys(measured):
     assert figures["KID"]["value"] == pytest.approx(kid, rel=1e-4)
     score = torch_fidelity("metric_isc").isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
     assert figures["IS of all at once"]["value"] == pytest.approx(score, rel=1e-4)
+
+
+@pytest.mark.slow  # the other takes the root of a matrix of 2048 x 2048; of few features it is metrics/test_frechet.py's
+def test_fid_is_torch_fidelitys(measured):
+    figures, features = measured
+    metric = torch_fidelity("metric_fid")
+    statistics = [metric.fid_features_to_statistics(features[name][0]) for name in ("samples", "real")]
+    fid = metric.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert figures["FID"]["value"] == pytest.approx(fid, rel=1e-3)  # n <= d, where the other takes roots of rounding

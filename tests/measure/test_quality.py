@@ -4,16 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import SLOW, TINY, flags, torchrun
+from conftest import SLOW, TINY, diagonal, flags
 from iddpm.cli.main import main
 from iddpm.config import Config, check
 from iddpm.data import Images
@@ -125,29 +122,27 @@ def test_a_file_that_is_none_of_figures_is_refused_at_the_start(pictures, tmp_pa
 # ---- what disturbs a run
 
 DIES = """
-import os, sys
+import os
 from iddpm.store import files as storage
-from iddpm.cli.main import main
 
-whole = getattr(storage, sys.argv[1])
+whole = storage.WHERE
 
 def dies(*args, **named):  # in the place of what is done of step 6 once it is committed
     if storage.step_of(storage.step_dirs(args[0])[-1]) == 6:
         os._exit(9)
     whole(*args, **named)
 
-setattr(storage, sys.argv[1], dies)
-main(sys.argv[2:])
+storage.WHERE = dies
+entry()
 """
 
 
 @pytest.mark.parametrize("where", ["name_best", SLOW("prune")])
-def test_a_run_killed_when_its_best_is_saved_ends_as_one_that_was_not(pictures, whole, tmp_path, where):
+def test_a_run_killed_when_its_best_is_saved_ends_as_one_that_was_not(launcher, pictures, whole, tmp_path, where):
     """The kill comes when the best checkpoint is in its place: before best.json names it, or before the others are pruned."""
     run, flat = tmp_path / "r", {k: v for k, v in SETTINGS.items() if k not in ("num_classes", "classes")}
     line = ["train", str(pictures), "--run", str(run), *flags(**flat, eval_every=3, eval_samples=8)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    assert subprocess.run([sys.executable, "-c", DIES, where, *line], env=env, timeout=60).returncode == 9
+    assert launcher.start(*line, said=tmp_path / "said", program=DIES.replace("WHERE", where)).wait() == [9]
     assert named(run)["step"] == (3 if where == "name_best" else 6)
     assert kept(run)[-1] == 6
     checkpoint.Folder(run).newest()
@@ -156,8 +151,7 @@ def test_a_run_killed_when_its_best_is_saved_ends_as_one_that_was_not(pictures, 
     assert_like(run, whole)
 
 
-@pytest.mark.parametrize("step", [6, 12])
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize(("step", "when"), diagonal([6, 12], ["before", "meanwhile"]))
 def test_a_stop_is_not_kept_waiting_by_a_measurement_which_is_made_up_for(pictures, whole, tmp_path, monkeypatch, when, step):
     run, settings = tmp_path / "r", dict(eval_every=3, eval_samples=8)
     measure, calls = quality.Quality.__call__, []
@@ -240,14 +234,13 @@ def test_measuring_and_drawing_give_signs_of_life_at_each_step(pictures, tmp_pat
 
 
 @pytest.mark.parametrize(("shard", "batch"), [SLOW(0, 64), (-1, 3)])
-def test_two_processes_measure_what_one_does(pictures, tmp_path, shard, batch):
+def test_two_processes_measure_what_one_does(launcher, pictures, tmp_path, shard, batch):
     """Of a batch of 64 the second process gets none; of 3 at a time, 1 and none in the last round."""
     settings = dict(TINY, class_cond=True, steps=4, eval_every=2, eval_samples=7, sampling_steps="4", eval_batch=batch)
     for run, processes in (("one", 1), ("two", 2)):
         sharded = {"shard": shard} if processes == 2 else {}
-        process = torchrun(processes, "train", pictures, "--run", tmp_path / run, *flags(**settings, **sharded))
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        line = ("train", pictures, "--run", tmp_path / run, *flags(**settings, **sharded))
+        launcher.start(*line, said=tmp_path / "said", processes=processes).succeed()
     one, two = (measured(tmp_path / run) for run in ("one", "two"))
     assert list(one) == list(two) == [2, 4]
     for step in one:  # a level of 255 that rounding turns moves them by as little

@@ -35,21 +35,18 @@ def test_a_stop_signal_to_one_process_stops_and_saves_all(pictures, tmp_path):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["train"]["steps"] == 100_000
 
 
-def test_a_process_that_hangs_is_named_and_the_others_end(pictures, tmp_path):
+def test_a_process_that_hangs_is_named_and_the_others_end(launcher, pictures, tmp_path):
     settings = RUN | dict(steps=100_000, log_interval=5, save_interval=5, timeout=3)
-    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**settings))
-    for line in process.stdout:
-        if line.startswith("saved "):
-            break
-    hung = worker(process, 1)
-    os.kill(hung, signal.SIGSTOP)
-    for line in process.stderr:
-        if line.startswith("iddpm: waited"):
-            break
-    os.kill(hung, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert f"waited 3 s (--timeout) for rank 1 (process {hung} on " in line and "gives no sign of life" in line
+    line = ("train", pictures, "--run", tmp_path / "r", *flags(**settings))
+    process = launcher.start(*line, said=tmp_path / "said", processes=2)
+    process.until("saved ")
+    process.kill(1, signal.SIGSTOP)
+    process.until("iddpm: waited")
+    process.kill(1)
+    ended, _ = process.wait()
+    assert ended > 0
+    told = process.said.read_text()
+    assert f"waited 3 s (--timeout) for rank 1 (process {process.pids[1]} on " in told and "gives no sign of life" in told
     assert checkpoint.newest(tmp_path / "r")[0] is not None
 
 
@@ -64,21 +61,20 @@ def test_the_process_that_is_behind_is_blamed():
     assert watch._guilty({}, {0: now[0]}, 2)[0] == {1: "never seen"}
 
 
-def test_more_processes_than_images_in_a_batch_is_one_line(pictures, tmp_path):
-    process = torchrun(2, "train", pictures, "--run", tmp_path / "r", *flags(**RUN | dict(batch_size=1)))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "at least one image for each of the 2 processes" in err
+def test_more_processes_than_images_in_a_batch_is_one_line(launcher, pictures, tmp_path):
+    line = ("train", pictures, "--run", tmp_path / "r", *flags(**RUN | dict(batch_size=1)))
+    process = launcher.start(*line, said=tmp_path / "said", processes=2)
+    assert process.wait() == [2, 2]
+    assert "at least one image for each of the 2 processes" in process.said.read_text()
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
-def test_any_number_of_processes_draws_the_images_of_one(run, tmp_path):
+def test_any_number_of_processes_draws_the_images_of_one(launcher, run, tmp_path):
     arrays = []
     for processes in (1, 2, 3):
         out = tmp_path / f"{processes}.npz"
-        process = torchrun(processes, "sample", run, "--num_samples", 7, "--batch_size", 2, "--out", out)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        line = ("sample", run, "--num_samples", 7, "--batch_size", 2, "--out", out)
+        launcher.start(*line, said=tmp_path / "said", processes=processes).succeed()
         with np.load(out) as file:
             arrays.append(file["arr_0"].astype(int))
     assert arrays[0].shape == (7, 8, 8, 1)

@@ -1,14 +1,12 @@
 """The same run on any number of processes, whole or sharded, and from one to another.
 
-Starting processes costs more than these runs, so each number of processes is started once, and does one job after another.
+Meeting costs more than these runs, so each number of processes is started once, and does one job after another.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,10 +26,12 @@ from iddpm.store import checkpoint
 from iddpm.store.log import read_rows
 from iddpm.store.weights import read_weights
 from iddpm.training.state import TrainState
+from launcher import Launcher
 
 RUN = dict(
     TINY, class_cond=True, num_classes=3, classes=("across", "disc", "down"), schedule_sampler="loss-second-moment",
-    weighting="uncertainty", ema_power="0.1", random_flip=True, grad_clip=1, batch_size=7, steps=20, validation_interval=5,
+    weighting="uncertainty", ema_power="0.1", random_flip=True, grad_clip=1, batch_size=7, steps=8, validation_interval=4,
+    sampling_steps="2",
 )  # fmt: skip
 
 
@@ -41,29 +41,22 @@ class Job(NamedTuple):
     copy: Path | None = None  # a run to go on from
 
 
-def start(processes: int, *jobs: Job, **environment: str) -> subprocess.Popen:
-    here = Path(__file__)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parents[2] / 'src'}:{here.parents[1]}"} | environment
-    told = json.dumps([[str(j.run), j.settings, str(j.copy or "")] for j in jobs])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), here, told]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def do(processes: int, *jobs: Job) -> str:
+def do(launcher: Launcher, processes: int, *jobs: Job) -> str:
     """What they said."""
-    process = start(processes, *jobs)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
+    told = json.dumps([[str(j.run), j.settings, str(j.copy or "")] for j in jobs])
+    program = "import sys; from parallel.test_sharded import main; main(sys.argv[1])"
+    said = jobs[0].run.with_suffix(".said")
+    return launcher.start(told, said=said, processes=processes, program=program).succeed(240)
 
 
-def main(jobs: list) -> None:
+def main(told: str) -> None:
     """What each process does."""
     from iddpm.training.loop import train
 
+    warnings.simplefilter("error", UserWarning)
     torch.set_num_threads(1)
     with processes.session(torch.device("cpu")):
-        for run, settings, copy in jobs:
+        for run, settings, copy in json.loads(told):
             name = Path(run).name
             config = Config().updated(RUN | settings)
             if copy and processes.rank() == 0:
@@ -137,54 +130,49 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, pictures) -> Path:
-    """The runs of one, two and three processes, by name; made once, whichever of pytest-xdist's workers is first."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "several"
-    root.mkdir(exist_ok=True)
-    with open(root / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not (root / "made").exists():
-            make(root, pictures)
-            (root / "made").touch()
-    return root
+def folder(launcher, made_once, pictures) -> Path:
+    """The runs of one, two and three processes, by name."""
+    return made_once("several", lambda root: make(launcher, root, pictures))
 
 
-def make(root: Path, pictures: Path) -> None:
+def make(launcher: Launcher, root: Path, pictures: Path) -> None:
     base = dict(path=str(pictures))
-    half = base | dict(steps=10)
+    half = base | dict(steps=4)
     held = base | dict(network="unet_mp", steps=5, lr=0.01)
-    vanish = base | dict(cache_gb=0, random_flip=False, steps=8)
+    vanish = base | dict(cache_gb=0, random_flip=False)
     for k in (1, 2, 3):
         shutil.copytree(pictures, root / f"pictures{k}")
     do(
+        launcher,
         1,
         Job(root / "one", base),
         Job(root / "held-one", held),
-        Job(root / "poisoned1", base | dict(steps=8)),
+        Job(root / "poisoned1", base),
         Job(root / "vanished1", vanish | dict(path=str(root / "pictures1"))),
     )
     out = do(
+        launcher,
         2,
-        Job(root / "poisoned2", base | dict(steps=8, shard=-1)),
+        Job(root / "poisoned2", base | dict(shard=-1)),
         Job(root / "vanished2", vanish | dict(path=str(root / "pictures2"))),
         Job(root / "vanished-fail", vanish | dict(path=str(root / "pictures3"), on_broken="fail")),
         Job(root / "ddp2", base | dict(microbatch=1)),
         Job(root / "held-ddp2", held),
         Job(root / "held-fsdp2", held | dict(shard=-1)),
-        Job(root / "fsdp2", base | dict(shard=-1, microbatch=2, sample_interval=10)),
+        Job(root / "fsdp2", base | dict(shard=-1, microbatch=2, sample_interval=4)),
         Job(root / "ddp2-half", half),
         Job(root / "fsdp2-half", half | dict(shard=2)),
     )
     (root / "said").write_text(out)
     do(
+        launcher,
         3,
         Job(root / "ddp3", base),
         Job(root / "fsdp3", base | dict(shard=3, microbatch=1)),
         Job(root / "fsdp2-then-fsdp3", base | dict(shard=-1), copy=root / "fsdp2-half"),
         Job(root / "ddp2-then-fsdp3", base | dict(shard=-1, microbatch=2), copy=root / "ddp2-half"),
     )
-    do(1, Job(root / "fsdp2-then-one", base, copy=root / "fsdp2-half"))
+    do(launcher, 1, Job(root / "fsdp2-then-one", base, copy=root / "fsdp2-half"))
 
 
 RUNS = ["ddp2", "fsdp2", "ddp3", "fsdp3", "fsdp2-then-fsdp3", "ddp2-then-fsdp3", "fsdp2-then-one"]
@@ -204,14 +192,14 @@ def test_the_checkpoint_of_a_sharded_run_holds_parts_of_the_optimizer_and_whole_
     }  # fmt: skip
     assert set(json.loads((step / "manifest.json").read_text())) == files - {"manifest.json"}
     weights = read_weights(folder / "fsdp3", ema_rate=0)
-    assert weights.about["step"] == 20
+    assert weights.about["step"] == 8
     assert {k: v.shape for k, v in weights.tensors.items()} == {
         k: v.shape for k, v in read_weights(folder / "one").tensors.items()
     }
 
 
 def test_samples_drawn_on_the_way_of_a_sharded_run_leave_it_alone(folder):
-    assert sorted(p.name for p in (folder / "fsdp2" / "samples").iterdir()) == ["step_00000010.png", "step_00000020.png"]
+    assert sorted(p.name for p in (folder / "fsdp2" / "samples").iterdir()) == ["step_00000004.png", "step_00000008.png"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_and_counted_on_all(folder):
@@ -242,13 +230,14 @@ def test_weights_that_are_held_at_unit_size_are_so_in_several_processes(folder, 
 
 
 @pytest.mark.slow
-def test_a_mesh_of_two_by_two_gives_the_run_of_one(folder, pictures, tmp_path):
+def test_a_mesh_of_two_by_two_gives_the_run_of_one(launcher, folder, pictures, tmp_path):
     do(
+        launcher,
         4,
         Job(tmp_path / "r", dict(path=str(pictures), shard=2)),
-        Job(tmp_path / "c", dict(path=str(pictures), shard=2, steps=10)),
+        Job(tmp_path / "c", dict(path=str(pictures), shard=2, steps=4)),
     )
-    do(2, Job(tmp_path / "then", dict(path=str(pictures)), copy=tmp_path / "c"))
+    do(launcher, 2, Job(tmp_path / "then", dict(path=str(pictures)), copy=tmp_path / "c"))
     assert_same_run(tmp_path / "r", folder / "one")
     assert_same_run(tmp_path / "then", folder / "one")
     names = sorted(p.name for p in (checkpoint.newest(tmp_path / "r")[0] / "state").iterdir())
@@ -257,13 +246,8 @@ def test_a_mesh_of_two_by_two_gives_the_run_of_one(folder, pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sharding_in_half_precision_stays_close_to_replicas(pictures, tmp_path, precision):
+def test_sharding_in_half_precision_stays_close_to_replicas(launcher, pictures, tmp_path, precision):
     settings = dict(path=str(pictures), precision=precision, use_checkpoint=True)
-    do(2, Job(tmp_path / "ddp", settings), Job(tmp_path / "fsdp", settings | dict(shard=-1)))
+    do(launcher, 2, Job(tmp_path / "ddp", settings), Job(tmp_path / "fsdp", settings | dict(shard=-1)))
     for a, b in zip(rows(tmp_path / "ddp"), rows(tmp_path / "fsdp"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3), a["step"]
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("error", UserWarning)
-    main(json.loads(sys.argv[1]))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, flags, start
+from conftest import TINY, flags
 from iddpm import build
 from iddpm.cli.main import main
 from iddpm.config import Config
@@ -75,16 +76,16 @@ def test_a_model_trained_anew_in_its_folder_is_another(own, config, capsys, tmp_
     assert sample(own, capsys, out=tmp_path / "x")[0] == 2
 
 
-def test_the_second_of_two_that_draw_into_one_place_is_told(own, capsys, tmp_path):
+def test_the_second_of_two_that_draw_into_one_place_is_told(launcher, own, capsys, tmp_path):
     out = tmp_path / "x.npz"
-    first = start("sample", own, "--seeds", "0-119", "--batch_size", 8, "--sampling_steps", 20, "--device", "cpu", "--out", out)
-    while first.poll() is None and not list(tmp_path.glob("x.npz.partial/0*.npy")):
-        pass
+    job = ("--seeds", "0-79", "--batch_size", 8, "--sampling_steps", 20, "--device", "cpu", "--out", out)
+    first = launcher.start("sample", own, *job, said=tmp_path / "said")
+    while first.running() and not list(tmp_path.glob("x.npz.partial/0*.npy")):
+        time.sleep(0.01)
     code, said = sample(own, capsys, out=out)
-    first.communicate()
-    assert first.returncode == 0 and (code, "another command is drawing into" in said) == (2, True)
+    assert first.wait() == [0] and (code, "another command is drawing into" in said) == (2, True)
     with np.load(out) as file:
-        assert len(file["arr_0"]) == 120
+        assert len(file["arr_0"]) == 80
 
 
 def test_a_folder_of_the_users_beside_the_file_is_left_alone(own, capsys, tmp_path):
@@ -243,14 +244,15 @@ def test_images_that_are_not_finite_are_not_drawn(own, config, capsys, tmp_path)
     assert code == 2 and "what this network draws is not finite" in said
 
 
-def test_a_full_disk_is_one_line(own, tmp_path):
+def test_a_full_disk_is_one_line(launcher, own, tmp_path):
     if os.geteuid() or os.system(f"mkdir {tmp_path}/m && mount -t tmpfs -o size=100k none {tmp_path}/m 2>/dev/null"):
         pytest.skip("cannot mount a small disk here")
     try:
         command = ("sample", own, "--num_samples", 2000, "--batch_size", 1000, "--sampling_steps", 1, "--device", "cpu")
-        process = start(*command, "--out", tmp_path / "m" / "x.npz")
-        _, err = process.communicate()
-        assert process.returncode == 2 and "No space left" in err and "Traceback" not in err
+        process = launcher.start(*command, "--out", tmp_path / "m" / "x.npz", said=tmp_path / "said")
+        assert process.wait() == [2]
+        told = process.said.read_text()
+        assert "No space left" in told and "Traceback" not in told
     finally:
         os.system(f"umount {tmp_path}/m")
 

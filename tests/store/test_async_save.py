@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from conftest import TINY, flags, start
+from conftest import TINY, flags
 from iddpm.errors import UserError
 from iddpm.store import checkpoint, shards
 from iddpm.store import files as storage
@@ -175,21 +175,19 @@ def test_weights_alone_are_nothing_to_go_on_from(config, run):
 # ---- real processes
 
 
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(pictures, tmp_path):
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(launcher, pictures, tmp_path):
     """The kill comes once the folder of step 4 is there, aside."""
     command = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=1000, save_interval=2, keep=0)))
-    process = start(*command)
+    process = launcher.start(*command, said=tmp_path / "said")
     aside = storage.aside(storage.step_dir(tmp_path / "r", 4))
     while not aside.exists():
-        assert process.poll() is None
+        assert process.running()
     process.kill()
-    process.communicate(timeout=60)
+    assert process.wait() == [-9]
     found, _ = checkpoint.newest(tmp_path / "r")
-    again = start("train", "--run", tmp_path / "r", "--steps", 6)
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 0, err
+    out = launcher.start("train", "--run", tmp_path / "r", "--steps", 6, said=tmp_path / "said").succeed()
     assert f"resuming {tmp_path / 'r'} at step {storage.step_of(found)}" in out
-    assert f"took over {tmp_path / 'r'} from process {process.pid}" in out
+    assert f"took over {tmp_path / 'r'} from process {process.pids[0]}" in out
     assert not list((tmp_path / "r" / "checkpoints").glob(".step*"))
     rows = [r for r in read_rows(tmp_path / "r") if "event" not in r]
     assert [r["step"] for r in rows] == list(range(1, 7))

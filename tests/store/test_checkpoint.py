@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ from iddpm.store.weights import read_weights
 from iddpm.training.loop import train
 
 
+@pytest.fixture(scope="module")
+def trained(config, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "r"
+    train(config.updated(dict(steps=6, save_interval=2, keep=2)), data, folder)
+    return folder
+
+
 @pytest.fixture
-def saved(config, data, tmp_path):
-    train(config.updated(dict(steps=6, save_interval=2, keep=2)), data, tmp_path)
-    return tmp_path
+def saved(trained, tmp_path):
+    """A run of its own for each test."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 def test_old_checkpoints_are_pruned(saved):

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from conftest import TINY, flags, start
+from conftest import TINY, flags
+from iddpm.cli.main import main
 from iddpm.errors import UserError
 from iddpm.store import lock
 
@@ -99,19 +100,27 @@ def test_the_lock_of_a_run_renamed_while_it_is_held_goes_with_it(tmp_path):
         assert not (run / ".lock").exists() and (tmp_path / "moved" / ".lock").exists()
 
 
-def test_a_lock_is_gone_as_soon_as_its_process_is(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    begin, end, results = context.Barrier(1), context.Event(), context.SimpleQueue()
-    process = context.Process(target=take, args=(tmp_path, begin, end, results))
-    process.start()
-    assert results.get() == "held"
-    with pytest.raises(UserError, match=f"by process {process.pid} on"), lock.held(tmp_path):
+HOLDS = """
+import sys, time
+from pathlib import Path
+from iddpm.store import lock
+with lock.held(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_gone_as_soon_as_its_process_is(launcher, tmp_path):
+    process = launcher.start(tmp_path, said=tmp_path.with_suffix(".said"), program=HOLDS)
+    assert process.until("held") == "held\n"
+    pid = process.pids[0]
+    with pytest.raises(UserError, match=f"by process {pid} on"), lock.held(tmp_path):
         pass
     process.kill()
-    process.join(30)
+    process.wait()
     said = []
     with lock.held(tmp_path, said.append):
-        assert said == [f"took over {tmp_path} from process {process.pid} on {lock.socket.gethostname()}, which is gone"]
+        assert said == [f"took over {tmp_path} from process {pid} on {lock.socket.gethostname()}, which is gone"]
 
 
 def take(folder, begin, end, results):
@@ -141,21 +150,17 @@ def test_of_many_that_start_at_once_on_a_stale_lock_one_holds_it(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_trainer_is_one_line_and_the_first_goes_on(pictures, tmp_path):
+def test_a_second_trainer_is_one_line_and_the_first_goes_on(launcher, pictures, tmp_path, capsys):
     command = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=100_000, log_interval=1)))
-    first = start(*command)
-    for line in first.stdout:
-        if line.startswith("step 1/"):
-            break
+    first = launcher.start(*command, said=tmp_path / "said")
+    first.until("step 1/")
     config = (tmp_path / "r" / "config.json").read_text()
-    second = start(*command, "--lr", "0.5")
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 2
-    assert len(err.strip().splitlines()) == 1 and f"is being trained by process {first.pid}" in err
+    assert main([*map(str, command), "--lr", "0.5"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and f"is being trained by process {first.pids[0]}" in err
     assert (tmp_path / "r" / "config.json").read_text() == config
-    first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=60)
-    assert "all is saved" in err and first.returncode == 75
+    first.kill(number=signal.SIGTERM)
+    assert first.wait() == [75] and "all is saved" in first.said.read_text()
     assert not (tmp_path / "r" / ".lock").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import s3
-from conftest import TINY, flags, start
+from conftest import TINY, flags
 from data import test_tables as forms
 from iddpm.cli import main as cli
 from iddpm.config import Config
@@ -186,25 +186,25 @@ def undisturbed(config, data, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_killed_amid_an_upload_ends_as_an_undisturbed_local_one(bucket, proxy, pictures, undisturbed):
+def test_a_run_killed_amid_an_upload_ends_as_an_undisturbed_local_one(launcher, bucket, proxy, pictures, undisturbed, tmp_path):
     """All on S3: the data and the run. The kill comes while a file of step 4 is on the wire."""
     data, run = put(pictures, bucket / "data"), bucket / "runs" / "a"
     proxy.rule = lambda method, path: "hang" if method == "PUT" and "step_00000004/state/optimizer" in path else None
-    process = start("train", data, "--run", run, *flags(**dict(FLAT, steps=6)))
-    assert proxy.hanging.wait(120), process.communicate(timeout=5)
+    env = s3.ACCESS | {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_MAX_ATTEMPTS")}
+    line = ("train", data, "--run", run, *flags(**dict(FLAT, steps=6)))
+    process = launcher.start(*line, said=tmp_path / "said", env=env)
+    assert proxy.hanging.wait(120), process.said.read_text()
     process.kill()
-    process.communicate(timeout=60)
+    process.wait()
     proxy.reset()
     assert (run / "checkpoints" / "step_00000004" / "weights.safetensors").exists()
     with pytest.raises(UserError, match="step_00000004: incomplete"):
         read_weights(run, step=4)
     assert read_weights(run).about["step"] == 2
-    again = start("train", data, "--run", run)
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    out = launcher.start("train", data, "--run", run, said=tmp_path / "said", env=env).succeed()
     assert f"resuming {run} at step 2" in out
     assert "passed over step_00000004: incomplete (it has no manifest.json: its saving was cut short)" in out
-    assert f"took over {run} from process {process.pid}" in out
+    assert f"took over {run} from process {process.pids[0]}" in out
     folder, passed_over = checkpoint.newest(run)
     assert folder == run / "checkpoints" / "step_00000006" and not passed_over
     assert_same_state(checkpoint.load(folder), checkpoint.load(checkpoint.newest(undisturbed)[0]))

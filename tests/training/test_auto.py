@@ -13,7 +13,7 @@ from iddpm.config import Config
 from iddpm.errors import UserError
 from iddpm.training import auto
 
-SHORT = dict(steps=2, device="cpu", sample_interval=0, num_channels=32, precision="fp32")
+SHORT = dict(steps=2, device="cpu", sample_interval=0, num_channels=32, precision="fp32", batch_size=4, sampling_steps=3)
 
 
 def config_of(run) -> Config:
@@ -66,7 +66,7 @@ def test_augment_alone_is_no_recipe():
 def test_a_bare_command_has_its_recipe_chosen_told_and_kept(pictures, tmp_path, capsys):
     run = tmp_path / "r"
     given = {k: v for k, v in SHORT.items() if k != "num_channels"}
-    assert main(["train", str(pictures), "--run", str(run), *flags(**given, batch_size=4)]) == 0
+    assert main(["train", str(pictures), "--run", str(run), *flags(**given)]) == 0
     told, config = capsys.readouterr().out, config_of(run)
     assert config.preset == "auto" and config.diffusion.parametrization == "v" and config.train.optimizer == "muon"
     assert (config.model.image_size, config.model.image_channels, config.train.batch_size) == ("8", 1, 4)

@@ -297,10 +297,10 @@ def test_how_long_a_sheet_takes_is_told_before_it_is_drawn(config, data, monkeyp
     monkeypatch.setattr(preview.time, "monotonic", lambda: now[0])
 
     def tick(doing: str) -> None:
-        now[0] += 3  # each call of the network: one a step, of 5
+        now[0] += 3  # each call of the network: one a step, of 3
 
     before = {k: p.clone() for k, p in state.params.items()}
-    assert preview.sheet_seconds(config, state, data, tick) == 15 and net
+    assert preview.sheet_seconds(config, state, data, tick) == 9 and net
     assert all((p == before[k]).all() for k, p in state.params.items())
 
 

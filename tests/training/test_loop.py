@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import SLOW, TINY, flags, start
+from conftest import SLOW, TINY, flags
 from iddpm.data import Order
 from iddpm.data.batches import make_batch
 from iddpm.errors import UserError
@@ -210,21 +210,16 @@ def test_fine_tuning_takes_what_fits_and_names_what_does_not(config, run):
 # ---- real processes
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(pictures, tmp_path):
-    command = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=100_000, log_interval=5)))
-    process = start(*command)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
-    answer, saved = err.strip().splitlines()
+def test_ctrl_c_saves_and_the_same_command_goes_on(launcher, pictures, tmp_path):
+    command, said, err = ("train", pictures, "--run", tmp_path / "r"), tmp_path / "out", tmp_path / "err"
+    process = launcher.start(*command, *flags(**dict(TINY, steps=100_000, log_interval=5)), said=said, err=err)
+    process.until("step 5/")
+    process.kill(number=signal.SIGINT)
+    assert process.wait() == [75]
+    answer, saved = err.read_text().strip().splitlines()
     assert "finishing this step, then saving" in answer and "all is saved" in saved
     step = checkpoint.load(checkpoint.newest(tmp_path / "r")[0]).step
-    again = start("train", "--run", tmp_path / "r", "--steps", step + 3, "--lr", "0.0005")
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 0, err
+    out = launcher.start("train", "--run", tmp_path / "r", "--steps", step + 3, "--lr", "0.0005", said=said).succeed()
     assert f"resuming {tmp_path / 'r'} at step {step}" in out
     rows = read_rows(tmp_path / "r")
     assert rows[-1]["step"] == step + 3
@@ -254,20 +249,14 @@ def test_a_stop_is_not_kept_waiting_by_a_sheet_of_samples(config, data, tmp_path
     assert [p.name for p in sorted((tmp_path / "r" / "samples").iterdir())] == [f"step_{k:08d}.png" for k in (4, 6, 8, 9)]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(pictures, tmp_path):
-    import resource
-
-    command = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=2)))
-    first = start(*command)
-    assert first.communicate(timeout=60) and first.returncode == 0
+def test_a_full_disk_leaves_the_last_checkpoint_whole(launcher, pictures, tmp_path):
+    command, err = ("train", pictures, "--run", tmp_path / "r", *flags(**dict(TINY, steps=2))), tmp_path / "err"
+    launcher.start(*command, said=tmp_path / "said").succeed()
     kept = checkpoint.newest(tmp_path / "r")[0]
-    limit = (100_000, 100_000)  # bytes a file may have: less than the weights need
-    full = start(
-        *command[:-2], *flags(device="cpu", steps=4), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
-    _, err = full.communicate(timeout=60)
-    assert full.returncode == 2
-    assert len(err.strip().splitlines()) == 1
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); entry()"  # less than weights need
+    full = launcher.start(*command, "--steps", 4, said=tmp_path / "said", err=err, program=small)
+    assert full.wait() == [2]
+    assert len(err.read_text().strip().splitlines()) == 1
     assert checkpoint.newest(tmp_path / "r") == (kept, [])
     assert checkpoint.verify(kept) is None
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == [kept.name]

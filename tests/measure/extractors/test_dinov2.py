@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from iddpm.errors import UserError
 from iddpm.measure import extractors
@@ -58,14 +57,16 @@ JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "w12": ("gate_proj", "up_proj")
 
 def theirs(state: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same network of the transformers library: normalised images to class tokens."""
+    import transformers as library  # here, for it takes as long to import as all else that is collected
+
     settings = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=WIDTH // 64, patch_size=14)
     settings |= dict(image_size=14 * round((state["pos_embed"].shape[1] - 1) ** 0.5), layer_norm_eps=1e-6)
     settings |= dict(use_swiglu_ffn="blocks.0.mlp.w3.weight" in state)
     if "register_tokens" in state:
         count = state["register_tokens"].shape[1]
-        net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings, num_register_tokens=count))
+        net = library.Dinov2WithRegistersModel(library.Dinov2WithRegistersConfig(**settings, num_register_tokens=count))
     else:
-        net = Dinov2Model(Dinov2Config(**settings))
+        net = library.Dinov2Model(library.Dinov2Config(**settings))
     renamed = {}
     for name, tensor in state.items():
         start = next(start for start in NAMES if name.startswith(start))
