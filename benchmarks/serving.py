@@ -1,6 +1,6 @@
 """Serving beside `iddpm sample`: images a second of 8 clients at once, and what an open page of the studio costs a training.
 
-    python benchmarks/serving.py RUN DATA [--rounds 3]
+    python benchmarks/serving.py RUN DATA [--rounds 8]
 
 Contestants take turns; tables are medians over the rounds.
 """
@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,9 @@ def served(address: str) -> float:
 
 def sampled(run: Path) -> float:
     """Images a second of `iddpm sample`, without its start: from what a program that has it open takes."""
+    from iddpm.cli import threads
+
+    threads.settle()  # as the command does, before torch is imported
     import iddpm
 
     model = iddpm.load(run)
@@ -76,15 +80,18 @@ def sampled(run: Path) -> float:
 
 
 def serving(run: Path, rounds: int) -> str:
-    rows: dict[str, list[float]] = {"iddpm sample": [], f"iddpm serve, {CLIENTS} clients": []}
+    pairs = []
     with started("serve", run) as address:
         ask(f"{address}/samples", {"num_samples": 2})
-        for _ in range(rounds):
-            rows["iddpm sample"].append(sampled(run))
-            rows[f"iddpm serve, {CLIENTS} clients"].append(served(address))
-    first = statistics.median(rows["iddpm sample"])
-    body = [[name, f"{statistics.median(v):.2f}", f"{statistics.median(v) / first:.2f}"] for name, v in rows.items()]
-    return table(["images a second", "median", "ratio"], body)
+        for k in range(rounds):
+            turns = (partial(sampled, run), partial(served, address))
+            found = {turn: turns[turn]() for turn in ((0, 1) if k % 2 else (1, 0))}
+            pairs.append((found[0], found[1]))
+    ratios = sorted(theirs / own for own, theirs in pairs)
+    names = ("iddpm sample", f"iddpm serve, {CLIENTS} clients")
+    medians = [f"{statistics.median(column):.2f}" for column in zip(*pairs)]
+    told = ["1", f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]  # of the two of a round
+    return table(["images a second", "median", "ratio"], [list(row) for row in zip(names, medians, told)])
 
 
 def trained(data: Path, address: str, steps: int) -> float:
@@ -133,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run that is drawn with")
     parser.add_argument("data", type=Path, help="images of 32 pixels to train on")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60, help="of a training")
     args = parser.parse_args()
     print(machine())
