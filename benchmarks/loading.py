@@ -1,4 +1,4 @@
-"""Loading images: JPEGs beside other loaders (WebDataset's where installed); large packed sets; far positions of the order."""
+"""Loading images: JPEGs beside other loaders (WebDataset's where installed); packed sets beside a step, and large ones."""
 
 import argparse
 import io
@@ -118,17 +118,53 @@ def large(root: Path, n: int) -> str:
     )
 
 
+def packed(root: Path, rounds: int) -> str:
+    """What the batches of a packed set cost beside the steps of the smallest preset, in turns: seconds of each, and the share."""
+    import torch
+
+    from iddpm.config import Config, check
+    from iddpm.config.presets import recipes
+    from iddpm.data.batches import make_batch, open_data, order_of
+    from iddpm.data.pack import pack
+    from iddpm.training.trial import timed
+
+    rng = np.random.default_rng(0)
+    for k in range(400):
+        path = root / "photos" / str(k % 10) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
+    pack(root / "photos", root / "pack", (8, 8), 1)
+    settings = recipes("digits")[0] | dict(path=str(root / "pack"), cache_gb=0)  # read anew each time
+    data, config = open_data(check(Config().updated(settings)))
+    order, n = order_of(config, data), config.train.batch_size
+    took: dict[str, list[float]] = {"a batch": [], "a step": []}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        batches = [make_batch(config, data, order, k, k * n) for k in range(20)]
+        took["a batch"].append((time.perf_counter() - began) / len(batches))
+        took["a step"].append(timed(config, torch.device("cpu"), iter(batches[:4]))[1])
+    batch, step = (statistics.median(seconds) for seconds in took.values())
+    return f"preset digits, packed: {1e3 * batch:.2f} ms for a batch of {n}, {1e3 * step:.0f} ms for a step: {batch / step:.1%}"
+
+
+MEASURES: dict[str, Callable[[Path, argparse.Namespace], str]] = {
+    "large": lambda root, args: large(root, args.entries),
+    "packed": lambda root, args: packed(root, args.rounds),
+    "decoding": lambda root, args: decoding(root, args.images, args.rounds),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=200, help="JPEGs of 256 pixels [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--entries", type=int, default=10_000_000, help="of the large packed set [%(default)s]")
-    parser.add_argument("--what", default="large,decoding")
+    parser.add_argument("--what", default=",".join(MEASURES))
     args = parser.parse_args(argv)
     print(machine())
     for what in args.what.split(","):
         with tempfile.TemporaryDirectory() as root:
-            print(large(Path(root), args.entries) if what == "large" else decoding(Path(root), args.images, args.rounds))
+            print(MEASURES[what](Path(root), args))
 
 
 if __name__ == "__main__":
