@@ -47,15 +47,15 @@ class Parser(argparse.ArgumentParser):
 
         Groups of the same title share a section of the help.
         """
-        title = title or (group.__doc__ or "").rstrip(".")
+        title, numbers, fields = title or (group.__doc__ or "").rstrip("."), own_numbers(group), every_field()
         for name, f in fields_of(group).items():
             if not f.flag or (only and name not in only):
                 continue
-            own = {number: about for number, about in own_numbers(group).items() if name in about.rows}
+            own = {number: about for number, about in numbers.items() if name in about.rows}
             for flag, about in ({name: f} | own).items():
                 if not self.has(flag):
                     shown = "the run's" if inherited else "none" if about.default == "" else about.default
-                    owners = f" ({told})" if (told := conditions(about, every_field())) else ""
+                    owners = f" ({told})" if (told := conditions(about, fields)) else ""
                     metavar = ("," if about.many else "|").join(about.allowed())
                     self.add_flag(flag, about.type, f"{about.help}{owners} [{shown}]".replace("%", "%%"), title, metavar)
             if f.kind and len(rows := choices(f.kind)) > 1:
