@@ -56,6 +56,7 @@ def test_sizes_change_by_the_filter_1_3_3_1_on_a_mirrored_edge(way):
 @pytest.mark.parametrize(
     ("network", "settings", "said"),
     [
+        *(("unet_linear", dict(num_channels=n), "not an even number from 4 on") for n in (2, 5)),
         ("unet_mapped", dict(num_channels=65), "multiple of 32"),
         ("unet_mp", dict(num_channels=43, channel_mult="1,3"), "multiple of 64"),
         ("unet_mapped", dict(level_depths="1,2,3"), "3 depths for 2 levels"),

@@ -7,9 +7,8 @@ With what has since proved itself: RMS norms, also of queries and keys (Esser et
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from iddpm.nn.layers import scale_embedding, stacked, timestep_embedding, zeroed
+from iddpm.nn.layers import recomputing, scale_embedding, stacked, timestep_embedding, zeroed
 
 FREQUENCIES = 256  # of the time's embedding
 
@@ -43,10 +42,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, angles: Tensor) -> Tensor:
         """x (B, T, width) for emb (B, width)."""
-        if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self.run, x, emb, angles, use_reentrant=False, preserve_rng_state=True)
-            return out
-        return self.run(x, emb, angles)
+        out: Tensor = recomputing(self.recompute)(self.run, x, emb, angles)
+        return out
 
     def run(self, x: Tensor, emb: Tensor, angles: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)  # b 1 width

@@ -213,10 +213,8 @@ class Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), with the channels of `skip` stacked under it where given, through the layers."""
-        if self.recompute and torch.is_grad_enabled():
-            h: Tensor = checkpoint(self.run, x, emb, skip, use_reentrant=False, preserve_rng_state=True)
-            return h
-        return self.run(x, emb, skip)
+        h: Tensor = recomputing(self.recompute)(self.run, x, emb, skip)
+        return h
 
     def run(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
         h = x if skip is None else torch.cat([x, skip], dim=1)  # b c h w

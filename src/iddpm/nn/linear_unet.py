@@ -128,6 +128,8 @@ class LinearUNet(nn.Module):
         use_checkpoint: bool = False,
     ):
         super().__init__()
+        if num_channels < 4 or num_channels % 2:  # half of them hear sines of the time, half cosines
+            raise ValueError(f"num_channels {num_channels} is not an even number from 4 on")
         self.in_channels, self.num_channels, self.use_checkpoint = in_channels, num_channels, use_checkpoint
         emb, widths = 4 * num_channels, [num_channels, *(int(mult * num_channels) for mult in channel_mult)]
         block = partial(ResidualBlock, emb=emb, dropout=dropout)
