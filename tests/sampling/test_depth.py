@@ -42,10 +42,11 @@ def test_files_hold_all_bits(deep, tmp_path):
     assert np.asarray(Image.open(drawn(deep, tmp_path / "sheet.png"))).dtype == np.uint8
 
 
-def test_they_are_measured_at_8_bits(deep, tmp_path):
+def test_they_are_measured_at_8_bits_which_is_told(deep, tmp_path, capsys):
     file = drawn(deep, tmp_path / "a.npz", count=12)
     pixels = np.load(file)["arr_0"][[3, 1], ..., 0]
     np.testing.assert_array_equal(open_images(str(file)).take([3, 1])[:, 0], np.rint(pixels / 257).astype(np.uint8))
+    assert "16 bits (0 to 65535), measured at 8" in capsys.readouterr().out
 
 
 def test_an_edit_keeps_what_a_mask_leaves(deep):

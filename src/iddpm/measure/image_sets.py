@@ -86,6 +86,8 @@ def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
     n, height, width, channels = images.shape
     if channels not in KINDS:
         raise UserError(f"{name} holds images of {channels} channels: metrics see 1, 3 or 4")
+    if images.dtype == np.uint16:
+        print(f"{name}: 16 bits (0 to 65535), measured at 8")
     if like and like.size != (height, width):
         raise UserError(
             f"{name} holds images of {height}x{width}, and {like.name} of {like.size[0]}x{like.size[1]}: give equal sizes"

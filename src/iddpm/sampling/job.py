@@ -96,7 +96,7 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
     how = preparation(config)._replace(only=())
     if path.endswith(".npz"):
         images, labels, named = read_npz(place(path), size, channels)
-        images = levels(images, how, print)
+        images = levels(images, how, lambda told: print(f"{path}: {told}"))
         if labels is not None and m.class_cond and named and classes_of.data.classes:
             labels = np.array([_class(classes_of, named[y]) for y in labels])
         if labels is not None and m.class_cond and labels.max() >= known:
