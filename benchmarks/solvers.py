@@ -63,7 +63,7 @@ def main() -> None:
             try:
                 with_found(check(config.updated(dict(grid=grid, sampling_steps=str(count)))), opened.home)
             except UserError:
-                keep(opened.home, grid, find(config, net, opened.device, count, grid, 64))
+                keep(opened.home, grid, find(config, net, opened.device, [count], grid, 64)[0])
         print(f"\n| `--grid {grid}` | " + " | ".join(map(str, steps)) + " |\n|" + "---|" * (len(steps) + 1))
         for solver in choices("solver"):
             if solver in DRAWS:

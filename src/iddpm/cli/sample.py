@@ -132,7 +132,7 @@ def _find_grid(run: str, steps: int, given: dict[str, Any], which: Which) -> Non
         raise UserError("--find_grid and --sampling_steps both say how many steps: give one")
     own = {k: given[k] for k in given if k in settings_of(Sample) and k != "grid"}
     opened = open_weights(place(run), which, own)
-    u = find(opened.config, opened.net, opened.device, steps, by, which.batch_size)
+    (u,) = find(opened.config, opened.net, opened.device, [steps], by, which.batch_size)
     if not processes.rank():
         file = keep(opened.home, by, u)
         print(f"{many(len(u), 'level')}, from u = {u[0]:.4g} to 1: {file}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from iddpm.config import FOUND, Config, image_size, whole
 from iddpm.data import Order
 from iddpm.data.batches import open_data
 from iddpm.diffusion.found import bounds, cheapest, deviations
-from iddpm.diffusion.grid import Chain, uniform
+from iddpm.diffusion.grid import Chain, Grid, uniform
 from iddpm.errors import UserError
 from iddpm.parallel import processes
 from iddpm.records import decode
@@ -28,8 +29,10 @@ FINE = 60  # levels that are looked at (Chen et al. 2024)
 IMAGES = 256  # drawn, or taken from the training images
 
 
-def find(config: Config, net: Any, device: torch.device, steps: int, by: str, batch_size: int) -> tuple[float, ...]:
-    """The u, ascending, of the grid of so many steps that is best for a model; UserError where it cannot be found.
+def find(
+    config: Config, net: Any, device: torch.device, counts: Sequence[int], by: str, batch_size: int
+) -> list[tuple[float, ...]]:
+    """Of each count of steps the u, ascending, of the grid that is best for a model; UserError where it cannot be found.
 
     `found_path`: along which DDIM deviates least from a fine path. `found_bound`: of the least bound, on training images.
     """
@@ -63,9 +66,14 @@ def find(config: Config, net: Any, device: torch.device, steps: int, by: str, ba
             else:
                 cost = bounds(denoise, as_float(np.ascontiguousarray(images[a : a + batch_size])).to(device), fine, noise, tick)
             total = total + cost * len(seeds)
+    return [_levels(config, fine, total, steps, images is None) for steps in counts]
+
+
+def _levels(config: Config, fine: Grid, cost: torch.Tensor, steps: int, path: bool) -> tuple[float, ...]:
+    """The u, ascending, of the cheapest grid of so many of the fine one's levels; UserError where there are too few."""
     try:
         # of the path's nodes the last is the image; of the bound's, the least noisy level is always kept
-        nodes = cheapest(total, steps)[:-1] if images is None else cheapest(total, steps - 1) if steps > 1 else [0]
+        nodes = cheapest(cost, steps)[:-1] if path else cheapest(cost, steps - 1) if steps > 1 else [0]
     except ValueError as e:
         raise UserError(f"--find_grid {steps}: {e}") from None
     if isinstance(fine, Chain):
