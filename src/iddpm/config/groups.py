@@ -283,7 +283,7 @@ class Edit:
     frames: int = opt(9, "images from the one to the other", low=2, high=1000)
     seeds: str = opt("", "one result for each seed, as 0-3 or 7,9; empty: 0")
     labels: str = opt("", "the class to draw, by name or number")
-    out: str = opt("", "a sheet or strip.png, or an animated.gif; empty: a new name in the run's samples/")
+    out: str = opt("", "a sheet.png; between two images a strip.png or an animated.gif; empty: a new name in the run's samples/")
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
         data = labelled(like.rule if like and how.only else "auto")
     except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
         data = labelled("none")
+    if told := data.told():
+        print(f"{name}: {told}")
 
     def digest(numbers: Sequence[int]) -> str:
         return _digest(data.source.read(data.names[int(k)]) for k in numbers)
