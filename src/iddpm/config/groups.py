@@ -209,6 +209,9 @@ class Train:
     eval_batch: int = _measured(64, "samples that a process draws at a time for it", 1)
 
 
+BOUND = ("sampling_steps", "clip_denoised", "grid")  # all of Sample that the bound depends on: it has no solver
+
+
 @dataclass(frozen=True)
 class Sample:
     """How samples are drawn unless a command says otherwise."""

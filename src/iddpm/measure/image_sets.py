@@ -12,6 +12,7 @@ import iddpm
 from iddpm import build
 from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
+from iddpm.data.arrays import require_images
 from iddpm.data.decode import opened_image
 from iddpm.data.preparation import Preparation, preparation
 from iddpm.data.sources import ENDINGS, Source, open_source
@@ -79,6 +80,12 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
     if path.is_dir() or path.name.lower().endswith(ENDINGS):
         return _files(name, path, like)
     raise UserError(f"{name} is no set of images: give a run, an .npz of images, a folder of them, or a .zip or .tar")
+
+
+def write_images(path: Path, images: np.ndarray) -> str:
+    """An array as an .npz for `open_images`, whose name it gives; UserError, by what the file is for, where that would refuse it."""
+    np.savez(path, require_images(Path(path.stem), images, any_kind=False))
+    return str(path)
 
 
 def _npz(name: str, path: Path, like: Like | None) -> ImageSet:

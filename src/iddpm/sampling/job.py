@@ -29,10 +29,11 @@ class Job(NamedTuple):
         return Job(self.seeds[a:b], self.labels[a:b], None if self.given is None else self.given[a:b])
 
 
-def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
+def job(config: Config, seeds: Sequence[int], labels: str | Sequence[str] = "") -> Job:
     """The job of some seeds; seed s takes the (s modulo n)-th of the n labels asked for, by default of all classes.
 
-    `labels` are names or numbers, comma-separated; UserError where the model was not trained on one, or knows no classes.
+    `labels` are names or numbers, in one text comma-separated; UserError where the model was not trained on one,
+    or knows no classes.
     """
     if not config.model.class_cond:
         if labels:
@@ -53,8 +54,10 @@ def one_class(config: Config, label: str) -> int:
     return _class(config, parts[0])
 
 
-def _parts(config: Config, labels: str) -> list[str]:
+def _parts(config: Config, labels: str | Sequence[str]) -> list[str]:
     """The classes of a flag, separated by commas; a name that holds one stands alone, or in quotation marks."""
+    if not isinstance(labels, str):
+        return list(labels)
     parts = list(names(labels))
     if labels not in config.data.classes:
         return parts
