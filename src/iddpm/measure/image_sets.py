@@ -83,7 +83,7 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
 
 
 def write_images(path: Path, images: np.ndarray) -> str:
-    """An array as an .npz for `open_images`, whose name it gives; UserError, by what the file is for, where that would refuse it."""
+    """Keep an array as an .npz and give its name for `open_images`; UserError, without its folder, where that would refuse it."""
     np.savez(path, require_images(Path(path.stem), images, any_kind=False))
     return str(path)
 
