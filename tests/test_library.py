@@ -135,6 +135,7 @@ def test_evaluate_gives_the_figures_of_the_command(there, model):
         (lambda m: m.sample(1, seed=2**64), "seeds from 0 to 18446744073709551615"),
         (lambda m: m.sample(1, labels=["disc,down"]), "knows across"),  # of a list each is a name
         (lambda m: m.sample(1, steps=3, sampling_steps="5"), "give one"),
+        (lambda m: m.sample(1, guidance_kind="apg"), "no effect without --guidance"),
         (lambda m: m.grid(0), "sampling_steps '0'"),
         (lambda m: m.denoise(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), next(iter(m.grid(3)))), "give floats"),
         (lambda m: iddpm.evaluate(np.zeros((2, 8, 8, 3)), reference="photos"), "^samples holds float64"),

@@ -141,7 +141,8 @@ class Model:
             if "sampling_steps" in how:
                 raise UserError("steps and sampling_steps are the same setting: give one")
             how["sampling_steps"] = how.pop("steps")
-        return fit.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
+        config = fit.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
+        return fit.require_steering(config, how)
 
 
 def _seeds(seed: int, n: int) -> range:

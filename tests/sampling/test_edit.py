@@ -128,6 +128,7 @@ def test_the_command(run, tmp_path, capsys) -> None:
         "between two images ddim leads": [str(a), str(b), "--between", "--solver", "heun"],
         "ends in .png or .gif": ["--seeds", "3,7", "--out", str(tmp_path / "x.npz")],
         "ends in .png": [str(a), "--out", str(tmp_path / "y.gif")],  # a sheet does not move
+        "no effect without --guidance": [str(a), "--guidance_low", "1"],
         "names 2 classes": [str(a), "--labels", "disc,down"],
         "holds 2 images": [str(a), "--mask", str(tmp_path / "masks")],
     }.items():

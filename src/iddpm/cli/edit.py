@@ -51,7 +51,7 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
 
     with processes.session(build.device(which.device)):
         opened = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
-        config, net, device = opened.config, opened.net, opened.device
+        config, net, device = fit.require_steering(opened.config, given), opened.net, opened.device
         if not config.task.draws:
             raise UserError(f"{opened.weights.path} is no model of images alone: it cannot edit them")
         y = one_class(config, edit.labels) if config.model.class_cond or edit.labels else None
