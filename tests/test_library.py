@@ -82,6 +82,8 @@ def test_image_k_depends_on_its_seed_alone_and_is_the_commands(model, run, tmp_p
     assert main(["sample", str(run), "--seeds", "3-6", "--out", str(tmp_path / "x.npz"), "--device", "cpu"]) == 0
     with np.load(tmp_path / "x.npz") as file:
         assert np.array_equal(file["arr_0"], four)
+    one = model.sample(2, labels="disc", steps=2)
+    assert np.array_equal(one, model.sample(2, labels=1, steps=2)) and np.array_equal(one, model.sample(2, labels=["1"], steps=2))
     assert model.sample(0).shape == (0, *four.shape[1:])
 
 
@@ -100,6 +102,7 @@ def test_bits_per_dim_is_the_bound(model):
         terms = bound_terms(denoise, x0, grid, lambda k: rng.normal(0, rng.LIKELIHOOD, k, range(3), x0.shape[1:]))
         total = prior_term(grid, x0) + sum(term.vb for term in terms)
     np.testing.assert_allclose(model.bits_per_dim(images, labels), total.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(model.bits_per_dim(images, ["across", "disc", "down"]), total.numpy(), rtol=1e-5)
     assert model.bits_per_dim(images[:0], []).shape == (0,)
 
 
@@ -124,6 +127,19 @@ def test_evaluate_gives_the_figures_of_the_command(there, model):
         (lambda m: m.bits_per_dim(np.zeros((1, 9, 9, 1), np.uint8), [0]), "must be"),
         (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8)), "label"),
         (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8), [7]), "from 0 to 2"),
+        (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8), ["square"]), "knows across"),
+        (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8), [0], solver="ddim"), "no effect on the bound"),
+        (lambda m: m.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8), [0], seed=-1), "seeds from 0"),
+        (lambda m: m.sample(-1), "n from 0"),
+        (lambda m: m.sample(2.5), "whole numbers"),
+        (lambda m: m.sample(1, seed=2**64), "seeds from 0 to 18446744073709551615"),
+        (lambda m: m.sample(1, labels=["disc,down"]), "knows across"),  # of a list each is a name
+        (lambda m: m.sample(1, steps=3, sampling_steps="5"), "give one"),
+        (lambda m: m.sample(1, guidance_kind="apg"), "no effect without --guidance"),
+        (lambda m: m.grid(0), "sampling_steps '0'"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), next(iter(m.grid(3)))), "give floats"),
+        (lambda m: iddpm.evaluate(np.zeros((2, 8, 8, 3)), reference="photos"), "^samples holds float64"),
+        (lambda m: iddpm.evaluate(np.zeros((2, 8, 8, 3), np.uint8), reference=""), "an empty text"),
         (lambda m: iddpm.train("nowhere", run="r", steps=1), "nowhere"),
         (lambda m: iddpm.train("nowhere", stepz=1), "did you mean 'steps'"),
         (lambda m: iddpm.train("nowhere", steps="many"), "whole number"),

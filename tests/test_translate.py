@@ -217,6 +217,12 @@ def test_larger_sketches_are_scaled_where_that_is_asked_for(model, sketches, tmp
     assert np.array_equal(fitted, drawn(model, sketches, tmp_path / "b.npz"))
 
 
+def test_a_sketch_that_is_read_otherwise_than_it_lies_there_is_told(model, tmp_path, capsys):
+    Image.new("RGBA", (8, 8), (200, 0, 0, 90)).save(tmp_path / "clear.png")
+    drawn(model, tmp_path / "clear.png", tmp_path / "x.npz")
+    assert "clear.png: taken otherwise than stored: 1 (transparency laid over white)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("solver", [name for name in choices("solver") if name != "consistency"])
 def test_every_solver_draws_guided_by_sketch_and_class(dropping, sketches, solver, tmp_path):
     images = drawn(dropping, sketches, tmp_path / "x.npz", "--solver", solver, "--sampling_steps", "4", "--guidance", "3")

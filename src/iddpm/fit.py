@@ -1,5 +1,7 @@
 """Which choices of a config go together: each is fine alone, and checked by `config.check`; here they are taken together."""
 
+from collections.abc import Collection
+
 import torch
 
 from iddpm import build
@@ -50,6 +52,16 @@ def require_fit(config: Config) -> Config:
     if fault := _misfit(config, d.parametrization):
         others = [other for other in choices("parametrization") if not _misfit(config, other)]
         raise UserError(f"--parametrization {d.parametrization} {fault} of --noise_schedule {name}: take {' or '.join(others)}")
+    return config
+
+
+STEERING = ("guidance_kind", "guidance_low", "guidance_high", "guidance_rescale")  # of --guidance and of --autoguide
+
+
+def require_steering(config: Config, asked: Collection[str], away: bool = False) -> Config:
+    """The config itself; UserError where settings of guidance are asked for that nothing guides by, be it `away` from a model."""
+    if flag := next((f for f in STEERING if f in asked and config.sample.guidance == 1 and not away), ""):
+        raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
     return config
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iddpm import build, fit
-from iddpm.config import Config, Evaluate, Sample, Which, check, given_shape, image_size, make
+from iddpm.config import BOUND, SEED, Config, Evaluate, Sample, Which, check, given_shape, image_size, make, settings_of
 from iddpm.config.run import typed
 from iddpm.diffusion.denoiser import Prediction
 from iddpm.diffusion.grid import Grid, Step
@@ -21,7 +22,7 @@ from iddpm.measure.bound import bits_per_dim
 from iddpm.measure.likelihood import in_memory
 from iddpm.sampling.draw import images, painter
 from iddpm.sampling.grids import with_found
-from iddpm.sampling.job import Job, job, trained_classes
+from iddpm.sampling.job import Job, job, one_class, trained_classes
 from iddpm.sampling.open import Opened, open_weights
 from iddpm.store.remote import place
 
@@ -55,7 +56,7 @@ class Model:
         n: int,
         *,
         seed: int = 0,
-        labels: str | Sequence[int | str] = (),
+        labels: str | int | Sequence[int | str] = (),
         low_res: np.ndarray | None = None,
         given: np.ndarray | None = None,
         **how: Any,
@@ -79,8 +80,8 @@ class Model:
         if shape and of is not None and (of.dtype not in (np.uint8, kind) or of.shape != (n, *shape[1:], shape[0])):
             wanted = f"({n}, {shape[1]}, {shape[2]}, {shape[0]}) {kind}"
             raise UserError(f"{next(iter(named))} must be {wanted}, an image for each that is drawn, not {of.shape} {of.dtype}")
-        wanted = labels if isinstance(labels, str) else ",".join(map(str, labels))
-        task: Job = job(config, range(seed, seed + n), wanted)._replace(given=of)
+        named_so = labels if isinstance(labels, str) else [str(label) for label in np.atleast_1d(np.asarray(labels))]
+        task: Job = job(config, _seeds(seed, n), named_so)._replace(given=of)
         paint = painter(config, self.opened.net, self.device)
         height, width = image_size(config.model)
         empty = np.zeros((0, height, width, config.model.image_channels), kind)
@@ -88,25 +89,32 @@ class Model:
 
     def grid(self, steps: int | str = "") -> Grid:
         """The levels that a solver walks, noisiest first: a count of steps, or a spec as of --sampling_steps."""
-        return build.grid(self._changed({"sampling_steps": str(steps)} if steps else {}))
+        return build.grid(self._changed({"sampling_steps": str(steps)} if steps != "" else {}))
 
     @torch.inference_mode()
     def denoise(self, x: Tensor, level: Level | Step, **cond: Tensor) -> Prediction:
         """What the network says of x_t (B, C, H, W) at a level: `.x0`, and at a step of a grid `.mean` and `.log_var`.
 
-        `cond` is what else it sees: y (B,) int64 classes, given (B, G, h, w) in [-1, 1].
+        `cond` is what else it sees: y (B,) int64 classes, given (B, G, h, w) in [-1, 1]. UserError for x that is not of floats.
         """
+        if not x.is_floating_point():
+            raise UserError(f"x is {x.dtype}: give floats, an image as pixels / 127.5 - 1 and noise with it")
         at = {name: value.to(self.device) for name, value in cond.items()}
         return build.sampling_denoiser(self.config, self.opened.net)(x.to(self.device), level, at)
 
     @torch.inference_mode()
-    def bits_per_dim(self, images: np.ndarray, labels: Sequence[int] | None = None, *, seed: int = 0, **how: Any) -> np.ndarray:
+    def bits_per_dim(
+        self, images: np.ndarray, labels: Sequence[int | str] | None = None, *, seed: int = 0, **how: Any
+    ) -> np.ndarray:
         """The variational bound on -log2 p (N,) float64, in bits/dim, of images (N, H, W, C) uint8, of a model of 16 bits uint16.
 
         On the grid of `sampling_steps` (or steps), by default every step of the chain. The noise depends on the seed and an
         image's place. UserError where the images do not fit the model, its classes are missing, or a bound is not finite.
         """
-        config = self._changed({"sampling_steps": "all", **how})
+        if idle := next((name for name in how if name in settings_of(Sample) and name not in BOUND), ""):
+            raise UserError(f"{idle} has no effect on the bound, which no solver walks: it reads {', '.join(BOUND)}")
+        config = self._changed({"sampling_steps": "all", **how} if "steps" not in how else how)
+        _seeds(seed, 1)
         if not config.task.draws:
             raise UserError(f"{self.opened.weights.path} is no model of images alone: its likelihood needs iddpm nll")
         m, size = config.model, image_size(config.model)
@@ -116,19 +124,36 @@ class Model:
             raise UserError(f"images must be {wanted}, not {images.shape} {images.dtype}")
         if m.class_cond and (labels is None or len(labels) != len(images)):
             raise UserError("this model knows classes: give the label of each image")
-        if m.class_cond and labels is not None and len(labels) and not 0 <= min(labels) <= max(labels) < trained_classes(config):
+        if labels is not None and not m.class_cond:
+            raise UserError("labels: this model was trained without classes")
+        ys = None if labels is None else [one_class(config, y) if isinstance(y, str) else y for y in labels]
+        if ys and not 0 <= min(ys) <= max(ys) < trained_classes(config):
             raise UserError(f"labels must lie from 0 to {trained_classes(config) - 1}")
         if not len(images):
             return np.zeros(0)
-        data = in_memory(config, images, labels if m.class_cond else None)
+        data = in_memory(config, images, ys)
         settings: dict[str, Any] = dict(batch_size=self.opened.which.batch_size, seed=seed, say=lambda line: None)
         return bits_per_dim(config, self.opened.net, data, self.device, chosen=np.arange(len(images)), **settings).total
 
     def _changed(self, how: Mapping[str, Any]) -> Config:
         how = dict(how)
         if "steps" in how:
+            if "sampling_steps" in how:
+                raise UserError("steps and sampling_steps are the same setting: give one")
             how["sampling_steps"] = how.pop("steps")
-        return fit.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
+        config = fit.require_fit(with_found(check(self.config.updated(typed(how, Sample))), self.opened.home))
+        return fit.require_steering(config, how)
+
+
+def _seeds(seed: int, n: int) -> range:
+    """n seeds, from `seed` on; UserError where they are no numbers that seeds may be."""
+    try:
+        first, count = index(seed), index(n)
+    except TypeError:
+        raise UserError(f"n={n!r}, seed={seed!r}: give whole numbers") from None
+    if not (count >= 0 and 0 <= first <= first + count <= SEED + 1):
+        raise UserError(f"n={n}, seed={seed}: give n from 0, and seeds from 0 to {SEED}")
+    return range(first, first + count)
 
 
 def train(data: Any, *, run: str | Path = "", preset: str = "", config: str | Path = "", **settings: Any) -> Path:
@@ -160,17 +185,16 @@ def evaluate(samples: Any, *, reference: Any, device: str = "auto", batch_size: 
     metrics, num_samples ...
     """
     from iddpm.measure import compare
-    from iddpm.measure.image_sets import open_images
+    from iddpm.measure.image_sets import open_images, write_images
 
     with tempfile.TemporaryDirectory() as folder:
 
         def on_disk(images: Any, name: str) -> str:
             if isinstance(images, (str, Path)):
                 return str(images)
-            np.savez(path := Path(folder) / name, np.asarray(images))
-            return str(path)
+            return write_images(Path(folder) / f"{name}.npz", np.asarray(images))
 
-        chosen = make(Evaluate, typed({"reference": on_disk(reference, "reference.npz"), **settings}, Evaluate))
-        sets = [open_images(on_disk(samples, "samples.npz"))]
+        chosen = make(Evaluate, typed({"reference": on_disk(reference, "reference"), **settings}, Evaluate))
+        sets = [open_images(on_disk(samples, "samples"))]
         found = compare.evaluate(sets, chosen, build.device(device), batch_size=batch_size)
     return {finding.name: finding.estimate.value for finding in found.findings} if found else {}

@@ -51,6 +51,20 @@ def test_check_tells_what_was_put_into_a_set(photos, tmp_path, capsys):
         assert sheet.size == (12 * 64, 2 * 64)
 
 
+def test_check_tells_how_images_are_taken_and_classes_that_differ_by_case(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frames = [picture(k) for k in range(2)]
+    frames[0].save(photos / "dog" / "film.gif", save_all=True, append_images=frames[1:])
+    (photos / "Dog").mkdir()
+    picture(5).save(photos / "Dog" / "5.png")
+    assert main(["data", "check", str(photos)]) == 0
+    told = capsys.readouterr().out
+    assert "taken otherwise than stored: 1 (the first of several frames)" in told
+    assert "Dog and dog are 2 classes, by their case or blanks alone" in told
+    assert main(["data", "check", str(photos)]) == 2
+    assert "check.png is there already: iddpm data check" in capsys.readouterr().err
+
+
 def test_check_advises_to_keep_parts_apart(photos, tmp_path, capsys, monkeypatch):
     (photos / "cat").rename(photos / "train")
     (photos / "dog").rename(photos / "test")

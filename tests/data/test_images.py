@@ -211,6 +211,7 @@ def test_entries_without_an_image_are_told(tmp_path: Path) -> None:
         ("labels.json", '{"a.png": 1, "b.png": [2]}', r"the label \[2\]"),
         ("labels.json", '{"a.png": true, "b.png": 2}', "the label True"),
         ("labels.csv", "a.png\nb.png", "labels.csv: "),
+        ("labels.csv", "a.png;x\nb.png;y", "'b.png;y' has no comma before a label"),
         ("labels.csv", "", "no label for a.png"),
     ],
 )

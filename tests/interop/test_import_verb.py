@@ -267,6 +267,22 @@ def test_a_run_comes_back_from_its_export_bit_for_bit(run, exported, tmp_path, c
     assert np.array_equal(drawn(run), drawn(tmp_path / "back"))
 
 
+def test_an_export_writes_over_that_of_its_own_run_alone(run, exported, tmp_path, command):
+    there = tmp_path / "there"
+    shutil.copytree(exported, there)
+    assert command("export", run, "--out", there)[0] == 0
+    assert "of another run, or of other flags" in command("export", run, "--out", there, "--label_rows", 0)[2]
+    (there / "iddpm000004.json").unlink()  # as the original leaves them
+    before = (there / "model000004.pt").read_bytes()
+    assert "of another run, or of other flags" in command("export", run, "--out", there)[2]
+    assert (there / "model000004.pt").read_bytes() == before
+    lone = run / "checkpoints" / "step_00000004" / "weights.safetensors"
+    shutil.copy(lone, tmp_path / "lone.safetensors")
+    assert command("export", tmp_path / "lone.safetensors", "--out", there)[0] == 2
+    assert (there / "model000004.pt").read_bytes() == before
+    assert "or -1 for the newest" in command("export", run, "--checkpoint_step", -7)[2]
+
+
 def test_exported_files_are_the_originals(run, exported):
     """Plain torch reads them into a network of a thousand classes, and into its AdamW."""
     names = sorted(p.name for p in exported.iterdir())

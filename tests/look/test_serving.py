@@ -48,6 +48,7 @@ def test_the_images_are_those_of_sample_whoever_asks_beside(server, run, tmp_pat
         assert code == 200
         assert abs(found["arr_0"].astype(int) - expected["arr_0"][rows]).max() <= 1
         assert (found["arr_1"] == expected["arr_1"][rows]).all()
+        assert found["classes"].tolist() == expected["classes"].tolist() == ["across", "disc", "down"]
 
 
 def test_sheets_and_archives_and_other_settings(server):
@@ -70,6 +71,7 @@ def test_sheets_and_archives_and_other_settings(server):
         ({"num_samples": 2, "seeds": "1"}, "give one"),
         ({"guidance": float("nan")}, "out of range"),
         ({"solver": "magic"}, "is not one of"),
+        ({"guidance_kind": "apg"}, "no effect without --guidance"),
         ({"labels": "unicorn"}, "the model knows"),
         ({"model": "../../etc/passwd"}, "is not one of: r"),
         ({"format": "exe"}, "is not one of: png, npz, zip"),

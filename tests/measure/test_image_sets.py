@@ -190,6 +190,17 @@ def test_one_grey_file_turns_no_set_grey(tmp_path, pixels, modes, channels, kind
         assert (as_reference.channels, as_reference.kind) == (1, kind)
 
 
+def test_what_is_read_otherwise_than_it_lies_there_is_told(tmp_path, pixels, capsys):
+    for name in mixed(tmp_path, pixels, "L", "LA"):
+        open_images(name)
+        assert not capsys.readouterr().out
+        open_images(name, Like("samples", (12, 10), 1))
+        assert not capsys.readouterr().out  # nothing shines through
+    Image.new("LA", (10, 12), (0, 9)).save(tmp_path / "in" / "002.png")
+    open_images(str(tmp_path / "in"), Like("samples", (12, 10), 1))
+    assert "taken otherwise than stored: 1 (transparency laid over white)" in capsys.readouterr().out
+
+
 def test_colour_behind_the_first_headers_is_never_lost_in_silence(tmp_path, pixels, monkeypatch):
     monkeypatch.setattr(image_sets, "LOOKED_AT", 2)
     for name in mixed(tmp_path, pixels, "L", "L", "RGB"):

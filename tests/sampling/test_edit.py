@@ -64,6 +64,19 @@ def test_an_image_of_another_size_is_told(run, tmp_path, capsys) -> None:
     assert "12x20 pixels: scaled and cropped to 8x8" in capsys.readouterr().out
 
 
+def test_what_is_read_otherwise_than_it_lies_there_is_told(run, tmp_path, capsys) -> None:
+    """An image of 16 bits is cut to 8, and what is transparent in a mask is light."""
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "deep.png")
+    mask = np.zeros((8, 8, 4), np.uint8)
+    mask[:4, :, 3] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    line = [str(run), str(tmp_path / "deep.png"), "--mask", str(tmp_path / "mask.png"), "--labels", "disc", "--device", "cpu"]
+    assert main(["edit", *line, "--sampling_steps", "3", "--out", str(tmp_path / "new" / "x.png")]) == 0  # a folder is made
+    told = capsys.readouterr().out
+    assert "deep.png: taken otherwise than stored: 1 (grey of 16 bits, 0..65535 scaled to 0..255)" in told
+    assert "mask.png: taken otherwise than stored: 1 (transparency laid over white)" in told
+
+
 def test_the_arc_keeps_the_length_and_ends_at_its_ends() -> None:
     a, b = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(slerp(a[None], b[None], 0.0), a[None])
@@ -101,6 +114,9 @@ def test_the_command(run, tmp_path, capsys) -> None:
     assert main([*command, "--seeds", "3,7", "--out", str(tmp_path / "x.gif")]) == 0
     with Image.open(tmp_path / "x.gif") as moving:
         assert moving.n_frames == 16
+    (tmp_path / "masks").mkdir()
+    for path in (mask, empty):
+        (tmp_path / "masks" / path.name).write_bytes(path.read_bytes())
     capsys.readouterr()
     for words, line in {
         "must be alike": [str(a), "--mask", str(small)],
@@ -110,7 +126,11 @@ def test_the_command(run, tmp_path, capsys) -> None:
         "no effect between": [str(a), str(b), "--between", "--strength", "0.4"],
         "of --between": [str(a), "--frames", "4"],
         "between two images ddim leads": [str(a), str(b), "--between", "--solver", "heun"],
-        "ends in .png or .gif": [str(a), "--out", str(tmp_path / "x.npz")],
+        "ends in .png or .gif": ["--seeds", "3,7", "--out", str(tmp_path / "x.npz")],
+        "ends in .png": [str(a), "--out", str(tmp_path / "y.gif")],  # a sheet does not move
+        "no effect without --guidance": [str(a), "--guidance_low", "1"],
+        "names 2 classes": [str(a), "--labels", "disc,down"],
+        "holds 2 images": [str(a), "--mask", str(tmp_path / "masks")],
     }.items():
         assert main([*command, *line]) == 2
         assert words in capsys.readouterr().err

@@ -9,10 +9,12 @@ from PIL import Image
 
 from conftest import SLOW
 from iddpm.cli.main import main
+from iddpm.config import Draw
 from iddpm.errors import UserError
 from iddpm.sampling.draw import images as images_of
 from iddpm.sampling.draw import painter
 from iddpm.sampling.images import as_pixels
+from iddpm.sampling.job import asked
 from iddpm.sampling.job import job as job_of
 from iddpm.sampling.open import restore
 from iddpm.sampling.sheets import grid
@@ -58,6 +60,13 @@ def test_labels_go_by_name_or_number_and_repeat_by_seed(config):
         job_of(config, [0], "square")
     with pytest.raises(UserError, match="0 to 2"):
         job_of(config, [0], "3")
+
+
+def test_a_class_that_no_seed_takes_is_told(config, capsys):
+    task = asked(Draw(labels="disc,down,across", seeds="3,6"), config, None)
+    assert task.labels == [1, 1] and "no image of down, across: seed s takes" in capsys.readouterr().out
+    asked(Draw(labels="disc,down", num_samples=2), config, None)
+    assert not capsys.readouterr().out
 
 
 def test_labels_for_a_model_without_classes_are_refused(config):

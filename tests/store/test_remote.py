@@ -89,6 +89,12 @@ def test_a_local_name_is_a_path_and_an_address_is_kept_as_it_is(tmp_path):
     assert str(path.relative_to(path.parents[1])) == "runs/a.b" and place(path) is path
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(run, capsys):
+    for argv in (["nll", str(run), ""], ["nll", "", str(run)], ["data", "check", ""], ["sample", ""], ["edit", "", "a.png"]):
+        assert cli.main(argv) == 2
+        assert "an empty text" in capsys.readouterr().err, argv
+
+
 def test_an_address_is_never_a_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError, match="not on this machine"):

@@ -128,6 +128,8 @@ def _export(run: str, to: str, out: str, checkpoint_step: int, label_rows: int |
     for flag, value, owner in (("label_rows", label_rows, "openai"), ("solver", solver, "diffusers")):
         if value is not None and to != owner:
             raise UserError(f"--{flag} has no effect with --to {to}: it belongs to --to {owner}")
+    if checkpoint_step < -1:
+        raise UserError(f"--checkpoint_step {checkpoint_step}: give a step, or -1 for the newest")
     from iddpm.interop import onnx, single
     from iddpm.interop.diffusers import write
     from iddpm.interop.openai.formats import convert

@@ -90,8 +90,10 @@ def _check(path: str, out: str, labels: str, floats: str, only_classes: str, **_
     from iddpm.store.remote import place, replace
 
     sheet = place(out or "check.png")
-    if sheet.suffix.lower() != ".png" or (sheet.exists() and not out):
-        raise UserError(f"{sheet}: give a new name that ends in .png, for the pictures of the images")
+    if sheet.exists() and not out:
+        raise UserError(f"{sheet} is there already: iddpm data check {path} OTHER.png, for the pictures of the images")
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"{sheet}: give a name that ends in .png, for the pictures of the images")
     found = check(path, labels or "auto", _preparation("", "", floats, only_classes))
     replace(sheet, lambda file: found.sheet.save(file, "PNG"), lasting=False)
     for line in found.lines:

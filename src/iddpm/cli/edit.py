@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iddpm.cli.flags import Parser, Verb
+from iddpm.cli.flags import Parser, Verb, file_to_write
 from iddpm.config import Edit, Sample, Which, image_size, make, seed_list, settings_of
 from iddpm.errors import UserError
 from iddpm.saying import say
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iddpm.config import Config
+    from iddpm.data import Images
+    from iddpm.data.preparation import Preparation
 
 
 def _parser(parser: Parser) -> None:
@@ -44,22 +46,19 @@ def _edit(run: str, images: list[str], **given: Any) -> None:
     from iddpm.data.decode import MODES
     from iddpm.parallel import processes
     from iddpm.sampling import edit as made
-    from iddpm.sampling.job import job
+    from iddpm.sampling.job import one_class
     from iddpm.sampling.open import open_weights
 
     with processes.session(build.device(which.device)):
         opened = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
-        config, net, device = opened.config, opened.net, opened.device
+        config, net, device = fit.require_steering(opened.config, given), opened.net, opened.device
         if not config.task.draws:
             raise UserError(f"{opened.weights.path} is no model of images alone: it cannot edit them")
-        if config.model.class_cond and not edit.labels:
-            raise UserError("this model knows classes: which is it to draw? --labels NAME")
-        y = job(config, [0], edit.labels).labels[0] if config.model.class_cond else None
-        if edit.labels and y is None:
-            raise UserError("--labels: this model was trained without classes")
-        out = place(edit.out) if edit.out else _free(opened.home / "samples", "between" if between else "edit")
-        if out.suffix not in (".png", ".gif") or out.exists():
-            raise UserError(f"--out {out}: " + ("is there already" if out.exists() else "give a name that ends in .png or .gif"))
+        y = one_class(config, edit.labels) if config.model.class_cond or edit.labels else None
+        out = edit.out or _free(opened.home / "samples", "between" if between else "edit")
+        out = file_to_write(out, "--out", *((".png", ".gif") if between else (".png",)))
+        if out.exists():
+            raise UserError(f"--out {out}: is there already")
         inputs = [_read(path, config) for path in images]
         mask = _mask(edit.mask, images, config) if edit.mask else None
         if between:
@@ -90,18 +89,27 @@ def _free(folder: Path, name: str) -> Path:
 
 def _read(path: str, config: "Config") -> "np.ndarray":
     """An image (H, W, C) at the model's size."""
-    from iddpm.data import Images
     from iddpm.data.preparation import SCALED, preparation
 
-    size, how = image_size(config.model), preparation(config)._replace(only=())
-    data = Images.open(path, size, config.model.image_channels, on_broken="fail", labels="none", how=how)
-    if len(data) != 1:
-        raise UserError(f"{path} holds {len(data)} images: give image files")
+    how = preparation(config)._replace(only=())
+    data = _one(path, config, config.model.image_channels, how)
     (height, width), (h, w) = data.size(0), data.image_size
     if (height, width) != (h, w):
         print(f"{path} has {height}x{width} pixels: {SCALED[how.fit]} to {h}x{w}, which the model draws")
     pixels: np.ndarray = data.batch([0])[0].transpose(1, 2, 0)
     return pixels
+
+
+def _one(path: str, config: "Config", channels: int, how: "Preparation") -> "Images":
+    """The one image of a file, and what it is taken for told; UserError where there are several."""
+    from iddpm.data import Images
+
+    data = Images.open(path, image_size(config.model), channels, on_broken="fail", labels="none", how=how)
+    if len(data) != 1:
+        raise UserError(f"{path} holds {len(data)} images: give image files")
+    if told := data.told():
+        print(f"{path}: {told}")
+    return data
 
 
 def _mask(path: str, images: list[str], config: "Config") -> "np.ndarray":
@@ -113,7 +121,7 @@ def _mask(path: str, images: list[str], config: "Config") -> "np.ndarray":
 
     (h, w), fit = image_size(config.model), config.data.fit
     how = Preparation(fit, floats=config.data.floats)
-    masks = Images.open(path, (h, w), 1, on_broken="fail", labels="none", how=how)
+    masks = _one(path, config, 1, how)
     height, width = masks.size(0)
     for image in images:
         size = Images.open(image, (h, w), config.model.image_channels, labels="none", cache_bytes=0, how=how).size(0)

@@ -61,12 +61,13 @@ def _evaluate(samples: str, **given: Any) -> None:
 
 def of_run(run: Path, settings: Evaluate, which: Which, changes: Mapping[str, Any]) -> "list[ImageSet]":
     """The samples of a run: a set for each draw, of seeds of its own."""
+    from iddpm import fit
     from iddpm.measure.image_sets import drawn
     from iddpm.sampling.job import job
     from iddpm.sampling.open import open_weights
 
     opened, n = open_weights(run, which, changes), settings.num_samples or OF_A_RUN
-    task = opened.config.task
+    task = fit.require_steering(opened.config, changes).task
     if task.inputs:
         raise UserError(f"{run} is {task.help}: draw some with iddpm sample --{task.inputs[-1]}, and give their .npz")
     if not task.draws:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iddpm.cli.flags import Parser, Verb, file_to_write
-from iddpm.config import Measure, Sample, Which, image_size, make
+from iddpm.config import BOUND, Measure, Sample, Which, image_size, make
 from iddpm.errors import UserError
 from iddpm.saying import say
 from iddpm.store.remote import place
@@ -12,8 +12,6 @@ from iddpm.words import many
 
 if TYPE_CHECKING:
     from iddpm.sampling.open import Opened
-
-BOUND = ("sampling_steps", "clip_denoised", "grid")  # all of Sample that the bound depends on: it has no solver
 
 
 def _parser(parser: Parser) -> None:
@@ -43,7 +41,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
     from iddpm.sampling.open import open_weights
 
     with processes.session(build.device(which.device)):
-        runs = [open_weights(place(source), which, changes) for source in (run, measure.against) if source]
+        runs = [open_weights(place(source), which, changes) for source in (run, *filter(None, [measure.against]))]
         _require_same_images(runs, measure.given)
         beside = runs[0].home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
         out = file_to_write(measure.out or beside, "--out", ".json", "")

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 # What decides the images beside weights, seeds and classes: a job is only continued by the same one.
 FEW = 100  # steps below which the fixed large variance leaves noise in the images
-STEERING = ("guidance_kind", "guidance_low", "guidance_high", "guidance_rescale")  # of --guidance and of --autoguide
 SAME_WORLD = (
     "image_size", "image_channels", "diffusion_steps", "noise_schedule", "snr_shift", "zero_terminal_snr", "rescale_timesteps",
 )  # fmt: skip
@@ -65,7 +64,7 @@ def _sample(run: str, **given: Any) -> None:
     idle = given.keys() & (fields_of(Draw).keys() - {"find_grid"} | {"solver"})
     if draw.find_grid and idle:
         raise UserError(f"--{min(idle)} has no effect with --find_grid, which draws nothing")
-    from iddpm import build
+    from iddpm import build, fit
     from iddpm.parallel import processes
     from iddpm.sampling.draw import images, painter
     from iddpm.sampling.job import asked, inputs
@@ -79,8 +78,7 @@ def _sample(run: str, **given: Any) -> None:
         first = open_weights(place(run), which, {k: given[k] for k in given if k in settings_of(Sample)})
         chain = [first, *(open_weights(place(name.strip()), which) for name in draw.then.split(",") if name.strip())]
         _check(draw, chain)
-        if flag := next((f for f in STEERING if f in given and first.config.sample.guidance == 1 and not draw.autoguide), ""):
-            raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
+        fit.require_steering(first.config, given, away=bool(draw.autoguide))
         solver = build.solver(first.config)  # now, so that what it refuses leaves nothing behind
         guide = _guide(draw, first, which) if draw.classifier else None
         weak = _weak(draw, first, which) if draw.autoguide else None

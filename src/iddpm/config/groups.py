@@ -209,6 +209,9 @@ class Train:
     eval_batch: int = _measured(64, "samples that a process draws at a time for it", 1)
 
 
+BOUND = ("sampling_steps", "clip_denoised", "grid")  # all of Sample that the bound depends on: it has no solver
+
+
 @dataclass(frozen=True)
 class Sample:
     """How samples are drawn unless a command says otherwise."""
@@ -283,7 +286,7 @@ class Edit:
     frames: int = opt(9, "images from the one to the other", low=2, high=1000)
     seeds: str = opt("", "one result for each seed, as 0-3 or 7,9; empty: 0")
     labels: str = opt("", "the class to draw, by name or number")
-    out: str = opt("", "a sheet or strip.png, or an animated.gif; empty: a new name in the run's samples/")
+    out: str = opt("", "a sheet.png; between two images a strip.png or an animated.gif; empty: a new name in the run's samples/")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,8 @@ def check(path: str | Path, labels: str = "auto", how: Preparation = AS_EVER) ->
         lines.append(data.divided.strip())
     for part in (_sizes, _modes):
         part(looks, lines, advice)
+    if told := data.told():
+        lines.append(told)
     _classes(data, lines, advice)
     if broken:
         lines += [f"broken: {many(len(broken), 'file')}", *(f"  {text}" for text in broken[:SHOWN])]
@@ -160,8 +163,19 @@ def _classes(data: Images, lines: list[str], advice: list[str]) -> None:
     some = shown if len(shown) <= 10 else [*shown[:5], "...", *shown[-2:]]
     lines.append(f"classes: {len(counts)}, from {data.rule}: {', '.join(some)}")
     advice.append(f"--class_cond True learns the {len(counts)} classes; --labels none forgets them")
+    alike = [group for group in _alike(data.classes) if len(group) > 1]
+    if alike:
+        advice.append(f"{' and '.join(alike[0])} are {len(alike[0])} classes, by their case or blanks alone: rename what is one")
     if many_ > 10 * few:
         advice.append(f"{shown[-1]} has less than a tenth of the images of {shown[0]}; --balance draws all classes equally often")
+
+
+def _alike(classes: Sequence[str]) -> Collection[list[str]]:
+    """The names in groups that differ by case and blanks alone."""
+    groups = defaultdict[str, list[str]](list)
+    for name in classes:
+        groups["".join(name.casefold().split())].append(name)
+    return groups.values()
 
 
 def _doubles(data: Images, looks: dict[int, Look], lines: list[str], advice: list[str]) -> None:

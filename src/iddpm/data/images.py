@@ -169,7 +169,8 @@ class Images:
             text += f"\n{self.others.describe()}"
         if self.source.left_out:
             text += f"\nleft out: {self.source.rest()}"
-        text += self.told()
+        if told := self.told():
+            text += f"\n{told}"
         if parts := [] if self.source.rows else splits(self.names):
             names = " and ".join(parts)
             text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
@@ -242,7 +243,7 @@ class Images:
             list(self._read(few))
         how = ", ".join(f"{len(which)} ({note})" for note, which in sorted(self._notes.items()))
         of = "" if self._cache is not None or len(few) == len(self) else f" (of {len(few)} looked at)"
-        return f"\ntaken otherwise than stored{of}: {how}" if how else ""
+        return f"taken otherwise than stored{of}: {how}" if how else ""
 
     def _few(self) -> list[int]:
         """Some images, from the first to the last."""

@@ -176,6 +176,8 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
             column = next((head.index(key) for key in KEYS if key in head), 1)  # a table of attributes may have one so called
             if head and len(head) > 2 and head[column] not in KEYS:
                 raise ValueError(f"of its {len(head)} columns none is called {' or '.join(KEYS)}, so call the wanted one so")
+            if short := next((row for row in rows if len(row) <= column), None):
+                raise ValueError(f"{','.join(short)!r} has no comma before a label")
             pairs = [(row[0].strip(), row[column].strip()) for row in rows]
             if all(value.isdecimal() and str(int(value)) == value for _, value in pairs):
                 return [(name, int(value)) for name, value in pairs]

@@ -87,7 +87,7 @@ def pack(
     write_file(out / INDEX, json.dumps(index))
     lost = f"; {many(len(broken), 'broken image')} left out, the first: {broken[0]}" if broken else ""
     classes = f", {len(images.classes)} classes" if images.classes else ""
-    told = images.told().replace("\n", "; ")
+    told = f"; {told}" if (told := images.told()) else ""
     return f"{out}: {many(len(kept), 'image')} of {size[0]}x{size[1]}, {many(channels, 'channel')}{classes}{lost}{told}"
 
 

@@ -12,6 +12,7 @@ import iddpm
 from iddpm import build
 from iddpm.config import Config, Sample, image_size, own_numbers, settings_of
 from iddpm.data import Images, open_npz
+from iddpm.data.arrays import require_images
 from iddpm.data.decode import opened_image
 from iddpm.data.preparation import Preparation, preparation
 from iddpm.data.sources import ENDINGS, Source, open_source
@@ -81,6 +82,12 @@ def open_images(name: str, like: Like | None = None) -> ImageSet:
     raise UserError(f"{name} is no set of images: give a run, an .npz of images, a folder of them, or a .zip or .tar")
 
 
+def write_images(path: Path, images: np.ndarray) -> str:
+    """Keep an array as an .npz and give its name for `open_images`; UserError, without its folder, where that would refuse it."""
+    np.savez(path, require_images(Path(path.stem), images, any_kind=False))
+    return str(path)
+
+
 def _npz(name: str, path: Path, like: Like | None) -> ImageSet:
     images, labels, classes = open_npz(path)
     n, height, width, channels = images.shape
@@ -127,6 +134,8 @@ def _files(name: str, path: Path, like: Like | None) -> ImageSet:
         data = labelled(like.rule if like and how.only else "auto")
     except UserError:  # labels that make no sense do not matter here; whatever else is wrong comes again
         data = labelled("none")
+    if told := data.told():
+        print(f"{name}: {told}")
 
     def digest(numbers: Sequence[int]) -> str:
         return _digest(data.source.read(data.names[int(k)]) for k in numbers)

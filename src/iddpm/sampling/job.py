@@ -29,10 +29,11 @@ class Job(NamedTuple):
         return Job(self.seeds[a:b], self.labels[a:b], None if self.given is None else self.given[a:b])
 
 
-def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
+def job(config: Config, seeds: Sequence[int], labels: str | Sequence[str] = "") -> Job:
     """The job of some seeds; seed s takes the (s modulo n)-th of the n labels asked for, by default of all classes.
 
-    `labels` are names or numbers, comma-separated; UserError where the model was not trained on one, or knows no classes.
+    `labels` are names or numbers, in one text comma-separated; UserError where the model was not trained on one,
+    or knows no classes.
     """
     if not config.model.class_cond:
         if labels:
@@ -42,8 +43,21 @@ def job(config: Config, seeds: Sequence[int], labels: str = "") -> Job:
     return Job(seeds, [wanted[s % len(wanted)] for s in seeds])
 
 
-def _parts(config: Config, labels: str) -> list[str]:
+def one_class(config: Config, label: str) -> int:
+    """The number of the class that --labels names; UserError where it names none, or several."""
+    if not config.model.class_cond:
+        raise UserError("--labels: this model was trained without classes")
+    if not (parts := _parts(config, label)):
+        raise UserError("this model knows classes: which is it to draw? --labels NAME")
+    if len(parts) > 1:
+        raise UserError(f"--labels {label} names {len(parts)} classes, and one is drawn here: give one")
+    return _class(config, parts[0])
+
+
+def _parts(config: Config, labels: str | Sequence[str]) -> list[str]:
     """The classes of a flag, separated by commas; a name that holds one stands alone, or in quotation marks."""
+    if not isinstance(labels, str):
+        return list(labels)
     parts = list(names(labels))
     if labels not in config.data.classes:
         return parts
@@ -107,6 +121,8 @@ def inputs(draw: Draw, config: Config, classes_of: Config) -> Inputs:
         data = Images.open(path, size, channels, on_broken="fail", labels=rule, classes=classes, how=how)
         if not draw.high_res and not draw.fit:
             data.require_size(size, FIT if draw.given else "larger ones are shrunk by --high_res")
+        if told := data.told():
+            print(f"{path}: {told}")
         images, labels = data.batch(np.arange(len(data))), data.labels
     given = None if labels is None else [int(y) for y in labels]
     return Inputs(shrunk(config, images), given, images) if draw.high_res else Inputs(images.transpose(0, 2, 3, 1), given, None)
@@ -120,7 +136,7 @@ def asked(draw: Draw, classes_of: Config, given: Inputs | None) -> Job:
     if given is None:
         count = len(_parts(classes_of, draw.labels)) or trained_classes(classes_of)
         count = draw.num_samples or (10 * count if classes_of.model.class_cond else 64)
-        return job(classes_of, seed_list(draw.seeds) if draw.seeds else range(count), draw.labels)
+        return _told(classes_of, draw, job(classes_of, seed_list(draw.seeds) if draw.seeds else range(count), draw.labels))
     n = len(given.given)
     seeds = seed_list(draw.seeds) if draw.seeds else list(range(draw.num_samples or n))
     if max(seeds) >= n:
@@ -130,7 +146,15 @@ def asked(draw: Draw, classes_of: Config, given: Inputs | None) -> Job:
         if given.labels is None:
             raise UserError("this model knows classes, and the images given have none: give --labels")
         task = task._replace(labels=[given.labels[s] for s in seeds])
-    return task._replace(given=given.given[seeds])
+    return _told(classes_of, draw, task._replace(given=given.given[seeds]))
+
+
+def _told(config: Config, draw: Draw, task: Job) -> Job:
+    """The job itself; classes of --labels that none of its seeds takes are told."""
+    wanted = dict.fromkeys(_class(config, text) for text in _parts(config, draw.labels))
+    if idle := [class_name(config, y) for y in wanted if y not in set(task.labels)]:
+        print(f"no image of {', '.join(idle)}: seed s takes the (s modulo {len(wanted)})-th of the {len(wanted)} --labels")
+    return task
 
 
 def shrunk(config: Config, originals: np.ndarray) -> np.ndarray:

@@ -45,9 +45,11 @@ class Damaged(UserError):
 
 
 def place(name: str | Path) -> Path:
-    """The place of a local name or of an address; UserError for an unknown kind of address, or one whose driver is missing."""
+    """The place of a local name or of an address; UserError for an empty one, an unknown kind, or a driver that is missing."""
     if isinstance(name, PurePath):
         return name
+    if not name:  # a variable of a shell that is not set, which would be the folder one is in
+        raise UserError('a place is named by "", an empty text: give its name, or . for the folder that you are in')
     if "://" not in name:
         try:
             return Path(name).expanduser()  # for a shell leaves a ~ alone behind "--run="

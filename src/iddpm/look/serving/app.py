@@ -97,6 +97,7 @@ def _png(images: np.ndarray, order: Order) -> Response:
 def _npz(images: np.ndarray, order: Order) -> Response:
     file = io.BytesIO()
     arrays = {"arr_0": images} | ({"arr_1": np.array(order.job.labels)} if order.config.model.class_cond else {})
+    arrays |= {"classes": np.array(names)} if (names := order.config.data.classes) and "arr_1" in arrays else {}
     np.savez(file, **arrays)  # type: ignore[arg-type]  # a flag of numpy's, which is no array, stands among them
     return Response(file.getvalue(), media_type="application/octet-stream")
 

@@ -31,6 +31,6 @@ def checked(asked: object, known: Mapping[str, Any]) -> dict[str, Any]:
 def configured(config: Config, asked: Mapping[str, Any]) -> Config:
     """A model's config, drawing as a request says; UserError where that cannot be."""
     changes = {name: value for name, value in asked.items() if name in HOW}
-    config = fit.require_fit(check(config.updated(changes))) if changes else config
+    config = fit.require_steering(fit.require_fit(check(config.updated(changes))), changes) if changes else config
     build.solver(config)
     return config

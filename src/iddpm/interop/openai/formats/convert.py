@@ -1,6 +1,8 @@
 """A run from the original's files, and such files from a run."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,7 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
 
     if (weights.path.parent / "state").is_dir():  # a run's checkpoint, and no lone file: its optimizer goes along
         saved = checkpoint.load(weights.path.parent)
+        _require_own(folder, config, saved.step)
         averages = {rate: padded(average) for rate, average in saved.averages.items()}
         saved = saved._replace(weights=padded(saved.weights), averages=averages, optimizer=padded(saved.optimizer))
         kin = files.family(files.save_run(folder, config, saved))
@@ -145,9 +148,20 @@ def exported(weights: Weights, folder: Path, label_rows: int) -> list[str]:
     else:
         step, rate = weights.about["step"], weights.about.get("ema_rate")
         best = folder / (f"ema_{rate}_{step:06d}.pt" if rate else f"model{step:06d}.pt")
+        if best.exists():  # weights alone do not say whose they are
+            raise UserError(f"{best} is there already: give another --out, or delete it")
         files.save(best, files.ordered(padded(weights.tensors), network_shapes(config)))
         written = [best.name]
     return [f"wrote in {folder}: {', '.join(written)}", *notes, f"next: {_command(config, best)}"]
+
+
+def _require_own(folder: Path, config: Config, step: int) -> None:
+    """UserError where files of this step lie there already that are not of a run with this config, to be written anew."""
+    held = None
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        held = json.loads((folder / f"iddpm{step:06d}.json").read_text())["config"]
+    if held != json.loads(config.to_json()) and (there := sorted(folder.glob(f"*{step:06d}.pt"))):
+        raise UserError(f"{there[0]} is of another run, or of other flags: give another --out, or delete it")
 
 
 def _command(config: Config, file: Path) -> str:
