@@ -152,8 +152,10 @@ def _asked(given: Mapping[str, Any]) -> str:
 
 def absolute(path: str) -> str:
     """A local path from the root of this machine, so that it means the same wherever a run is gone on with."""
+    if not path or path == OWN or share(path):
+        return path
     found = place(path)
-    return path if not path or path == OWN or share(path) or "://" in str(found) else str(Path(os.path.abspath(found)))
+    return path if "://" in str(found) else str(Path(os.path.abspath(found)))
 
 
 def _session(run: Path, given: Mapping[str, Any]) -> AbstractContextManager[torch.device]:
