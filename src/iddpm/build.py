@@ -216,6 +216,12 @@ def objective(
     return partial(loss, **asks) if asks else loss
 
 
+def path_levels(config: Config) -> int:
+    """The levels of the paths that a config's loss learns in the place of images; 0 where it learns images."""
+    steps: int = getattr(make("objective", config.diffusion.objective_name, config.numbers()), "path_steps", 0)
+    return 0 if config.task.classifies else steps
+
+
 def law(config: Config) -> Uniform:
     """The law of t of a config."""
     name, numbers = config.diffusion.schedule_sampler, config.numbers()

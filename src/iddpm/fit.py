@@ -36,6 +36,7 @@ def require_fit(config: Config) -> Config:
         )
     _require_known_guidance(config)
     _require_leaps(config)
+    _require_beginning(config)
     if d.snr_shift != 1 and not is_chain(d) and build.schedule(config)(torch.ones(1, dtype=torch.float64)).alpha:
         raise UserError(f"--snr_shift is for schedules that end in pure noise: of --noise_schedule {name} change --sigma_max")
     if d.zero_terminal_snr and d.diffusion_steps < 2:
@@ -63,6 +64,21 @@ def require_steering(config: Config, asked: Collection[str], away: bool = False)
     if flag := next((f for f in STEERING if f in asked and config.sample.guidance == 1 and not away), ""):
         raise UserError(f"--{flag} has no effect without --guidance W or --autoguide RUN")
     return config
+
+
+def _require_beginning(config: Config) -> None:
+    """UserError where a loss is to learn paths, and nothing walks them, or a setting is of images."""
+    if not build.path_levels(config):
+        return
+    name = f"--objective {config.diffusion.objective_name}"
+    if not config.train.init_from:
+        raise UserError(f"{name} learns the paths of a trained model: which? --init_from RUN")
+    if config.task.inputs:
+        raise UserError(f"{name} makes its images of noise alone, and this is {config.task.help}: take --objective consistency")
+    idle = dict(noise_candidates=config.train.noise_candidates > 1, augment=config.model.augment > 0)
+    idle |= dict(schedule_sampler=build.law(config).looks, trained_guidance=config.model.trained_guidance > 0)
+    if flag := next((flag for flag, there in idle.items() if there), ""):
+        raise UserError(f"--{flag} has no part in {name}, which learns no images but paths: leave it out")
 
 
 def _require_known_guidance(config: Config) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # what the numbers are for; the values are part of every run's randomness, so they never change
-NOISE, TIME, FLIP, SAMPLE, LIKELIHOOD, DROPOUT, LOW_RES, UPSAMPLE, CROP, DROP, EDIT, SCALE, AUGMENT, PLACE = range(1, 15)
+NOISE, TIME, FLIP, SAMPLE, LIKELIHOOD, DROPOUT, LOW_RES, UPSAMPLE, CROP, DROP, EDIT, SCALE, AUGMENT, PLACE, PATH = range(1, 16)
 
 
 def stream(seed: int, purpose: int, step: int, index: int) -> np.random.Generator:

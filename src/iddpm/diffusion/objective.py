@@ -82,11 +82,10 @@ class Consistency:
         with torch.no_grad(), torch.random.fork_rng([x0.device] if x0.is_cuda else []):  # so that the next call drops the same
             target = denoiser(alpha_r * x0 + sigma_r * eps, nearer, cond).x0
         target = torch.where(beside(clean, x0), x0, target)
-        off = (denoiser(alpha * x0 + sigma * eps, level, cond).x0 - target).square().flatten(1)
-        huber = 0.00054 * off.shape[1] ** 0.5
+        terms = _pseudo_huber(denoiser(alpha * x0 + sigma * eps, level, cond).x0, target)
         ratio, h = torch.where(clean, 0.0, nearer.sigma / nearer.alpha / (level.sigma / level.alpha)), level.sigma / level.alpha
-        weight = (1 / ((1 - ratio) * h.clamp(1e-3, MOST))).float().to(off.device)
-        return {"loss": weight * ((off.sum(1) + huber**2).sqrt() - huber), "mse": off.mean(1)}
+        weight = (1 / ((1 - ratio) * h.clamp(1e-3, MOST))).float().to(x0.device)
+        return terms | {"loss": weight * terms["loss"]}
 
     def nearer(self, schedule: Schedule, u: Tensor, progress: float) -> tuple[Any, Tensor]:
         """The less noisy levels beside those of u (B,), and where they stand for the image itself (B,)."""
@@ -97,6 +96,33 @@ class Consistency:
         if isinstance(schedule, Grid):  # whose levels lie apart: at least one step down
             u_r = torch.minimum(u_r, u - 1 / schedule.steps)
         return schedule(u_r.clamp(min=0)), (h_r <= least) | (u_r < 0)
+
+
+@dataclass(frozen=True)
+class Path:
+    """x0 of each point of a path that the first weights walk is to be its end: a model that leaps, soon (--init_from)
+
+    The mid-training of CMT (Hu et al. 2025, arXiv 2509.24526, eq. 6) with the distance of iCT in the place of LPIPS. The
+    program gives ends of paths as x0, and such eps that alpha x0 + sigma eps is the point at u (training/paths.py); the law of t
+    has no part. Costs about a call of the network without a gradient.
+    """
+
+    leaps: ClassVar[bool] = True
+    implies: ClassVar[dict[str, str]] = {"solver": "consistency", "sampling_steps": "1"}
+
+    path_steps: Annotated[int, "levels of a path, walked by dpmpp_2m: as many steps see the same paths", 4, 64] = 16
+
+    def __call__(self, denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
+        level = schedule(u)
+        alpha, sigma = wide((level.alpha, level.sigma), x0)
+        return _pseudo_huber(denoiser(alpha * x0 + sigma * eps, level, cond).x0, x0)
+
+
+def _pseudo_huber(x: Tensor, target: Tensor) -> Terms:
+    """The distance of iCT (Song & Dhariwal 2024, eq. 7) as the loss, beside the mean square."""
+    off = (x - target).square().flatten(1)
+    huber = 0.00054 * off.shape[1] ** 0.5
+    return {"loss": (off.sum(1) + huber**2).sqrt() - huber, "mse": off.mean(1)}
 
 
 def clean_cross_entropy(denoiser: Denoiser, schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor, cond: Cond = {}) -> Terms:
@@ -156,4 +182,5 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "vlb": vlb,
     "vlb_unscaled": vlb_unscaled,
     "consistency": Consistency,
+    "path": Path,
 }

@@ -19,9 +19,10 @@ from iddpm.store.weights import Weights
 from iddpm.training import ending
 from iddpm.training.ema import EMA
 from iddpm.training.muon import Muon
+from iddpm.training.paths import Paths
 from iddpm.words import many
 
-MEMORIES = {"law": "law of t", "weighting": "weighting"}  # of TrainState: what may remember losses
+MEMORIES = {"law": "law of t", "weighting": "weighting", "paths": "beginning"}  # of TrainState: what may have tensors of its own
 COUNTS = ("step", "images", "skipped", "skipped_in_a_row")  # of TrainState
 
 
@@ -61,6 +62,8 @@ class TrainState:
         self.parallel = shard.spread(self.net, settings.shard)
         self.law, self.weighting = build.law(config), build.weighting(config)
         self.params = dict(self.net.named_parameters())  # after sharding, which replaces them
+        levels = build.path_levels(config)
+        self.paths = Paths(config, device, levels) if levels else None  # walked by the weights of the beginning
         self.optimizer = optimizer(config, self.net, self.params)
         self.ema = EMA(self.params, ema_rates(settings), settings.ema_warmup, ema_widths(settings))
         self.scale = LossScale(settings.precision == "fp16", settings.fp16_scale_growth)
@@ -118,10 +121,12 @@ class TrainState:
         return out
 
     def remembered(self) -> dict[str, dict[str, Tensor]]:
-        """What the law of t and the weighting keep of past losses; most keep nothing."""
+        """What the law of t and the weighting keep of past losses, and the weights that walk paths; most keep nothing."""
         found = {"law": self.law.state_dict()}
         if isinstance(self.weighting, Remembering):
             found["weighting"] = self.weighting.state_dict()
+        if self.paths:
+            found["paths"] = self.paths.state_dict()
         return {owner: values for owner, values in found.items() if values}
 
     def numbers(self) -> dict[str, Any]:
@@ -235,6 +240,8 @@ def initialise(state: TrainState, weights: Weights, reset: bool, classes: tuple[
         shard.put(tensor, own[name])
     for average in (*state.ema.averages.values(), *state.ema.powers.values()):
         copy_weights(state.params, average)
+    if state.paths:
+        state.paths.begin(state.params)
     return misfits + ([f"the classes {', '.join(new)}"] if new and CLASSES in fits else [])
 
 

@@ -51,6 +51,8 @@ def train_step(state: TrainState, config: Config, method: Method, batch: Batch, 
     # the CPU, in float64 (8 bytes an image), where the schedule works its alpha and sigma out.
     draw = state.law(rng.uniform(settings.seed, rng.TIME, state.step, n))
     u, weight = (of_all[mine.start : mine.stop] for of_all in draw)
+    if state.paths:
+        (batch, u), weight = state.paths(state.step), torch.ones(len(mine))
     losses, errors = torch.zeros(2, n, device=device)  # of this process's images, each in its place in the whole batch
 
     state.net.train()
