@@ -48,7 +48,7 @@ def rotary(height: int, width: int, heads: int, head_width: int, device: torch.d
 def directed(x: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
     """x (B, heads, h, w, c) at length scale^(1/2) of each head (heads,), and half of its channels turned by angles."""
     wide = x.float()
-    wide = wide * (scale.float().sqrt()[:, None, None, None] * torch.rsqrt(wide.square().sum(4, keepdim=True) + EPS))
+    wide = wide * (scale.float().sqrt()[:, None, None, None] / (wide.square().sum(4, keepdim=True) + EPS).sqrt())
     a, b, rest = wide.split([angles.shape[3], angles.shape[3], x.shape[4] - 2 * angles.shape[3]], dim=4)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=4).to(x.dtype)
@@ -56,7 +56,8 @@ def directed(x: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
 
 def normed(x: Tensor, scale: Tensor) -> Tensor:
     """x over the root of its mean square, times `scale`; computed in float32."""
-    return x * (scale.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    root = (x.float().square().mean(-1, keepdim=True) + EPS).sqrt()  # onnxruntime cannot load products with 1/root
+    return x * (scale.float() / root).to(x.dtype)
 
 
 class Norm(nn.Module):

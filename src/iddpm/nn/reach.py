@@ -49,9 +49,10 @@ def tiled(x: Tensor, rows: int, columns: int) -> Tensor:
 
 def untiled(x: Tensor, like: Tensor, rows: int, columns: int) -> Tensor:
     """Tiles as `tiled` makes them, put together again to the shape of `like`."""
-    b, n, h, w, _ = like.shape
-    parts = x.view(h // rows, w // columns, b, n, rows, columns, -1)
-    return parts.permute(2, 3, 0, 4, 1, 5, 6).reshape(b, n, h, w, -1)
+    heads, height, width = like.shape[1:4]
+    grid = height // rows, width // columns
+    parts = x.unflatten(2, (rows, columns)).unflatten(1, (-1, heads)).unflatten(0, grid)  # n m b heads rows columns c
+    return parts.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
 def neighbours(q: Tensor, k: Tensor, v: Tensor, reach: int, shifted: bool = False) -> Tensor:
