@@ -56,7 +56,7 @@ def directed(x: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
 
 def normed(x: Tensor, scale: Tensor) -> Tensor:
     """x over the root of its mean square, times `scale`; computed in float32."""
-    root = (x.float().square().mean(-1, keepdim=True) + EPS).sqrt()  # onnxruntime cannot load products with 1/root
+    root = (x.float().square().mean(-1, keepdim=True) + EPS).sqrt()  # not times 1/root, which onnxruntime 1.32 cannot load
     return x * (scale.float() / root).to(x.dtype)
 
 
