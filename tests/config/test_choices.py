@@ -64,7 +64,8 @@ def another(number: Field) -> Any:
         return not number.default
     low = -math.inf if number.low is None else number.low
     up = math.inf if number.high is None else number.high
-    found = [v for v in (number.default + 1, number.default - 1, number.default * 1.01, number.default / 1.01) if low <= v <= up]
+    near = (number.default + 1, number.default - 1, number.default * 1.01, number.default / 1.01, number.default + 0.1)
+    found = [v for v in near if low <= v <= up and v != number.default]
     return number.type(found[0] if found else low)
 
 

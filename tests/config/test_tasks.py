@@ -64,6 +64,7 @@ def test_the_names_are_those_that_users_know():
         "unet_mapped",
         "unet_mp",
         "dit",
+        "hdit",
         "super_res",
         "classifier",
     } == NAMES

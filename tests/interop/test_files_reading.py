@@ -227,8 +227,8 @@ OTHERS = {  # as their own programs save them
         "ema": {"initted": W > 0, "step": W[0], "online_model.model.init_conv.weight": W, "ema_model.model.init_conv.weight": W},
         "scaler": None, "version": "2.2.5",
     },
-    "of k-diffusion's, iddpm has the U-Net image_v1": {
-        "config": {"model": {"type": "image_transformer_v2"}}, "model": {"patch_in.proj.weight": W, "mid_level.0.w": W},
+    "of k-diffusion's, iddpm has image_v1": {
+        "config": {"model": {"type": "image_transformer_v1"}}, "model": {"patch_in.proj.weight": W, "mid_level.0.w": W},
         "model_ema": {"patch_in.proj.weight": W}, "epoch": 3, "step": 3, "gns_stats": None, "demo_gen": W,
     },
     "k-diffusion: give the .pth": {name: {"u_net.d_blocks.0.0.main.1.weight": W} for name in ("model", "model_ema")},

@@ -35,6 +35,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "a transformer that guides itself": dict(
         CLASSES, network="dit", patch_size=2, width=32, depth=1, heads=2, class_dropout=0.1, trained_guidance=3.0
     ),
+    "an hourglass of neighbours and windows": dict(
+        CLASSES,
+        network="hdit",
+        image_size="8x16",
+        patch_size=1,
+        level_attention="neighborhood:3,window:2",
+        level_depths="2,2",
+        head_width=8,
+        mapping_width=32,
+    ),
 }
 
 
@@ -43,8 +53,10 @@ def made(**settings: Any) -> tuple[Any, Weights]:
     torch.manual_seed(0)
     config = Config().updated(SMALL | settings)
     net = build.network(config).eval().requires_grad_(False)
-    for p in net.parameters():
+    for name, p in net.named_parameters():
         p.normal_(0, 0.5 / max(1, p[0].numel()) ** 0.5)
+        if name.endswith("attn.scale"):  # of which the root is taken
+            p.abs_()
     return net, Weights(Path("runs/some/weights.safetensors"), dict(net.state_dict()), config, dict(step=7, images=70))
 
 

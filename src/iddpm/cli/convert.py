@@ -45,9 +45,10 @@ def _import_parser(parser: Parser) -> None:
 
 def _reader(path: Path) -> tuple[str, Callable[..., Any] | None]:
     """What a path is, and what makes a run's state of it, the flags and the classes; none where it may be of the original."""
-    from iddpm.interop import ddpm_pytorch, k_diffusion
+    from iddpm.interop import ddpm_pytorch
     from iddpm.interop.diffusers import read
     from iddpm.interop.edm import read as edm
+    from iddpm.interop.k_diffusion import read as k_diffusion
     from iddpm.interop.openai.formats import files
 
     if path.is_dir():

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iddpm.nn.classifier import Classifier
 from iddpm.nn.dit import DiT
+from iddpm.nn.hdit import HDiT, Level, Mapping
 from iddpm.nn.layers import Downsample, GroupNorm
 from iddpm.nn.linear_unet import LinearUNet
 from iddpm.nn.mapped_unet import MappedUNet
 from iddpm.nn.mp_unet import MPUNet
+from iddpm.nn.reach import reach
 from iddpm.nn.song import SongUNet
 from iddpm.nn.unet import GivenUNet, UNet, attention_rates, channel_mult_for
 
@@ -61,11 +63,17 @@ def _levels(asked: Asked, settings: Any, patch: int = 1) -> dict[str, Any]:
     """The channels at both ends, the levels' widths, the rates of those with attention; ValueError where the sizes do not fit."""
     side = min(asked.image_size) // patch
     mult = _numbers(settings.channel_mult) or channel_mult_for(side)
-    if bad := [s for s in asked.image_size if s % (least := patch * 2 ** (len(mult) - 1))]:
-        of = f" of patches of {patch} pixels" if patch > 1 else ""
-        raise ValueError(f"{len(mult)} levels{of} need an image size of multiples of {least}, not {bad[0]}")
+    _require_fit(asked.image_size, len(mult), patch)
     rates = attention_rates([int(r) for r in _numbers(settings.attention_resolutions)], side, len(mult))
     return dict(in_channels=asked.in_channels, out_channels=asked.out_channels, channel_mult=mult, attention=rates)
+
+
+def _require_fit(image_size: tuple[int, int], levels: int, patch: int) -> None:
+    """ValueError where patches, halved at each level but one, do not fill an image."""
+    least = patch * 2 ** (levels - 1)
+    if bad := [size for size in image_size if size % least]:
+        of = f" of patches of {patch} pixels" if patch > 1 else ""
+        raise ValueError(f"{levels} levels{of} need an image size of multiples of {least}, not {bad[0]}")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -158,7 +166,7 @@ class LinearUnet:
 class MappedUnet:
     """The U-Net of k-diffusion (image_v1): a mapping network of the time modulates every norm"""
 
-    level_depths: Annotated[str, "residual blocks of each level, as 2,4,4; empty: --num_res_blocks in each"] = ""
+    level_depths: Annotated[str, "blocks of each level, as 2,4,4; empty: --num_res_blocks in each, of hdit 2 and at last 4"] = ""
     mapping_width: Annotated[int, "width of the mapping network", 2, 65536] = 256
 
     def __call__(self, asked: Asked, settings: Any) -> MappedUNet:
@@ -202,6 +210,76 @@ class Dit:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Hdit:
+    """The hourglass transformer of k-diffusion (image_transformer_v2): outer levels attend to neighbours (Crowson et al. 2024)"""
+
+    patch_size: Annotated[int, "side of a patch in pixels", 1, 256] = 4
+    level_depths: Annotated[str, "blocks of each level, as 2,4,4; empty: --num_res_blocks in each, of hdit 2 and at last 4"] = ""
+    level_attention: Annotated[
+        str,
+        "what tokens attend to at each level: global, neighborhood:7, window:8 or none; empty: neighborhood:7 where a side has "
+        "more than 16 tokens, else global",
+    ] = ""
+    level_hidden: Annotated[str, "channels inside the feed-forward layers of each level; empty: 3 times its width"] = ""
+    level_dropout: Annotated[str, "dropout of each level, as 0,0,0.1; empty: --dropout in each"] = ""
+    head_width: Annotated[int, "channels of an attention head, whatever the level's", 1, 65536] = 32
+    mapping_width: Annotated[int, "width of the mapping network", 2, 65536] = 256
+    mapping_depth: Annotated[int, "its layers", 0, 1000] = 2
+    mapping_hidden: Annotated[int, "channels inside them; 0: 3 times its width", 0, 1_000_000] = 0
+    mapping_dropout: Annotated[float, "share of features dropped in them in training", 0, 0.999] = 0.0
+
+    def __call__(self, asked: Asked, settings: Any) -> HDiT:
+        """`settings` has the fields of `config.Model`. ValueError where sizes do not fit, or for a task it has no part for."""
+        _require_images(asked)
+        if self.mapping_width % 2:
+            raise ValueError(f"--mapping_width {self.mapping_width} is odd: half of it are cosines, half sines")
+        hidden = self.mapping_hidden or 3 * self.mapping_width
+        return HDiT(
+            asked.in_channels, asked.out_channels, self._levels(asked.image_size, settings),
+            Mapping(self.mapping_depth, self.mapping_width, hidden, self.mapping_dropout), patch=self.patch_size,
+            head_width=self.head_width, num_classes=asked.classes, use_checkpoint=settings.use_checkpoint,
+        )  # fmt: skip
+
+    def _levels(self, image_size: tuple[int, int], settings: Any) -> list[Level]:
+        """The levels; ValueError where settings of them are not as many, or tokens do not fit."""
+        outer, count = [size // self.patch_size for size in image_size], 1
+        while (count == 1 or min(outer) >> (count - 1) > 16) and not any(side % 2**count for side in outer):
+            count += 1  # usually the innermost has 16 tokens a side or less, and there are two
+        mult = _numbers(settings.channel_mult) or [2.0**i for i in range(count)]
+        _require_fit(image_size, len(mult), self.patch_size)
+        tokens = [[side >> i for side in outer] for i in range(len(mult))]
+        widths = [round(ratio * settings.num_channels) for ratio in mult]
+        usual = ["neighborhood:7" if min(sides) > 16 else "global" for sides in tokens]
+        if self.level_dropout and settings.dropout:
+            raise ValueError("--dropout is that of all levels, --level_dropout of each: give one")
+        parts = zip(
+            widths,
+            _each("level_depths", self.level_depths, [2] * (len(mult) - 1) + [4], int, 1, 1000),
+            _each("level_hidden", self.level_hidden, [3 * width for width in widths], int, 1, 10**6),
+            [reach(text, sides) for text, sides in zip(_each("level_attention", self.level_attention, usual, str), tokens)],
+            _each("level_dropout", self.level_dropout, [settings.dropout] * len(mult), float, 0, 0.999),
+        )
+        return [Level(width, depth, inner, *reaches, dropout) for width, depth, inner, reaches, dropout in parts]
+
+
+T = TypeVar("T", int, float, str)
+
+
+def _each(name: str, text: str, usual: list[T], kind: type[T], low: float = 0, high: float = 0) -> list[T]:
+    """The values of each level, by default the usual ones; ValueError where they are not as many, or out of range."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    try:
+        found = [kind(part) for part in parts] or usual
+    except ValueError:
+        raise ValueError(f"--{name} {text!r}: give a number for each level, as {','.join(map(str, usual))}") from None
+    if len(found) != len(usual):
+        raise ValueError(f"--{name} {text!r} has {len(found)} values for {len(usual)} levels")
+    if bad := [value for value in found if not isinstance(value, str) and not low <= value <= high]:
+        raise ValueError(f"--{name} {bad[0]} is out of range: from {low:g} to {high:g}")
+    return found
+
+
 NETWORKS: dict[str, Callable[..., Any]] = {
     "unet": unet,
     "unet_ddpm": DdpmUnet,
@@ -211,4 +289,5 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "unet_mapped": MappedUnet,
     "unet_mp": unet_mp,
     "dit": Dit,
+    "hdit": Hdit,
 }
