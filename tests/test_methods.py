@@ -50,6 +50,9 @@ METHODS: dict[str, dict] = {
         dropout=0.1,
         solver="consistency", grid="karras",
     ),
+    "path": dict(
+        CHAIN, parametrization="v", objective="path", path_steps=4, init_from="v", solver="consistency", sampling_steps=1,
+    ),
     "flow, looking": dict(noise_schedule="flow", parametrization="x0", weighting="flow", schedule_sampler="loss-second-moment"),
 }  # fmt: skip
 
@@ -73,9 +76,12 @@ def trained(made_once, pictures):
 
     def train(root):
         for name in METHODS:
+            chosen = settings(name)
+            if "init_from" in chosen:
+                chosen["init_from"] = root / chosen["init_from"] / "whole"
             for run, ends in (("whole", [4]), ("parted", [2, 4])):
                 for steps in ends:
-                    line = flags(**settings(name) | dict(steps=steps))
+                    line = flags(**chosen | dict(steps=steps))
                     assert main(["train", str(pictures), "--run", str(root / name / run), *line]) == 0
 
     return made_once("methods", train)
@@ -202,7 +208,7 @@ def test_a_trained_model_is_tuned_to_leap_and_what_needs_a_denoiser_is_refused(t
         assert line in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "consistency"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("consistency", "path")])
 def test_its_bits_per_dimension_are_finite_and_no_wonder(trained, name, pictures, tmp_path):
     """Of a network that has hardly learned: not below what 8-bit images can be, nor beyond a uniform guess by far."""
     run, out = trained / name / "whole", tmp_path / "nll.json"

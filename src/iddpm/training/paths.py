@@ -61,12 +61,12 @@ class Paths:
         """The paths of a block of steps: `points` (b, levels + 1, C, H, W), and the `turns` (b, levels) in which they come."""
         m, t = self.config.model, self.config.train
         mine, shape = processes.share(t.batch_size), (m.image_channels, *image_size(m))
-        noise, turns, ys = [], [], []
+        noise, turns, ys, classes = [], [], [], len(self.config.data.classes) or m.num_classes or 1
         for place in mine:
             stream = rng.stream(t.seed, rng.PATH, block, place)
             noise.append(stream.standard_normal(shape, dtype=np.float32))
             turns.append(stream.permutation(self.levels))
-            y = int(stream.integers(len(self.config.data.classes) or m.num_classes))
+            y = int(stream.integers(classes))
             ys.append(m.num_classes if stream.random() < m.class_dropout else y)
         self.cond: dict[str, Tensor] = {"y": torch.tensor(ys)} if m.class_cond else {}
         net, solver = build.in_precision(self.net, self.device, t.precision), build.solver(self.config)
