@@ -278,6 +278,7 @@ class RunState(Counted, total=False):
     lg_loss_scale: float
     law: list[str]
     weighting: list[str]
+    paths: list[str]
     meter: dict[str, list[tuple[Number, Number]]]
     first_loss: float
     measured: Count

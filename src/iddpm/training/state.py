@@ -179,6 +179,8 @@ class TrainState:
                     f"the checkpoint of step {saved.step} has {min(unknown)!r} of another {MEMORIES[owner]}: it is damaged"
                 )
             memories[owner] = {name: torch.empty_like(now[name]) for name in kept}
+        if self.paths and not memories["paths"]:
+            raise UserError(f"the checkpoint of step {saved.step} lacks the weights that walk its paths: begin another run")
         own = {
             k: v for k, v in self.tensors().items() if not k.startswith(tuple(f"{checkpoint.OPTIMIZER}{m}." for m in MEMORIES))
         }
