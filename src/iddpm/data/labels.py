@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 from unicodedata import normalize
 
@@ -40,8 +40,8 @@ def label(source: Source, rule: str, classes: Sequence[str] | None = None) -> Fo
         return from_attributes(source, names(rule.removeprefix(ATTRIBUTES)))
     if rule not in ("auto", "any", *RULES):
         raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, {ATTRIBUTES}NAME, none")
-    if source.rows and rule in ("auto", "any", "file"):
-        return source.labelled, "the table's own" if source.labelled else "none"
+    if source.rows and rule in ("auto", "any", "file") and (told := source.labelled()) is not None:
+        return told, "the table's own"
     below = "" if rule == "folder" else wrapper(source, classes, rule == "any")
     doubts = ""
     for key in (rule,) if rule in RULES else AUTO:
@@ -73,11 +73,15 @@ def wrapper(source: Source, classes: Sequence[str] | None = None, needed: bool =
     return below
 
 
-def splits(names: Sequence[str]) -> list[str]:
-    """The folders that look like parts of one set, to be kept apart, where the images lie in more than one such."""
-    tops = {name.partition("/")[0] for name in names}
-    found = sorted(top for top in tops if top.lower() in SPLITS)
-    return found if len(found) > 1 else []
+def splits(source: Source, names: Sequence[str]) -> dict[str, PurePath]:
+    """What looks like parts of one set, to be kept apart, where there are several: folders, and files of tables or shards."""
+    tops = () if source.rows else {name.partition("/")[0] for name in names}
+    found: dict[str, PurePath] = {top: source.path / top for top in tops}
+    for file in source.files:  # train-00000-of-00002.parquet
+        word = re.split(r"[\W_]", file.name)[0]
+        found[word] = file.with_name(f"{word}*{file.suffix}")
+    parts = sorted(name for name in found if name.lower() in SPLITS)
+    return {name: found[name] for name in parts} if len(parts) > 1 else {}
 
 
 def doubtful(rule: str, found: list[Label], words: str) -> str:
