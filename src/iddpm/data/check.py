@@ -85,9 +85,7 @@ def check(path: str | Path, labels: str = "auto", how: Preparation = AS_EVER) ->
     elif len(data) >= 100:
         advice.append("--validation 5% holds out images, by which learning by heart is seen")
     if len(data) < FEW:
-        advice.append(
-            f"{many(len(data), 'image')} are few: --augment 0.12 and, where left and right are alike, --random_flip True"
-        )
+        advice.append(f"few images ({len(data):,}): --augment 0.12 and, where left and right are alike, --random_flip True")
     return Checked([*lines, *(f"advice: {line}" for line in advice)], _sheet(data, sorted(looks)))
 
 

@@ -180,6 +180,14 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
             column = next((head.index(key) for key in KEYS if key in head), 1)  # a table of attributes may have one so called
             if head and len(head) > 2 and head[column] not in KEYS:
                 raise ValueError(f"of its {len(head)} columns none is called {' or '.join(KEYS)}, so call the wanted one so")
+            if head and not column:
+                raise ValueError(
+                    f"its first column is called {head[0]}, and the names of the files stand there: change them round"
+                )
+            columns = len(head) or 2
+            if long := next((row for row in rows if any(row[columns:])), None):
+                how = f"of {columns}" if head else "without a line that calls the wanted one label"
+                raise ValueError(f"{','.join(long)!r} has {len(long)} columns {how}; quote a label with a comma in it")
             if short := next((row for row in rows if len(row) <= column), None):
                 raise ValueError(f"{','.join(short)!r} has no comma before a label")
             pairs = [(row[0].strip(), row[column].strip()) for row in rows]

@@ -67,7 +67,7 @@ class Source:
         return io.BytesIO(self.read(name))
 
     def labelled(self) -> Ranked | None:
-        """What a table itself says of the classes; UserError where that cannot be, so that it is asked where labels are wanted."""
+        """What a table itself says of the classes; UserError where that cannot be, so ask where labels are wanted."""
         return None
 
     def has(self, name: str) -> bool:
