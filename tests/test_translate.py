@@ -181,6 +181,11 @@ def test_each_sketch_is_drawn_once_whatever_the_batch_or_the_others(model, sketc
     assert abs(whole[3:5].astype(int) - some).max() <= 1
     with Image.open(tmp_path / "a_compared.png") as sheet:
         assert sheet.size == (2 * 100 + 4, 16 + 9 * 100 + 4)
+    before = (tmp_path / "a_compared.png").read_bytes()
+    assert main(["sample", str(model), "--given", str(sketches), "--seeds", "3-4", "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a_compared.png").read_bytes() == before  # that of a.npz; this one has its own
+    with Image.open(tmp_path / "a_compared_2.png") as sheet:
+        assert sheet.size == (2 * 100 + 4, 16 + 2 * 100 + 4)
 
 
 def test_a_folder_an_archive_an_npz_and_the_library_give_the_same(model, sketches, tmp_path):

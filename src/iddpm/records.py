@@ -1,7 +1,7 @@
 """JSON from files, which anybody may have written: decoded into a type, within its bounds, or refused in one line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -14,6 +14,14 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # as far as every reader o
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # a sha256
 
 
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where it says two things of one name, of which readers take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and (twice := next((name for name, value in pairs if found[name] != value), None)) is not None:
+        raise ValueError(f"it says two things of {twice!r}")
+    return found
+
+
 def decode(content: bytes | str, kind: type[T], what: object, fix: str = "bring it back from a copy, or delete it") -> T:
     """A value of `kind` (a TypedDict, dataclass or NamedTuple, with bounds in its annotations) from JSON; else UserError.
 
@@ -23,7 +31,7 @@ def decode(content: bytes | str, kind: type[T], what: object, fix: str = "bring 
     with readable(what, "is damaged", fix):
         if len(content) > LARGEST:
             raise ValueError(f"{len(content)} bytes")
-        found: T = msgspec.convert(json.loads(content, parse_constant=lambda name: None), kind)
+        found: T = msgspec.convert(json.loads(content, parse_constant=lambda name: None, object_pairs_hook=once), kind)
         return found
 
 

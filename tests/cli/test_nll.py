@@ -149,6 +149,8 @@ def test_the_odes_likelihood_broken_off_goes_on_to_the_very_same_numbers(monkeyp
     assert added == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
     assert (tmp_path / "n.json").read_text() == (tmp_path / "whole.json").read_text()
     assert not list(tmp_path.glob("*.partial"))
+    figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
+    assert [f["value"] for f in figures] == [json.loads((tmp_path / "n.json").read_text())["bits_per_dim"]]
     # What another question has left is not gone on with.
     for other, name in (
         (dict(trace="exact"), "exact"),
@@ -158,6 +160,17 @@ def test_the_odes_likelihood_broken_off_goes_on_to_the_very_same_numbers(monkeyp
         (tmp_path / "n.json.partial").write_bytes(kept)
         assert nll(run, pictures, out=tmp_path / "n.json", **settings | other) == 0
         assert name in (said := capsys.readouterr().out) and "starting anew" in said
+
+
+@pytest.mark.parametrize("how", [{}, dict(ode=True)], ids=["bound", "ode"])
+def test_the_figures_of_another_data_set_stay_and_what_is_written_over_is_told(run, pictures, tmp_path, capsys, how):
+    shutil.copytree(pictures, tmp_path / "other")
+    for data in (pictures, tmp_path / "other"):
+        assert nll(run, data, num_samples=2, out=tmp_path / "n.json", **how) == 0
+    said = capsys.readouterr().out
+    assert said.count("in the place of") == 1 and f"in the place of what it held of {pictures}: --out keeps both" in said
+    figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
+    assert {f["reference"] for f in figures if f["name"].startswith("bits/dim")} == {str(pictures), str(tmp_path / "other")}
 
 
 def curve(*argv, **settings):

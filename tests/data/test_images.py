@@ -213,6 +213,10 @@ def test_entries_without_an_image_are_told(tmp_path: Path) -> None:
         ("labels.csv", "a.png\nb.png", "labels.csv: "),
         ("labels.csv", "a.png;x\nb.png;y", "'b.png;y' has no comma before a label"),
         ("labels.csv", "", "no label for a.png"),
+        ("labels.csv", "a.png,0,x\nb.png,1,y", "has 3 columns without a line that calls the wanted one label"),
+        ("labels.csv", "path,label\na.png,cat, black\nb.png,dog", "has 3 columns of 2; quote a label"),
+        ("labels.csv", "label,filename\ncat,a.png\ndog,b.png", "its first column is called label"),
+        ("labels.json", '{"a.png": 1, "b.png": 2, "a.png": 2}', "it says two things of 'a.png'"),
     ],
 )
 def test_a_faulty_label_file_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:

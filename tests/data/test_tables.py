@@ -209,6 +209,76 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
         Images.open(tmp_path, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0, 1, None, 1], "no y in 1 of 4 rows"),
+        ([0, 1, -1, 1], "the label -1 of 3 classes"),
+        ([[0], [1], [2], [0]], "its y is list<.*, and an image has one"),
+        (["cat", "dog", "emu", "cat"], "the label cat of 3 classes"),
+        ([0.0, 1.0, 2.0, 0.0], "not 0.0"),
+    ],
+    ids=["missing", "minus one", "lists", "texts", "floats"],
+)
+def test_labels_of_a_column_that_are_none_are_refused_and_in_nobodys_way_who_wants_none(tmp_path, labels, says):
+    odd = table(0, 4).set_column(1, "y", pa.array(labels)).replace_schema_metadata(table(0, 1).schema.metadata)
+    pq.write_table(odd, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=says):
+        Images.open(tmp_path / "a.parquet", SIZE)
+    assert Images.open(tmp_path / "a.parquet", SIZE, labels="none").labels is None
+
+
+def test_labels_that_all_miss_are_none_and_asking_for_them_is_refused(tmp_path):
+    pq.write_table(table(0, 4).set_column(1, "y", pa.array([-1] * 4)), tmp_path / "a.parquet")
+    assert Images.open(tmp_path / "a.parquet", SIZE).labels is None
+    with pytest.raises(UserError, match="labels='file' does not fit"):
+        Images.open(tmp_path / "a.parquet", SIZE, labels="file")
+    pq.write_table(table(0, 4).drop_columns(["y"]), tmp_path / "a.parquet")
+    assert Images.open(tmp_path / "a.parquet", SIZE).labels is None
+
+
+def test_files_of_one_table_that_are_not_alike_are_refused(tmp_path):
+    pq.write_table(table(0, 4), tmp_path / "a.parquet")
+    whole = table(4, 4)
+    numbers = whole.set_column(1, "y", pa.array([str(k) for k in range(4)]))
+    for other in (whole.rename_columns(["picture", "y"]), whole.drop_columns(["y"]), numbers):
+        pq.write_table(other, tmp_path / "b.parquet")
+        with pytest.raises(UserError, match=r"b\.parquet keeps its images or labels otherwise than a\.parquet"):
+            Images.open(tmp_path, SIZE)
+
+
+def test_parts_of_one_set_are_told_where_they_are_files_as_where_they_are_folders(tmp_path):
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        pq.write_table(table(0, 6), tmp_path / f"{name}.parquet")
+    told = Images.open(tmp_path, SIZE).describe()
+    assert "test and train look like parts of one set" in told and f"give '{tmp_path}/test*.parquet' to use one" in told
+    assert len(Images.open(tmp_path / "test*.parquet", SIZE)) == 6
+    (sets := tmp_path / "sets").mkdir()
+    for name in ("test", "train"):
+        (sets / name).mkdir()
+        datasets_folder(sets / name)
+    (sets / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=r"holds several sets of datasets: give one of them, .*test or .*train"):
+        Images.open(sets, SIZE)
+    state = sets / "test" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_indices_data_files": [{"filename": "x.arrow"}]}))
+    with pytest.raises(UserError, match="a selection of rows, which is not read"):
+        Images.open(sets / "test", SIZE)
+
+
+def test_a_label_of_an_npz_between_two_classes_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=PIXELS, arr_1=LABELS + 0.5)
+    with pytest.raises(UserError, match="a whole number from 0"):
+        Images.open(tmp_path / "a.npz", SIZE)
+
+
+def test_what_an_lmdb_holds_beside_images_is_told(tmp_path):
+    path = lsun(tmp_path)
+    with lmdb.open(str(path)) as env, env.begin(write=True) as writing:
+        writing.put(b"num-samples", b"12")
+    assert "left out: 1 too short for an image" in Images.open(path, SIZE).describe()
+
+
 def test_of_a_table_of_attributes_the_column_called_label_is_taken_and_none_at_a_guess(tmp_path):
     for k in range(3):
         (tmp_path / f"{k:06d}.png").write_bytes(png(k))

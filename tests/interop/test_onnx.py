@@ -31,6 +31,9 @@ CLASSES = dict(class_cond=True, num_classes=3)
 ROWS: dict[str, dict[str, Any]] = {
     "scale and shift, classes, learned variance": dict(CLASSES, learn_sigma=True, image_size="8x16"),
     "enlarges, plain norm": dict(task="enlarge", small_size="4", low_res_noise=0.2, use_scale_shift_norm=False),
+    "tokens beside those of the image": dict(network="unet_linear"),
+    "magnitudes kept": dict(network="unet_mp"),
+    "a mapping network": dict(network="unet_mapped"),
     "translates": dict(task="translate", given_channels=3),
     "a transformer that guides itself": dict(
         CLASSES, network="dit", patch_size=2, width=32, depth=1, heads=2, class_dropout=0.1, trained_guidance=3.0

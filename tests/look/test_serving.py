@@ -1,5 +1,6 @@
 """`iddpm serve` in a process of its own: the images of `iddpm sample`, whoever asks beside, and what it refuses."""
 
+import asyncio
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from conftest import flags
 from iddpm.cli.main import main
 from iddpm.config import Config
 from iddpm.errors import UserError
-from iddpm.look.serving.app import _order
+from iddpm.look.serving.app import _order, app
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.sampling.job import Job
 from look import studios
@@ -76,6 +77,7 @@ def test_sheets_and_archives_and_other_settings(server):
         ({"model": "../../etc/passwd"}, "is not one of: r"),
         ({"format": "exe"}, "is not one of: png, npz, zip"),
         ({"device": "cuda"}, "unknown setting"),
+        (b'{"num_samples": 1, "num_samples": 2}', "it says two things of 'num_samples'"),
     ],
     ids=str,
 )
@@ -94,6 +96,28 @@ def test_foreign_pages_names_and_large_bodies_are_refused(server):
     assert code == 200 and json.loads(content)["waiting"] == 0
     code, content = ask(server, path="/metrics")
     assert code == 200 and re.search(rb'^iddpm_requests_total\{code="200"\} \d+$', content, re.M)
+
+
+def test_other_addresses_and_methods_are_told_in_json(server):
+    for path, code in (("/nope", 404), ("/samples", 405)):
+        got, content = ask(server, path=path)
+        assert got == code and "there are POST /samples" in json.loads(content)["error"]
+
+
+def test_more_than_may_ever_wait_is_no_request_to_repeat():
+    desk = Desk(batch=4, most=2)
+    scope = dict(type="http", method="POST", path="/samples", headers=[(b"host", b"127.0.0.1")], query_string=b"", root_path="")
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"num_samples": 3}'}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app({"m": None}, desk, 64, "127.0.0.1", "")(scope, receive, send))
+    desk.close()
+    assert sent[0]["status"] == 400 and b"3 images: ask for 1 to 2 at a time" in sent[1]["body"]
 
 
 def test_beyond_this_machine_a_token_is_needed(launcher, run, tmp_path, capsys):

@@ -71,6 +71,13 @@ def test_other_images_are_told_and_logged(begun, capsys, change, said):
     assert "not those of before" not in train(capsys, "--run", "r", steps=6)[1]  # once
 
 
+def test_a_run_that_is_a_file_is_refused_and_a_rate_of_nothing_is_told(begun, capsys):
+    (begun / "file").write_text("x")
+    code, said = train(capsys, "d", "--run", "file")
+    assert code == 2 and "is a file: give a folder" in said
+    assert "--lr 0: nothing is learned" in train(capsys, "--run", "r", steps=4, lr=0)[1]
+
+
 def test_a_run_finds_its_images_from_any_folder(begun, capsys, monkeypatch):
     pictures(begun / "else" / "d", 5, 9)
     monkeypatch.chdir(begun / "else")

@@ -46,6 +46,7 @@ def _nll(run: str, data: str, **given: Any) -> None:
         beside = runs[0].home / ("nll_ode.json" if measure.ode else "nll_curve.json" if measure.curve else "nll.json")
         out = file_to_write(measure.out or beside, "--out", ".json", "")
         if measure.ode:
+            figures.read(out.parent / report.FIGURES)
             _by_ode(measure, runs[0], folder, out)
             return
         per_image = file_to_write(measure.per_image, "--per_image", ".csv", ".npz") if measure.per_image else None
@@ -83,7 +84,9 @@ def _nll(run: str, data: str, **given: Any) -> None:
 def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None:
     """The likelihood of the probability-flow ODE, told and written."""
     import json
+    import time
 
+    from iddpm.look.bounds import record_ode, replaced
     from iddpm.measure.likelihood import describe, open_held_out, was_trained_on
     from iddpm.measure.ode import bits_by_ode
     from iddpm.parallel import processes
@@ -95,16 +98,18 @@ def _by_ode(measure: Measure, opened: "Opened", folder: Path, out: Path) -> None
         if was_trained_on(opened.config, images):
             print(f"{opened.home} was trained on these images, and so knows them better than others")
     state = out.with_name(f"{out.name}.partial")  # from which the same command goes on
+    began = time.monotonic()
     found = bits_by_ode(opened, images, measure, state)
     if processes.rank():
         return
-    about = opened.weights.about
+    about, told = opened.weights.about, replaced(out, folder)
+    record_ode(found, opened, folder, out, time.monotonic() - began)
     write_file(out, json.dumps(found | dict(step=about["step"], ema_rate=about.get("ema_rate", 0), data=str(folder)), indent=1))
     state.unlink(missing_ok=True)
     error = f" +- {found['standard_error']:.4f}" if found["images"] > 1 else ""
     how = f"{found['steps']} steps, error of these about {found['solver_error']:.4f}"
     how += f"; {found['trace']} trace, {found['dequantization']} dequantization"
-    text = f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}"
+    text = f"{found['bits_per_dim']:.4f}{error} bits/dim of {many(found['images'], 'image')} by the ODE ({how}): {out}{told}"
     say(text, "bits_per_dim", value=found["bits_per_dim"], images=found["images"], path=out)
 
 

@@ -243,10 +243,13 @@ def _compare(config: Config, out: Path, drawn: "np.ndarray", inputs: "Inputs", s
     """Beside what was made of the images given: a sheet of the first of them, and how faithful enlarged ones are."""
     from iddpm.measure.fidelity import fidelity
     from iddpm.sampling.sheets import comparison_file
+    from iddpm.sampling.writers import free, marked
 
     given, originals = inputs.given[seeds], None if inputs.originals is None else inputs.originals[seeds]
-    sheet, record = (out.with_name(f"{out.stem}_compared.{ending}") for ending in ("png", "json"))
-    comparison_file(config, sheet, drawn[:16], given[:16], None if originals is None else originals[:16])
+    own = {"compared": out.name}  # two --out that differ in their ending have a sheet each
+    sheet = free(out.with_name(f"{out.stem}_compared.png"), own)
+    record = sheet.with_suffix(".json")
+    comparison_file(config, sheet, drawn[:16], given[:16], None if originals is None else originals[:16], marked(own))
     print(f"beside the small images and their bicubic enlargement: {sheet}" if config.task.enlarges else f"as pairs: {sheet}")
     if originals is None:
         return

@@ -32,13 +32,13 @@ def open_npz(path: Path, any_kind: bool = False) -> Arrays:
     with readable(path, "is not a readable .npz"), opened(path) as raw, np.load(raw) as file:
         if "arr_0" not in file:
             raise UserError(f"{path} holds no arr_0 but {', '.join(file.files) or 'nothing'}: give an .npz of samples")
-        labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+        labels = (told := file["arr_1"]).astype(np.int64) if "arr_1" in file else None
         names = file["classes"] if "classes" in file and labels is not None else np.array([], "U")
         there = None if remote(path) else mapped(path, "arr_0.npy")
         images = file["arr_0"] if there is None else there
     require_images(path, images, any_kind)
-    if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
-        raise UserError(f"{path}: arr_1 must hold one label from 0 for each of the {len(images)} images")
+    if labels is not None and (labels.shape != (len(images),) or labels.min() < 0 or (labels != told).any()):
+        raise UserError(f"{path}: arr_1 must hold one label, a whole number from 0, for each of the {len(images)} images")
     if names.dtype.kind != "U" or names.ndim != 1 or (len(names) and labels is not None and labels.max() >= len(names)):
         raise UserError(f"{path}: classes must be the names of the classes that arr_1 numbers")
     return Arrays(images, labels, tuple(names.tolist()))

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -76,17 +77,15 @@ def check(path: str | Path, labels: str = "auto", how: Preparation = AS_EVER) ->
         lines += [f"broken: {many(len(broken), 'file')}", *(f"  {text}" for text in broken[:SHOWN])]
         advice.append("--on_broken skip lets other images stand in for broken ones, and is the default; --on_broken fail stops")
     _doubles(data, looks, lines, advice)
-    if parts := [] if data.source.rows else splits(data.names):
+    if parts := splits(data.source, data.names):
         lines.append(f"parts: {' and '.join(parts)} look like parts of one set, and all would be trained on")
-        held = next((name for name in parts if not name.lower().startswith("train")), parts[-1])
+        held = next((name for name in parts if not name.lower().startswith("train")), [*parts][-1])
         train = next(name for name in parts if name != held)
-        advice.append(f"iddpm train {data.source.path / train} --validation {data.source.path / held} keeps the parts apart")
+        advice.append(f"iddpm train {quote(str(parts[train]))} --validation {quote(str(parts[held]))} keeps the parts apart")
     elif len(data) >= 100:
         advice.append("--validation 5% holds out images, by which learning by heart is seen")
     if len(data) < FEW:
-        advice.append(
-            f"{many(len(data), 'image')} are few: --augment 0.12 and, where left and right are alike, --random_flip True"
-        )
+        advice.append(f"few images ({len(data):,}): --augment 0.12 and, where left and right are alike, --random_flip True")
     return Checked([*lines, *(f"advice: {line}" for line in advice)], _sheet(data, sorted(looks)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from shlex import quote
 from threading import Lock
 from typing import Any
 
@@ -171,9 +172,9 @@ class Images:
             text += f"\nleft out: {self.source.rest()}"
         if told := self.told():
             text += f"\n{told}"
-        if parts := [] if self.source.rows else splits(self.names):
-            names = " and ".join(parts)
-            text += f"\n{names} look like parts of one set, and all are used: give {self.source.path / parts[0]} to use one"
+        if parts := splits(self.source, self.names):
+            one = next(iter(parts.values()))
+            text += f"\n{' and '.join(parts)} look like parts of one set, and all are used: give {quote(str(one))} to use one"
         if self.broken:
             path, how = self.broken[0][0], "left out" if self.on_broken == "leave" else "replaced by other images"
             text += f"\n{many(len(self.broken), 'unreadable file')}, {how}; the first is {path}"

@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 from unicodedata import normalize
 
@@ -40,8 +40,8 @@ def label(source: Source, rule: str, classes: Sequence[str] | None = None) -> Fo
         return from_attributes(source, names(rule.removeprefix(ATTRIBUTES)))
     if rule not in ("auto", "any", *RULES):
         raise UserError(f"labels={rule!r} is not known: use one of auto, {', '.join(RULES)}, {ATTRIBUTES}NAME, none")
-    if source.rows and rule in ("auto", "any", "file"):
-        return source.labelled, "the table's own" if source.labelled else "none"
+    if source.rows and rule in ("auto", "any", "file") and (told := source.labelled()) is not None:
+        return told, "the table's own"
     below = "" if rule == "folder" else wrapper(source, classes, rule == "any")
     doubts = ""
     for key in (rule,) if rule in RULES else AUTO:
@@ -73,11 +73,15 @@ def wrapper(source: Source, classes: Sequence[str] | None = None, needed: bool =
     return below
 
 
-def splits(names: Sequence[str]) -> list[str]:
-    """The folders that look like parts of one set, to be kept apart, where the images lie in more than one such."""
-    tops = {name.partition("/")[0] for name in names}
-    found = sorted(top for top in tops if top.lower() in SPLITS)
-    return found if len(found) > 1 else []
+def splits(source: Source, names: Sequence[str]) -> dict[str, PurePath]:
+    """What looks like parts of one set, to be kept apart, where there are several: folders, and files of tables or shards."""
+    tops = () if source.rows else {name.partition("/")[0] for name in names}
+    found: dict[str, PurePath] = {top: source.path / top for top in tops}
+    for file in source.files:  # train-00000-of-00002.parquet
+        word = re.split(r"[\W_]", file.name)[0]
+        found[word] = file.with_name(f"{word}*{file.suffix}")
+    parts = sorted(name for name in found if name.lower() in SPLITS)
+    return {name: found[name] for name in parts} if len(parts) > 1 else {}
 
 
 def doubtful(rule: str, found: list[Label], words: str) -> str:
@@ -176,6 +180,14 @@ def read_pairs(path: str, content: bytes) -> list[tuple[str, Label]] | None:
             column = next((head.index(key) for key in KEYS if key in head), 1)  # a table of attributes may have one so called
             if head and len(head) > 2 and head[column] not in KEYS:
                 raise ValueError(f"of its {len(head)} columns none is called {' or '.join(KEYS)}, so call the wanted one so")
+            if head and not column:
+                raise ValueError(
+                    f"its first column is called {head[0]}, and the names of the files stand there: change them round"
+                )
+            columns = len(head) or 2
+            if long := next((row for row in rows if any(row[columns:])), None):
+                how = f"of {columns}" if head else "without a line that calls the wanted one label"
+                raise ValueError(f"{','.join(long)!r} has {len(long)} columns {how}; quote a label with a comma in it")
             if short := next((row for row in rows if len(row) <= column), None):
                 raise ValueError(f"{','.join(short)!r} has no comma before a label")
             pairs = [(row[0].strip(), row[column].strip()) for row in rows]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from iddpm import build, fit
 from iddpm.config import Config, given_shape, image_size
 from iddpm.diffusion.denoiser import Network
-from iddpm.errors import UserError, reason
+from iddpm.errors import UserError, readable, reason
 from iddpm.interop.card import card
 from iddpm.nn.layers import GroupNorm
 from iddpm.sampling.open import restore
@@ -60,9 +60,10 @@ def exported(weights: Weights, folder: Path) -> list[str]:
     config = weights.config
     fit.require_density(config, "--to onnx")
     graph = traced(network(weights), inputs(config, 2))
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     net = restore(weights, torch.device("cpu"))
-    differs = max(_difference(net, session, inputs(config, count)) for count in BATCHES)
+    with readable("the graph of this network", "is not run by onnxruntime", "try --to safetensors"):
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        differs = max(_difference(net, session, inputs(config, count)) for count in BATCHES)
     if not differs < NEAR:
         raise UserError(f"the graph differs from the network by {differs:.1e}: try other versions of torch, onnx and onnxruntime")
 

@@ -1,7 +1,8 @@
 """What `iddpm nll` says, writes and draws of what it measured."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from iddpm.config import is_chain
 from iddpm.data import Images
+from iddpm.errors import UserError
 from iddpm.look.charts import COLOURS, SOFT, Axis, Note, Panel, Series, counts, linear, logarithmic, page
 from iddpm.measure import bound as measuring
 from iddpm.measure.bound import Bound, parts
 from iddpm.measure.figures import Figure, circumstances, record
 from iddpm.measure.metrics.rows import Estimate
+from iddpm.records import decode
 from iddpm.sampling.open import Opened, beside
 from iddpm.saying import say
 from iddpm.store.remote import write_file
@@ -50,11 +53,12 @@ def write(done: Sequence[Measured], out: Path, data: Path, per_image: Path | Non
     tables = measuring.write_tables(bound, out.parent, "" if out.stem == "nll" else f"{out.stem}_")
     title = f"{_where(data)}: {many(len(bound.total), 'image')}"
     title += f", a chain respaced to {k} steps" if (k := _respaced(bound)) else ""
+    told = replaced(out, data)
     picture = _write(out, numbers, terms_and_sums([_name(m) for m in done], [m.bound for m in done], title, note))
     if per_image:
         measuring.write_per_image(per_image, bound, done[0].images, data, against)
         print(f"each image: {per_image}")
-    text = f"every term: {out}, {', '.join(p.name for p in tables)}; picture: {picture}; figures: {out.parent / FIGURES}"
+    text = f"every term: {out}{told}, {', '.join(p.name for p in tables)}; picture: {picture}; figures: {out.parent / FIGURES}"
     say(text, "wrote", path=out)
 
 
@@ -70,10 +74,19 @@ def write_curve(points: Sequence[Sequence[Measured]], out: Path, data: Path) -> 
     title = " against ".join([f"{_folder(first)}: {_model(first)}", *map(_folder, others)])
     names = [f"{_name(m)}: {_model(m)}" for m in points[0]]
     curves = [[m.bound for m in run] for run in zip(*points)]
+    told = replaced(out, data)
     picture = _write(
         out, numbers, against_steps(names, curves, title, f"{_where(data)}: {many(len(first.bound.total), 'image')}")
     )
-    print(f"curve: {out}; picture: {picture}; figures: {out.parent / FIGURES}")
+    print(f"curve: {out}{told}; picture: {picture}; figures: {out.parent / FIGURES}")
+
+
+def replaced(out: Path, data: Path) -> str:
+    """That what a file of numbers held was of other images, where it was; the figures of both are kept."""
+    with suppress(OSError, UserError):
+        before = decode(out.read_bytes(), dict[str, Any], out).get("data", str(data))
+        return f" (in the place of what it held of {before}: --out keeps both)" if before != str(data) else ""
+    return ""
 
 
 def _write(out: Path, numbers: dict[str, Any], svg: str) -> Path:
@@ -144,6 +157,18 @@ def against_steps(names: Sequence[str], curves: Sequence[Sequence[Bound]], title
 
 
 # ---- the same as figures and words
+
+
+def record_ode(found: Mapping[str, Any], opened: Opened, data: Path, out: Path, seconds: float) -> None:
+    """What --ode found joins the figures of its folder."""
+    kept = {name: found[name] for name in ("seed", "steps", "grid", "trace", "dequantization")}
+    weights = opened.weights
+    about: dict[str, Any] = dict(
+        n=found["images"], solver=None, **kept, precision=opened.which.precision, extractor=None, reference=str(data),
+        weights=str(weights.path), checkpoint_step=weights.about["step"], ema_rate=weights.about.get("ema_rate", 0),
+        unit="bits/dim", seconds=round(seconds, 2), **circumstances(opened.device),
+    )  # fmt: skip
+    record(out.parent / FIGURES, [Figure("bits/dim by the ODE", found["bits_per_dim"], found["standard_error"], about)])
 
 
 def _figures(m: Measured, data: Path) -> list[Figure]:

@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)  # b heads c hw
-        k, v = (torch.cat([kept.to(z.dtype).expand(len(z), -1, -1, -1), z], dim=3) for kept, z in zip(self.learned(), (k, v)))
+        k, v = (torch.cat([kept.to(z.dtype).expand(x.shape[0], -1, -1, -1), z], dim=3) for kept, z in zip(self.learned(), (k, v)))
         h = self.attend(q, k, v).flatten(1, 2).unflatten(2, x.shape[2:])  # b inner h w
         return x + self.to_out(h)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from unicodedata import combining, normalize
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from iddpm.config import Config, Model, image_size
 from iddpm.config.choices import row
@@ -17,6 +17,7 @@ from iddpm.store.remote import replace
 
 LINE = 12  # pixels of a caption's line: six are lower than the lowest row of images
 WIDE = 1600  # pixels that a sheet of columns may be wide, if one of them is narrower
+About = PngImagePlugin.PngInfo | None  # texts that a picture keeps
 
 
 class Layout(NamedTuple):
@@ -164,7 +165,9 @@ def preview(config: Config, count: int = 64) -> Job:
     return job(config, range(min(per_class, 256) if config.model.class_cond else count))
 
 
-def comparison_file(config: Config, path: Path, drawn: np.ndarray, given: np.ndarray, originals: np.ndarray | None) -> None:
+def comparison_file(
+    config: Config, path: Path, drawn: np.ndarray, given: np.ndarray, originals: np.ndarray | None, about: About = None
+) -> None:  # fmt: skip
     """A picture, a row for each image: the given one, of small ones the bicubic enlargement, the model's, the original if known.
 
     All (N, H, W, C) uint8, but the originals (N, C, H, W).
@@ -173,11 +176,11 @@ def comparison_file(config: Config, path: Path, drawn: np.ndarray, given: np.nda
     columns = {**before, "model": drawn}
     if originals is not None:
         columns["original"] = originals.transpose(0, 2, 3, 1)
-    save_picture(comparison(columns), path)
+    save_picture(comparison(columns), path, about)
 
 
-def save_picture(sheet: Image.Image, path: Path) -> None:
+def save_picture(sheet: Image.Image, path: Path, about: About = None) -> None:
     """Write a PNG in one step; of several processes, the first does."""
     if processes.rank():
         return
-    replace(path, lambda file: sheet.save(file, format="PNG"), lasting=False)
+    replace(path, lambda file: sheet.save(file, format="PNG", pnginfo=about), lasting=False)

@@ -125,12 +125,10 @@ class Array:
         self.partial.rmtree() if remote(self.partial) else shutil.rmtree(self.partial)
 
     def _save(self, to: Any) -> None:
-        classes, mark = self.config.data.classes, digest(self.identity)
+        classes = self.config.data.classes
         if self.out.suffix != ".npz":
-            about = PngImagePlugin.PngInfo()
-            about.add_text(MARK, mark)
             told = caption(self.config, self.job, self.identity["step"]) if "step" in self.identity else ""
-            grid(self.held(), self.job.labels, classes, told).save(to, format="PNG", pnginfo=about)
+            grid(self.held(), self.job.labels, classes, told).save(to, format="PNG", pnginfo=marked(self.identity))
             return
         labels = np.array(self.job.labels, dtype=np.int64)
         with zipfile.ZipFile(to, "w") as file:
@@ -145,7 +143,7 @@ class Array:
                 for name, array in named.items():
                     with file.open(f"{name}.npy", "w") as member:
                         np.lib.format.write_array(member, array)
-            file.comment = f"{MARK} {mark}".encode()
+            file.comment = f"{MARK} {digest(self.identity)}".encode()
 
 
 def _load(part: Path) -> np.ndarray:
@@ -177,6 +175,13 @@ def _escaped(character: str) -> str:
 def digest(identity: Identity) -> str:
     """Names a job, in what it has drawn."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def marked(identity: Identity) -> PngImagePlugin.PngInfo:
+    """What names a job in a picture."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text(MARK, digest(identity))
+    return about
 
 
 def is_free(out: Path, identity: Identity) -> bool:

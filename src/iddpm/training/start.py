@@ -68,6 +68,8 @@ def start(
     run, hint = (run, []) if run else default_run(data, preset, given)
     with ExitStack() as stack:
         stack.enter_context(_session(run, given))
+        if not remote(run) and run.exists() and not run.is_dir():
+            raise UserError(f"--run {run} is a file: give a folder, which may be new")
         config, notes = resolve(run, data, preset, given, recipe, own)
         if (config.data.path == OWN) != (own is not None):
             raise UserError(f"{run} was trained on a data set of a program's own: go on from that program, or give the images")
@@ -87,7 +89,8 @@ def start(
             trial.dry_run(config, images)
             return None
         _require_time(config, run, began)
-        notes = [*hint, *notes, *chosen, *_other_images(config.data.identity, images.identity())]
+        still = ["--lr 0: nothing is learned, the weights stay as they are"] * (config.train.lr == 0)
+        notes = [*hint, *still, *notes, *chosen, *_other_images(config.data.identity, images.identity())]
         config = config.updated({"identity": json.dumps(images.identity())})
         stack.enter_context(lock.held(run))
         stack.enter_context(log.copied())

@@ -8,7 +8,7 @@ from iddpm.data.sources.folder import Folder
 from iddpm.data.sources.pixels import INDEX, Pixels, arrays, batches, packed
 from iddpm.data.sources.shards import Shards, matching
 from iddpm.data.sources.source import Ranked, Source
-from iddpm.data.sources.tables import Arrow, Lmdb, Parquet
+from iddpm.data.sources.tables import Arrow, Lmdb, Parquet, parts
 from iddpm.errors import UserError
 
 __all__ = ["ENDINGS", "Archive", "Folder", "Pixels", "Ranked", "Source", "open_source"]
@@ -46,7 +46,9 @@ FILES: dict[str, Callable[[Path], Source]] = {
     **dict.fromkeys(ENDINGS, Archive), ".npz": arrays, ".npy": arrays, ".parquet": lambda path: Parquet(path, [path]),
     ".mdb": Lmdb, ".lmdb": Lmdb,
 }  # fmt: skip
-FOLDERS: dict[str, Callable[[Path], Source]] = {INDEX: packed, "state.json": Arrow, "data.mdb": Lmdb}  # by a file in them
+FOLDERS: dict[str, Callable[[Path], Source]] = {
+    INDEX: packed, "state.json": Arrow, "dataset_dict.json": parts, "data.mdb": Lmdb,
+}  # by a file in them  # fmt: skip
 SEVERAL: dict[str, Callable[[Path, list[Path]], Source]] = {
     "*.tar": Shards, "*.tar.gz": Shards, "*.tgz": Shards, "*.parquet": Parquet, "train_data_batch_*.npz": batches,
 }  # fmt: skip

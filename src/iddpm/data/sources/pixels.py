@@ -2,7 +2,8 @@
 
 import io
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ INDEX = "pack.json"  # of a packed set, written last
 class Pixels(Rows):
     """Arrays (N, H, W, C) uint8, uint16 or float, one behind the other; they stay on the disk where they are not compressed."""
 
-    def __init__(self, path: Path, parts: Sequence[np.ndarray], labelled: Ranked | None, sealed: str = "") -> None:
+    def __init__(self, path: Path, parts: Sequence[np.ndarray], labelled: Callable[[], Ranked | None], sealed: str = "") -> None:
         self._parts, self._ends = parts, np.cumsum([len(part) for part in parts]).tolist()
         super().__init__(path, self._ends[-1] if parts else 0, labelled, "ppm")
         self.sealed = sealed
@@ -52,13 +53,13 @@ def arrays(path: Path) -> Pixels:
     if path.suffix.lower() == ".npy":
         with readable(path, "is not a readable .npy"), opened(path) as file:
             images = np.load(file, allow_pickle=False) if remote(path) else np.load(path, mmap_mode="r", allow_pickle=False)
-        return Pixels(path, [require_images(path, images)], None)
+        return Pixels(path, [require_images(path, images)], lambda: None)
     with readable(path, "is not a readable .npz"), opened(path) as file, np.load(file) as held:
         kinds = set(held.files)
     if "arr_0" not in kinds and {"data", "labels"} <= kinds:
         return batches(path, [path])
     found: Arrays = open_npz(path, any_kind=True)
-    return Pixels(path, [found.images], None if found.labels is None else ranked(path, found.labels, found.classes))
+    return Pixels(path, [found.images], lambda: None if found.labels is None else ranked(path, found.labels, found.classes))
 
 
 def batches(path: Path, files: Sequence[Path]) -> Pixels:
@@ -75,7 +76,7 @@ def batches(path: Path, files: Sequence[Path]) -> Pixels:
             raise UserError(f"{file} has the label {numbers.min()}: those of ImageNet-64 count from 1")
         parts.append(data.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
         labels.append(numbers - 1)
-    return Pixels(path, parts, ranked(path, np.concatenate(labels)))
+    return Pixels(path, parts, partial(ranked, path, np.concatenate(labels)))
 
 
 def packed(path: Path) -> Pixels:
@@ -98,4 +99,4 @@ def packed(path: Path) -> Pixels:
             if not fits or ranks.min() < 0 or ranks.max() >= len(classes):
                 raise UserError(f"{path / 'labels.npy'} does not fit the images: pack the set again")
             labelled = Ranked(ranks, classes)
-    return Pixels(path, parts, labelled, str(index["sealed"]))
+    return Pixels(path, parts, lambda: labelled, str(index["sealed"]))

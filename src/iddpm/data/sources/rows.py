@@ -1,7 +1,7 @@
 """Images that have a number instead of a name: rows of tables and of arrays. A row is read by its number, in any order."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -47,13 +47,16 @@ class Rows(Source):
 
     rows = True
 
-    def __init__(self, path: Path, n: int, labelled: Ranked | None = None, ending: str = "png") -> None:
+    def __init__(self, path: Path, n: int, labelled: Callable[[], Ranked | None] = lambda: None, ending: str = "png") -> None:
         if not n:
             raise UserError(f"{path} holds no images: it has no rows")
         self.path, self.home = path, path.parent
         self.names = self._names = RowNames(n, ending)
         self.left_out = Counter()
-        self.labelled = labelled
+        self._labelled = labelled
+
+    def labelled(self) -> Ranked | None:
+        return self._labelled()
 
     def row(self, k: int) -> Any:
         """The content of row k, as bytes."""
@@ -80,8 +83,12 @@ def ranked(path: Path, values: "Sequence[Any] | np.ndarray", names: Sequence[str
     """The labels of rows, whole numbers or texts, which may number `names`; UserError for others."""
     distinct, ranks = np.unique(np.asarray(values), return_inverse=True)
     found = distinct.tolist()
-    if not all(type(value) in (int, str) for value in found):
-        raise UserError(f"{path}: labels are whole numbers or texts, not {found[0]!r}")
-    if names and not 0 <= min(found) <= max(found) < len(names):
-        raise UserError(f"{path} has the label {max(found)} of {len(names)} classes: labels are numbers from 0")
+    if not all(type(value) in (int, str) and value != "" for value in found):
+        raise UserError(f"{path}: labels are whole numbers or texts, not {found[0]!r}; --labels none takes none of them")
+    if names and (odd := [v for v in found if type(v) is str or not 0 <= v < len(names)]):
+        raise UserError(
+            f"{path} has the label {odd[0]} of {len(names)} classes: labels are numbers from 0; --labels none takes none"
+        )
+    if twice := next((name for name, n in Counter(names).items() if n > 1), ""):
+        raise UserError(f"{path} calls two classes {twice}: rename one, or --labels none takes none")
     return Ranked(ranks.reshape(-1).astype(np.int64), [names[value] for value in found] if names else found)

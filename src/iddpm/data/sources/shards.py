@@ -24,7 +24,8 @@ class Shards(Source):
     number of their shard: "a.jpg" of shard 3 is "a~3.jpg"."""
 
     def __init__(self, path: Path, shards: Sequence[Path]) -> None:
-        self._shards, self._unpacked, found = shards, dict[int, BinaryIO](), list[tuple[str, int, int, int]]()
+        self.files = self._shards = shards
+        self._unpacked, found = dict[int, BinaryIO](), list[tuple[str, int, int, int]]()
         weakref.finalize(self, _close, self._unpacked)
         for k, shard in enumerate(shards):
             with readable(shard, "is not a readable .tar"), opened(shard) as raw:

@@ -30,11 +30,12 @@ class Source:
 
     `path` is the folder or archive, as it is told to a user; `home` the folder in or beside which what is worked out of the
     images is kept; `names` (N) are the images', relative, with "/" between folders; `left_out` counts by ending what is none.
-    Where images are `rows` of a table, their names say nothing of classes: these are `labelled`, or there are none.
+    Where images are `rows` of a table, their names say nothing of classes: these are `labelled`, or there are none. `files` are
+    those of a set that lies in several.
     """
 
     rows = False
-    labelled: Ranked | None = None
+    files: Sequence[Path] = ()
     sealed = ""  # a digest of all that is in it, where it keeps one
 
     def __init__(self, path: Path, home: Path, files: Iterable[str]) -> None:
@@ -64,6 +65,10 @@ class Source:
     def open_file(self, name: str) -> BinaryIO:
         """The same as a file, of which little may be read."""
         return io.BytesIO(self.read(name))
+
+    def labelled(self) -> Ranked | None:
+        """What a table itself says of the classes; UserError where that cannot be, so ask where labels are wanted."""
+        return None
 
     def has(self, name: str) -> bool:
         """Whether there is such a file, image or not."""

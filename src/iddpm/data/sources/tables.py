@@ -5,7 +5,9 @@ import os
 import tempfile
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -57,9 +59,14 @@ def _columns(path: Path, schema: Any) -> Columns:
 
 
 def _labels(path: Path, columns: Columns, values: Any) -> Ranked | None:
-    """Labels of a column; None where there is none, or any is missing (`datasets` writes -1, as tests have no classes)."""
-    if not columns.label or values.null_count:
+    """Labels of a column; None where there is none, or all are missing (`datasets` writes -1, as tests have no classes)."""
+    if not columns.label or values.null_count == len(values):
         return None
+    if values.null_count:
+        least = f"{values.null_count:,} of {len(values):,} rows"
+        raise UserError(f"{path} has no {columns.label} in {least}: add them, or --labels none takes none of them")
+    if values.type.num_fields:  # lists and the like
+        raise UserError(f"{path}: its {columns.label} is {values.type}, and an image has one; --labels none takes none of them")
     found = values.to_numpy()
     found = found.astype(str) if found.dtype == object else found
     return None if found.dtype.kind == "i" and (found == -1).all() else ranked(path, found, columns.classes)
@@ -78,24 +85,27 @@ class Parquet(Rows):
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self._pq = _needed("pyarrow.parquet", "parquet", path)
         self._one, self._groups, counts, labels = Lock(), list[tuple[Path, int]](), list[int](), []
-        columns: Columns | None = None
+        columns, first = Columns(""), None
         for file in files:
             with readable(file, "is not a readable parquet file"), opened(file) as raw:
                 table = self._pq.ParquetFile(raw)
-                columns = columns or _columns(file, table.schema_arrow)
+                own = _columns(file, schema := table.schema_arrow)
+                columns = columns if first else own
+                kind = own.image, own.label, schema.field(own.label).type if own.label else None
+                if kind != (first := first or kind) or own.classes not in ((), columns.classes):
+                    raise UserError(f"{file} keeps its images or labels otherwise than {files[0].name}: write both alike")
                 for k in range(table.num_row_groups):
                     self._groups.append((file, k))
                     counts.append(table.metadata.row_group(k).num_rows)
                 if columns.label:
                     labels.append(table.read([columns.label]).column(0))
-        assert columns is not None
-        self._columns, self._ends = columns, list(accumulate(counts))
+        self.files, self._columns, self._ends = files, columns, list(accumulate(counts))
         self._kept: dict[int, np.ndarray] = {}  # of a group, where its rows begin in the scratch file, and the last ends
         self._scratch = tempfile.TemporaryFile(dir=scratch())  # noqa: SIM115
         weakref.finalize(self, self._scratch.close)
         pa = _needed("pyarrow", "parquet", path)
-        labelled = _labels(path, columns, pa.chunked_array([c for held in labels for c in held.chunks])) if labels else None
-        super().__init__(path, self._ends[-1] if counts else 0, labelled)
+        values = pa.chunked_array([c for held in labels for c in held.chunks], first[2]) if first and columns.label else None
+        super().__init__(path, self._ends[-1] if counts else 0, partial(_labels, path, columns, values))
 
     def row(self, k: int) -> bytes | None:
         group = bisect_right(self._ends, k)
@@ -131,19 +141,28 @@ class Arrow(Rows):
         if remote(path):
             raise UserError(f"{path}: a folder of `datasets` is mapped into memory, so copy it here; or write parquet files")
         with readable(path, "is no folder of datasets"):
-            names = [str(part["filename"]) for part in json.loads((path / "state.json").read_bytes())["_data_files"]]
+            state = json.loads((path / "state.json").read_bytes())
+            if state.get("_indices_data_files"):
+                raise UserError(f"{path} is a selection of rows, which is not read: save what flatten_indices() gives")
+            names = [str(part["filename"]) for part in state["_data_files"]]
             if any("/" in name or name.startswith(".") for name in names):
                 raise UserError(f"{path / 'state.json'} names files elsewhere: none but its own are read")
             table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names])
             columns = _columns(path, table.schema)
             self._images = table.column(columns.image)
-            labelled = _labels(path, columns, table.column(columns.label)) if columns.label else None
-        super().__init__(path, len(self._images), labelled)
+            values = table.column(columns.label) if columns.label else None
+        super().__init__(path, len(self._images), partial(_labels, path, columns, values))
         self.home = path.parent
 
     def row(self, k: int) -> bytes | None:
         held: bytes | None = _bytes(self._images[k])
         return held
+
+
+def parts(path: Path) -> Arrow:
+    """A folder of several sets of `datasets`, as train and test, of which one is to be named: raises UserError."""
+    found = [str(state.parent) for state in sorted(path.glob("*/state.json"))]
+    raise UserError(f"{path} holds several sets of datasets: give one of them, {' or '.join(found) or 'but none is there'}")
 
 
 class Lmdb(Rows):
@@ -167,7 +186,9 @@ class Lmdb(Rows):
                 raise ValueError("it is cut off")
             with self._env.begin(buffers=True) as reading:  # what is shorter than any image is a count, as some programs keep
                 self._keys = [bytes(key) for key, value in reading.cursor() if len(value) > 20]
+                short = reading.stat()["entries"] - len(self._keys)
         super().__init__(path, len(self._keys), ending="webp")
+        self.left_out = Counter({"too short for an image": short} if short else {})
 
     def row(self, k: int) -> bytes:
         with self._env.begin() as reading:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -20,20 +21,23 @@ from iddpm.errors import UserError
 from iddpm.look.serving.asked import HOW, checked, configured
 from iddpm.look.serving.desk import Desk, Full, Order
 from iddpm.look.serving.guard import guards
+from iddpm.records import once
 from iddpm.sampling import sheets
 from iddpm.sampling.job import job
 from iddpm.sampling.open import Opened
 
+PLACES = "POST /samples, GET /health and GET /metrics"
 OWN = {"model": str, "num_samples": int, "seeds": str, "labels": str, "format": str}  # of a request, beside the solver's settings
 
 
 def app(models: Mapping[str, Opened], desk: Desk, most: int, host: str, token: str) -> Starlette:
     """The application; `models` by name, of whose images a request may ask for `most`."""
     answered: Counter[int] = Counter()
+    most = min(most, desk.most)  # more would be told forever to ask again later
 
     async def samples(request: Request) -> Response:
         try:
-            asked = json.loads(await request.body())
+            asked = json.loads(await request.body(), object_pairs_hook=once)
             order, form = _order(asked, models, most)
             images = await asyncio.wrap_future(desk.take(order))
             found: Response = FORMS[form](images, order)
@@ -62,7 +66,13 @@ def app(models: Mapping[str, Opened], desk: Desk, most: int, host: str, token: s
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     routes = [Route("/samples", samples, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)]
-    return Starlette(routes=routes, middleware=guards(host, token))
+    return Starlette(routes=routes, middleware=guards(host, token), exception_handlers={HTTPException: _elsewhere})
+
+
+async def _elsewhere(request: Request, fault: Exception) -> Response:
+    """What is asked of no address, or not as one is asked, in a sentence of JSON like all that is wrong."""
+    assert isinstance(fault, HTTPException)
+    return JSONResponse({"error": f"{fault.detail}: there are {PLACES}"}, fault.status_code, fault.headers)
 
 
 def _order(body: object, models: Mapping[str, Opened], most: int) -> tuple[Order, str]:
