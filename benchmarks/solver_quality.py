@@ -32,7 +32,7 @@ from iddpm.sampling.grids import find, keep, with_found
 TWICE = {"heun": 2, "edm": 1}  # calls a step, but for so many less in all
 OWN_STEPS = ("adaptive", "consistency")
 MANY = dict(solver="unipc", steps=100, grid="respaced")
-SHOWN = dict(zip(("ancestral", "ddim", "heun", "dpmpp_2m", "unipc", "ab2"), ("#868e96", *COLOURS, "#e03131")))  # in the picture
+SHOWN = dict(zip(("ddim", "heun", "dpmpp_2m", "unipc"), COLOURS))  # in the picture
 AGAINST = {"real": "the reference", "own": f"its own images, {MANY['solver']} in {MANY['steps']} calls"}
 
 
