@@ -22,7 +22,7 @@ from iddpm.store import checkpoint
 from iddpm.store.files import step_dirs
 from iddpm.store.log import read_rows
 from iddpm.store.weights import read_weights
-from iddpm.training import ending, loop, preview
+from iddpm.training import decayed, ending, loop, preview
 from iddpm.training.state import TrainState
 
 RUN = {k: v for k, v in TINY.items() if k != "steps"} | dict(num_channels=8, num_heads=1, log_interval=1, keep=1)
@@ -170,7 +170,7 @@ def test_a_kill_while_it_goes_back_costs_nothing(pictures, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(ending, "_move", killed)
+        m.setattr(decayed, "_move", killed)
         assert main(["train", "--run", str(run), "--steps", "20"]) != 0
     assert kept(run) == ["step_00000003", "step_00000006", "step_00000009", "step_00000012"]
     assert main(["train", "--run", str(run)]) == 0

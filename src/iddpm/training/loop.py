@@ -24,7 +24,8 @@ from iddpm.store.log import Logger
 from iddpm.store.remote import place
 from iddpm.store.weights import read_weights
 from iddpm.training import preview
-from iddpm.training.ending import WARM, Clock, aim
+from iddpm.training.decayed import aim
+from iddpm.training.ending import WARM, Clock
 from iddpm.training.saves import Diverged, Saves
 from iddpm.training.state import TrainState, initialise
 from iddpm.training.step import learning_rate, method_of, train_step, warmed

@@ -28,7 +28,7 @@ from iddpm.store import lock, log
 from iddpm.store.files import step_dirs
 from iddpm.store.remote import place, remote, write_file
 from iddpm.store.weights import read_weights
-from iddpm.training import auto, ending, loop, precision, trial
+from iddpm.training import auto, decayed, ending, loop, precision, trial
 from iddpm.training.step import learning_rate
 from iddpm.words import duration
 
@@ -97,7 +97,7 @@ def start(
         leads = processes.rank() == 0
         if leads:
             write_config(run, config)
-        notes += processes.of_first(lambda: ending.go_back(run, config.train))
+        notes += processes.of_first(lambda: decayed.go_back(run, config.train))
         if leads:
             _say_all(images, notes)
         looks = look if not remote(run) else lambda run: None  # which to read again and again would cost
@@ -191,8 +191,8 @@ def resolve(
             raise UserError(f"which images? {record} names none: iddpm train DATA --run {run}")
         if _implied(given, stored.flat()).get("finish"):
             ends = stored.train.steps or stored.train.images or stored.train.time
-            rate = learning_rate(stored, ending.goes_on(run, stored.train)[0], total_steps(stored.train)) if ends else 1.0
-            ending.require_finishable(run, given["finish"], stored.train, rate)
+            rate = learning_rate(stored, decayed.goes_on(run, stored.train)[0], total_steps(stored.train)) if ends else 1.0
+            decayed.require_finishable(run, given["finish"], stored.train, rate)
         config, notes = resumed(stored, given, run)
         return config.updated({"asked": stored.data.asked or asked}), notes
     if run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
@@ -264,7 +264,7 @@ def resumed(stored: Config, given: Mapping[str, Any], run: Path) -> tuple[Config
         was = now.get(k, "none")
         raise UserError(f"--{k} {changed[k]}: {run} was trained with {was}, which cannot change; take another --run")
     falls = [name for name in ("lr_decay", "lr_anneal_steps") if name in asked and name in changed]
-    decay = ending.goes_on(run, stored.updated(changed).train)[1] if falls else None
+    decay = decayed.goes_on(run, stored.updated(changed).train)[1] if falls else None
     if decay:
         raise UserError(
             f"--{falls[0]} has no effect: the rate of {run} falls already, from step {decay['start']} to {decay['end']}; with a "
@@ -287,12 +287,12 @@ def _is_another(name: str, value: Any, now: Any) -> bool:
 
 def _other_rate(before: Config, now: Config, run: Path) -> list[str]:
     """A line where the learning rate of the next step is another than the settings before would have made it."""
-    step, decay = ending.goes_on(run, now.train)
+    step, decay = decayed.goes_on(run, now.train)
     if not any(getattr(before.train, name) for name in ENDS):  # as imports write it
         return []
-    found = ending.newest(run) or {}
+    found = decayed.newest(run) or {}
     was, is_ = (
-        learning_rate(config, step, end, ending.kept(found, config.train, end) if decay else None)
+        learning_rate(config, step, end, decayed.kept(found, config.train, end) if decay else None)
         for config in (before, now)
         for end in (total_steps(config.train),)
     )
@@ -320,9 +320,9 @@ def _require_held_out(config: Config, images: DataSet, held_out: DataSet) -> Non
 
 def _require_time(config: Config, run: Path, began: float) -> None:
     """UserError where a run is given less time than a few of its steps take here, at the least: some images are timed."""
-    by, until = ending.aim(config.train)
+    by, until = decayed.aim(config.train)
     by_clock = by == "finish" or (by == "time" and not step_dirs(run))
-    if not by_clock or ending.goes_on(run, config.train)[1]:
+    if not by_clock or decayed.goes_on(run, config.train)[1]:
         return
     device, name = build.device(config.train.device), config.train.precision
     step = precision.measured(config, device, [name])[name] * len(processes.share(config.train.batch_size))

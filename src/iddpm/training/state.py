@@ -16,7 +16,7 @@ from iddpm.store import checkpoint
 from iddpm.store.files import Best
 from iddpm.store.log import Meter
 from iddpm.store.weights import Weights
-from iddpm.training import ending
+from iddpm.training import decayed
 from iddpm.training.ema import EMA
 from iddpm.training.muon import Muon
 from iddpm.training.paths import Paths
@@ -197,7 +197,7 @@ class TrainState:
         if config.train.images:
             self.end = self.step + max(0, math.ceil((config.train.images - self.images) / config.train.batch_size))
         self.best, self.seconds = saved.state.get("best"), saved.state.get("seconds", 0.0)
-        self.decay = ending.kept(saved.state, config.train, self.end)
+        self.decay = decayed.kept(saved.state, config.train, self.end)
         # 0 is what runs in other precisions save: one that changes to fp16 begins with the usual scale.
         if config.train.precision == "fp16" and saved.state["lg_loss_scale"]:
             self.scale.lg = saved.state["lg_loss_scale"]
