@@ -22,6 +22,7 @@ EXCLUDED = {
     "git clone": "needs the network",
     "python benchmarks/quality.py": "hours, and the original's code; tests/test_benchmarks.py tries its parts",
     "python benchmarks/loading.py": "minutes, and gigabytes; tests/test_benchmarks.py imports it",
+    "python benchmarks/serving.py": "minutes, and a browser; tests/look/test_serving.py serves, test_studio_browser.py visits",
     "iddpm data cifar10": "fetches 170 MB; tests/data/test_fetch.py reads archives of its form",
     "iddpm data emoji": "fetches packages; tests/data/test_fetch.py reads such",
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "a setting of the next line",
