@@ -75,7 +75,7 @@ def _require_beginning(config: Config) -> None:
         raise UserError(f"{name} learns the paths of a trained model: which? --init_from RUN")
     if config.task.inputs:
         raise UserError(f"{name} makes its images of noise alone, and this is {config.task.help}: take --objective consistency")
-    idle = dict(noise_candidates=config.train.noise_candidates > 1, augment=config.model.augment > 0)
+    idle = dict(noise_candidates=config.train.noise_candidates > 1, validation=config.data.validation)
     idle |= dict(schedule_sampler=build.law(config).looks, trained_guidance=config.model.trained_guidance > 0)
     if flag := next((flag for flag, there in idle.items() if there), ""):
         raise UserError(f"--{flag} has no part in {name}, which learns no images but paths: leave it out")

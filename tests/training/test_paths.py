@@ -87,6 +87,7 @@ def test_the_loss_is_nothing_where_the_network_leaps_to_the_ends() -> None:
     [
         (dict(init_from=""), "--init_from RUN"),
         (dict(noise_candidates=4), "--noise_candidates has no part"),
+        (dict(validation="5%"), "--validation has no part"),
         (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler has no part"),
         (dict(task="enlarge", small_size="4"), "take --objective consistency"),
     ],
@@ -113,5 +114,6 @@ def run_of_v(pictures, tmp_path_factory):
     """A run of a model of v, hardly trained."""
     run = tmp_path_factory.mktemp("teacher") / "run"
     settings = {k: v for k, v in TINY.items() if k != "device"} | dict(learn_sigma=False, parametrization="v", steps=2)
+    settings |= dict(augment=0.5, noise_candidates=2, validation="20%", schedule_sampler="loss-second-moment")  # of images alone
     assert main(["train", str(pictures), "--run", str(run), *flags(**settings), "--device", "cpu"]) == 0
     return run

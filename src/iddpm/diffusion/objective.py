@@ -108,7 +108,7 @@ class Path:
     """
 
     leaps: ClassVar[bool] = True
-    implies: ClassVar[dict[str, str]] = {"solver": "consistency", "sampling_steps": "1"}
+    implies: ClassVar[dict[str, str]] = {"solver": "consistency", "sampling_steps": "1", "schedule_sampler": "uniform"}
 
     path_steps: Annotated[int, "levels of a path, walked by dpmpp_2m: as many steps see the same paths", 4, 64] = 16
 

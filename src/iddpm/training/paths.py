@@ -11,6 +11,7 @@ from iddpm import build, rng
 from iddpm.config import Config, image_size
 from iddpm.data.batches import Batch
 from iddpm.diffusion.denoiser import wide
+from iddpm.nn.unet import CHANGES
 from iddpm.parallel import processes, shard
 
 
@@ -69,6 +70,8 @@ class Paths:
             y = int(stream.integers(classes))
             ys.append(m.num_classes if stream.random() < m.class_dropout else y)
         self.cond: dict[str, Tensor] = {"y": torch.tensor(ys)} if m.class_cond else {}
+        if m.augment:  # zeros: nothing was changed
+            self.cond["augment"] = torch.zeros(len(mine), CHANGES)
         net, solver = build.in_precision(self.net, self.device, t.precision), build.solver(self.config)
         parts = list[Tensor]()
         size = t.microbatch if t.microbatch > 0 else len(mine)
